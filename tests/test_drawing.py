@@ -1,0 +1,181 @@
+"What a reader sees: the right key lights up, the arrow points the right way, files are whole."
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from minecraft_jepa import drawing
+from minecraft_jepa.actions import ACTION_NAMES, NOOP
+
+HEIGHT, WIDTH = 96, 640
+NAMES = [n.removeprefix("key.keyboard.") for n in ACTION_NAMES]
+KEYS = NAMES[:20]
+PRESSABLE = [*KEYS, "attack", "use", "pick"]
+
+
+def press(*names, dx=0.0, dy=0.0):
+    action = NOOP.copy()
+    for name in names: action[NAMES.index(name)] = 1
+    action[NAMES.index("dx")], action[NAMES.index("dy")] = dx, dy
+    return action
+
+
+def box(name): return drawing.action_boxes(HEIGHT, WIDTH)[name]
+
+
+def cut(picture, name):
+    x0, y0, x1, y1 = box(name)
+    return picture[y0:y1, x0:x1]
+
+
+@given(st.sets(st.sampled_from(PRESSABLE)))
+@settings(max_examples=15, deadline=None)
+def test_pressed_keys_change_their_own_pixels_only(names):
+    idle, pressed = (drawing.draw_action(a, HEIGHT, WIDTH).astype(int) for a in (NOOP, press(*names)))
+    for name in PRESSABLE:
+        share = (cut(idle, name) != cut(pressed, name)).any(-1).mean()
+        if name in names: assert share > 0.5, name
+        elif name not in ("attack", "use") or "pick" not in names: assert share == 0, name  # the wheel stands between the two buttons
+    for name in names: cut(pressed, name)[:] = cut(idle, name)
+    assert (idle == pressed).all()
+
+
+def test_wheel_shows_which_way_it_turned():
+    up, down = NOOP.copy(), NOOP.copy()
+    up[NAMES.index("dwheel")], down[NAMES.index("dwheel")] = 1, -1
+    idle, up, down = (drawing.draw_action(a, HEIGHT, WIDTH) for a in (NOOP, up, down))
+    assert (cut(idle, "pick") != cut(up, "pick")).any() and (cut(up, "pick") != cut(down, "pick")).any()
+
+
+def arrow(dx, dy):
+    "Centre and area of the arrow, from the middle of the dial, in pixels."
+    dial = cut(drawing.draw_action(press(dx=dx, dy=dy), HEIGHT, WIDTH), "camera").astype(int)
+    y, x = np.nonzero(dial[..., 0] - dial[..., 2] > 100)
+    return np.array([x.mean() - (dial.shape[1] - 1) / 2, y.mean() - (dial.shape[0] - 1) / 2]), len(x)
+
+
+@pytest.mark.parametrize("angle", range(0, 360, 45))
+def test_arrow_points_where_the_camera_turns(angle):
+    turn = 6 * np.array([np.cos(np.radians(angle)), np.sin(np.radians(angle))])  # y grows downwards, as dy does
+    seen, _ = arrow(*turn)
+    assert seen @ turn / np.linalg.norm(seen) / 6 > 0.99
+
+
+def test_longer_turns_have_longer_arrows_up_to_the_rim():
+    lengths = [np.linalg.norm(arrow(d, 0)[0]) for d in (0.5, 2, 8)]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1] / 2
+    assert (cut(drawing.draw_action(press(dx=10), HEIGHT, WIDTH), "camera") == cut(drawing.draw_action(press(dx=90), HEIGHT, WIDTH), "camera")).all()
+
+
+def test_standing_still_has_no_arrow():
+    assert (cut(drawing.draw_action(NOOP, HEIGHT, WIDTH), "camera").astype(int)[..., 0] < 100).all()
+
+
+@pytest.mark.parametrize("height,width", [(24, 120), (40, 160), (96, 320), (192, 1280)])
+def test_panel_has_the_size_asked_for(height, width):
+    assert drawing.draw_action(press(KEYS[0]), height, width).shape == (height, width, 3)
+
+
+@pytest.fixture
+def frames(): return np.random.default_rng(0).integers(0, 256, (5, 3, 48, 80), dtype=np.uint8)  # (k, 3, h, w)
+
+
+@pytest.fixture
+def actions(): return np.stack([press(KEYS[i]) for i in range(5)])  # (k, 28)
+
+
+def test_panels_hold_the_frames_pixel_by_pixel_and_in_order(frames, actions):
+    names = {"imagined": frames, "real": frames[::-1]}
+    for i, picture in enumerate(drawing.side_by_side(names, actions, scale=3)):
+        assert picture.shape[1] == 2 * 240 + 3 * 12
+        for x, panel in ((12, frames), (12 + 240 + 12, frames[::-1])):
+            assert (picture[28:28 + 144, x:x + 240] == drawing.enlarge(panel[i], 3).transpose(1, 2, 0)).all()
+
+
+def test_last_action_may_be_missing_and_keys_follow_the_tick(frames, actions):
+    whole, short = drawing.side_by_side({"real": frames}, actions), drawing.side_by_side({"real": frames}, actions[:-1])
+    assert all((a == b).all() for a, b in zip(whole[:-1], short[:-1])) and (whole[-1] != short[-1]).any()
+    for picture, action in zip(whole, actions):
+        keys = drawing.draw_action(action, 96 * picture.shape[1] // 530, picture.shape[1])
+        bottom = picture.shape[0] - 6  # half of the gap of 12 stands below the keys
+        assert (picture[bottom - len(keys):bottom] == keys).all()
+
+
+def test_captions_count_from_the_first_tick(monkeypatch, frames, actions):
+    ticks = []
+    monkeypatch.setattr(drawing, "tick_caption", lambda tick: ticks.append(tick) or str(tick))
+    drawing.side_by_side({"real": frames}, actions, first=3)
+    assert ticks == [3, 4, 5, 6, 7]
+
+
+def test_given_frame_is_marked(frames, actions):
+    amber = lambda picture: (picture[:28].astype(int)[..., 0] - picture[:28, :, 2] > 150).any()
+    marked = [amber(p) for p in drawing.side_by_side({"real": frames}, actions)]
+    assert marked == [True] + [False] * 4
+    assert not any(amber(p) for p in drawing.side_by_side({"real": frames}, actions, first=1))
+
+
+def test_torch_frames_draw_as_arrays_do(frames, actions):
+    torch = pytest.importorskip("torch")
+    a, b = drawing.side_by_side({"real": frames}, actions), drawing.side_by_side({"real": torch.from_numpy(frames)}, torch.from_numpy(actions))
+    assert all((x == y).all() for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("fps,delay", [(20, 50), (10, 100), (30, 30)])
+def test_gif_comes_back(tmp_path, frames, actions, fps, delay):
+    pictures = drawing.side_by_side({"real": frames}, actions)
+    gif = Image.open(drawing.save_gif(pictures, tmp_path / "new" / "a.gif", fps=fps, hold=0.2))
+    assert gif.n_frames == 5 and gif.info["loop"] == 0
+    for i, picture in enumerate(pictures):
+        gif.seek(i)
+        assert gif.info["duration"] == delay + (200 if i == 4 else 0)
+        keys = np.abs(np.array(gif.convert("RGB")).astype(int) - picture)[-80:]
+        assert keys.mean() < 8
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.gif"]
+
+
+def test_gif_is_the_same_bytes_every_time(tmp_path, frames, actions):
+    pictures = drawing.side_by_side({"real": frames}, actions)
+    a, b = (drawing.save_gif(pictures, tmp_path / n).read_bytes() for n in ("a.gif", "b.gif"))
+    assert a == b
+
+
+def test_a_failed_gif_leaves_the_old_one(tmp_path):
+    path = drawing.save_gif([np.zeros((8, 8, 3), np.uint8)], tmp_path / "a.gif")
+    old = path.read_bytes()
+    with pytest.raises(ValueError, match="frame 1 is uint8 .9, 8, 3."):
+        drawing.save_gif([np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8)], path)
+    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_figure_without_its_numbers_is_not_saved(tmp_path):
+    fig, _ = drawing.plt.subplots()
+    with pytest.raises(TypeError): drawing.save_figure(fig, tmp_path, "a", {"loss": object()})
+    assert list(tmp_path.iterdir()) == []
+    drawing.plt.close(fig)
+
+
+def test_filmstrip_and_its_numbers(tmp_path, frames):
+    fig = drawing.filmstrip({"imagined": frames, "real": frames}, (0, 2, 4), {"imagined": ["", "30.1 dB", "25.0 dB"]})
+    texts = [t.get_text() for t in fig.texts]
+    assert [t for t in texts if "\n" in t or t == "given frame"] == ["given frame", "t+2\n0.10 s", "t+4\n0.20 s"]
+    path = drawing.save_figure(fig, tmp_path, "strip", {"psnr": np.array([30.1, np.nan])})
+    assert json.loads(path.with_suffix(".json").read_text()) == {"psnr": [30.1, None]}
+    assert "Software" not in Image.open(path).info
+
+
+@pytest.mark.parametrize("call,message", [
+    (lambda f, a: drawing.side_by_side({"real": f}, a[:2]), "5 frames"),
+    (lambda f, a: drawing.side_by_side({"real": f, "imagined": f[:3]}, a), "imagined .3, 3, 48, 80."),
+    (lambda f, a: drawing.side_by_side({"imagined": f.astype(np.float32)}, a), "imagined: expected uint8"),
+    (lambda f, a: drawing.side_by_side({"imagined": f.transpose(0, 2, 3, 1)}, a), "imagined: expected uint8 frames .k, 3, h, w."),
+    (lambda f, a: drawing.draw_action(a, 96, 640), "expected .28,., found .5, 28."),
+    (lambda f, a: drawing.filmstrip({"real": f}, (5,)), "frames 0 to 4"),
+    (lambda f, a: drawing.horizon_plot(None, [1, 2], {"model": [{"mean": 1}]}), "model: 1 points for 2 horizons"),
+    (lambda f, a: drawing.curves_plot(None, [{"step": 1}], ["loss"]), "it has step"),
+])
+def test_errors_say_what_does_not_fit(frames, actions, call, message):
+    with pytest.raises(ValueError, match=message): call(frames, actions)

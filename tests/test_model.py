@@ -1,0 +1,273 @@
+"""The mathematics of the four networks, against formulas written out."""
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minecraft_jepa.config import PRESETS, preset
+from minecraft_jepa.dit import DiT, RegressionHead, patchify, unpatchify
+from minecraft_jepa.ema import ema_update, frozen_copy, momentum_at
+from minecraft_jepa.encoder import Encoder
+from minecraft_jepa.jepa import WorldModel, collapse_alarm, collapse_metrics, rankme
+from minecraft_jepa.layers import Attention, count_parameters, layer_norm, rotary_grid, rotate
+
+SMALLEST = dict(height=16, width=24, encoder_width=32, encoder_depth=1, conditioner_depth=1, predictor_depth=1, dit_width=32, dit_depth=1,
+                encoder_heads=2, conditioner_heads=2, predictor_heads=2, dit_heads=2)
+
+
+def smallest(**changes):
+    changes = SMALLEST | changes
+    changes["frame_width"] = changes.pop("width")
+    return preset("tiny", **changes)
+
+
+def windows(config, batch=2, ticks=3):
+    f = config.frame
+    return (torch.randint(0, 256, (batch, 1 + ticks, 3, f.height, f.width), dtype=torch.uint8),
+            torch.randn(batch, config.conditioner.ticks - 1 + ticks, 28))
+
+
+def perturbed(model):
+    "Weights that are not at their special start, so that nothing is zero by construction."
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("name, low, high", [("tiny", 1e6, 4e6), ("small", 13.5e6, 16.5e6)])
+def test_small_presets_have_the_promised_size(name, low, high):
+    with torch.device("meta"):
+        model, dit = WorldModel(preset(name)), DiT(preset(name))
+    assert low < count_parameters(model) - count_parameters(model.teacher) + count_parameters(dit) < high
+
+
+def test_paper_has_the_seeds_budgets():
+    with torch.device("meta"):
+        model, dit = WorldModel(preset("paper")), DiT(preset("paper"))
+    assert count_parameters(model.encoder) == 113_998_080
+    for net, budget in ((model.conditioner, 42_696_960), (model.predictor, 213_282_816), (dit, 141_838_848)):
+        assert abs(count_parameters(net) / budget - 1) <= 0.01
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_agrees_on_shapes(name):
+    config = preset(name)
+    with torch.device("meta"):
+        model, dit, head = WorldModel(config), DiT(config), RegressionHead(config)
+        f, n, d = config.frame, config.frame.patches, config.encoder.width
+        z = model.encode(torch.empty(2, 3, f.height, f.width))
+        assert z.shape == (2, n, d)
+        assert model.step(z, torch.empty(2, 25, 28)).shape == (2, n, d)
+        assert model.imagine(z, torch.empty(2, 24 + 4, 28)).shape == (2, 4, n, d)
+        assert dit.denoise(torch.empty(2, n, 3 * f.patch**2), torch.empty(2), z).shape == (2, n, 3 * f.patch**2)
+        assert head._patches(z).shape == (2, n, 3 * f.patch**2)
+
+
+def test_attention_is_softmax_of_scaled_products():
+    torch.manual_seed(0)
+    attend, x, context = perturbed(Attention(32, 2)), torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+    bias = torch.randn(2, 1, 7)
+    q, (k, v) = attend.q(x), attend.kv(context).chunk(2, -1)
+    heads = []
+    for h in range(2):
+        part = slice(16 * h, 16 * h + 16)
+        scores = q[..., part] @ k[..., part].mT / math.sqrt(16) + bias[h]
+        heads.append(scores.softmax(-1) @ v[..., part])
+    assert torch.allclose(attend(x, context, bias=bias), attend.proj(torch.cat(heads, -1)), atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 5), st.integers(2, 5))
+def test_rotary_scores_depend_on_the_offset_alone(seed, rows, columns):
+    g = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(1, 1, 1, 16, generator=g), torch.randn(1, 1, 1, 16, generator=g)
+    angle, n = rotary_grid((rows, columns), 16), rows * columns
+    score = (rotate(q.expand(1, 1, n, 16), angle) @ rotate(k.expand(1, 1, n, 16), angle).mT)[0, 0].view(rows, columns, rows, columns)
+    assert torch.allclose(score[0, 0, 1, 1], score[rows - 2, columns - 2, rows - 1, columns - 1], atol=1e-4)
+    assert torch.allclose(rotate(q, angle[:1]), q)  # the first patch is not turned
+    assert torch.allclose(rotate(q.expand(1, 1, n, 16), angle).norm(dim=-1), q.norm(dim=-1).expand(1, 1, n), atol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0, 1), st.integers(1, 6))
+def test_ema_is_the_closed_form(momentum, times):
+    fast = torch.nn.Linear(3, 3)
+    slow = frozen_copy(fast)
+    torch.nn.init.zeros_(slow.weight)
+    for _ in range(times): ema_update(slow, fast, momentum)
+    assert torch.allclose(slow.weight, fast.weight * (1 - momentum**times), atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 1000), st.floats(0, 1), st.floats(0, 1))
+def test_momentum_runs_from_start_to_end(steps, start, end):
+    assert momentum_at(0, steps, start, end) == pytest.approx(start)
+    assert momentum_at(steps, steps, start, end) == pytest.approx(end)
+    assert min(start, end) - 1e-9 <= momentum_at(steps // 2, steps, start, end) <= max(start, end) + 1e-9
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "adaln"])
+def test_imagine_is_step_repeated_and_causal(kind):
+    model = perturbed(WorldModel(smallest(kind=kind))).eval()
+    frames, actions = windows(model.config)
+    with torch.no_grad():
+        z = model.encode(frames[:, 0])
+        future, one = model.imagine(z, actions), model.step(z, actions[:, :25])
+        assert torch.equal(future[:, 0], one)
+        assert torch.equal(future[:, 2], model.step(model.step(one, actions[:, 1:26]), actions[:, 2:27]))
+        changed = actions.clone()
+        changed[:, 25] += 1  # acts between frames t+1 and t+2
+        moved = model.imagine(z, changed)
+        assert torch.equal(moved[:, 0], future[:, 0]) and not torch.allclose(moved[:, 1], future[:, 1])
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "adaln"])
+def test_order_of_the_ticks_matters(kind):
+    model = perturbed(WorldModel(smallest(kind=kind))).eval()
+    frames, actions = windows(model.config, ticks=1)
+    with torch.no_grad():
+        z = model.encode(frames[:, 0])
+        swapped = actions[:, [1, 0, *range(2, 25)]]
+        assert not torch.allclose(model.step(z, actions), model.step(z, swapped), atol=1e-6)
+
+
+def test_loss_is_the_mean_smooth_l1_of_the_rollout():
+    model = perturbed(WorldModel(smallest(dropout=0.0)))
+    perturbed(model.teacher)
+    frames, actions = windows(model.config, ticks=2)
+    z, start, losses = model.encode(frames[:, 0]), model.target(frames[:, 0]), []
+    for k in range(2):
+        change = model.predictor(*model.conditioner(z, actions[:, k:k + 25]))
+        z = start = layer_norm(start + change)
+        losses.append(F.smooth_l1_loss(z, model.target(frames[:, k + 1])))
+    assert torch.allclose(model(frames, actions)["loss"], sum(losses) / 2, atol=1e-6)
+
+
+def test_gradients_reach_all_but_the_teacher():
+    model = perturbed(WorldModel(smallest())).train()
+    model(*windows(model.config))["loss"].backward()
+    assert all(p.grad is None for p in model.teacher.parameters())
+    assert not model.teacher.training and model.encoder.training
+    for part in (model.encoder, model.conditioner, model.predictor):
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in part.parameters())
+
+
+def test_no_pixel_gradient_reaches_the_world_model():
+    model = perturbed(WorldModel(smallest()))
+    dit, head = perturbed(DiT(model.config)), perturbed(RegressionHead(model.config))
+    frames, _ = windows(model.config)
+    z = model.encode(frames[:, 0])
+    (dit(z, frames[:, 0]) + head(z, frames[:, 0])).backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in dit.parameters()) and any(p.grad.abs().sum() > 0 for p in head.parameters())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 2, 4, 8]))
+def test_patchify_loses_nothing(rows, columns, patch):
+    frames = torch.randint(0, 256, (2, 3, rows * patch, columns * patch), dtype=torch.uint8)
+    patches = patchify(frames, patch)
+    assert patches.shape == (2, rows * columns, 3 * patch**2)
+    assert torch.equal(unpatchify(patches, (rows, columns), patch), frames)
+    corner = patches[0, columns - 1].view(patch, patch, 3)  # last patch of the first row, y x c
+    assert torch.allclose(corner, frames[0, :, :patch, -patch:].permute(1, 2, 0) / 127.5 - 1, atol=1e-6)
+
+
+def test_dit_loss_is_zero_for_the_truth_and_the_velocity_error_else():
+    config = smallest(drop_latent=0.0)
+    frames = torch.randint(0, 256, (4, 3, 16, 24), dtype=torch.uint8)
+    z = torch.randn(4, 6, 32)
+
+    class Known(DiT):
+        offset = 0.0
+        def denoise(self, x, s, z):
+            self.s = s
+            return patchify(frames, 8) + self.offset
+    dit = Known(config)
+    assert dit(z, frames) == 0
+    dit.offset = 0.5
+    torch.manual_seed(1); loss = dit(z, frames)
+    expected = (0.25 / (1 - dit.s).clamp_min(0.05) ** 2).mean()
+    assert torch.allclose(loss, expected, rtol=1e-4)
+
+
+def test_one_noise_for_all_frames_of_a_clip():
+    dit = perturbed(DiT(smallest())).eval()
+    z = torch.randn(1, 6, 32)
+    frames = dit.decode(z.expand(3, -1, -1), steps=3, seed=4)
+    assert torch.equal(frames[0], frames[2])
+    assert not torch.equal(frames, dit.decode(z.expand(3, -1, -1), steps=3, seed=5))
+
+
+def test_rankme_counts_directions():
+    torch.manual_seed(0)
+    for rank in (1, 3, 8):
+        basis = torch.linalg.qr(torch.randn(16, 16))[0][:rank]
+        rows = torch.linalg.qr(torch.randn(64, rank))[0] @ basis  # `rank` equal singular values
+        assert rankme(rows) == pytest.approx(rank, rel=1e-3)
+        assert rankme(7 * rows) == pytest.approx(rank, rel=1e-3)
+
+
+def test_alarm_rings_for_each_kind_of_collapse_and_not_for_health():
+    config = preset("tiny")
+    torch.manual_seed(0)
+    positions = torch.randn(1, 60, 128).expand(32, 60, 128)  # frames alike, patches apart: rank of the raw latents is full
+    assert "std" in collapse_alarm(collapse_metrics(positions), config)
+    few = torch.randn(32, 60, 4) @ torch.randn(4, 128)
+    assert "rank" in collapse_alarm(collapse_metrics(few), config)
+    assert collapse_alarm(collapse_metrics(torch.randn(32, 60, 128)), config) is None
+
+
+def test_weights_of_another_preset_name_file_line_and_remedy(tmp_path):
+    WorldModel(smallest()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as e: WorldModel.from_pretrained(tmp_path, smallest(predictor_depth=2))
+    line = next(i for i, t in enumerate((tmp_path / "config.json").read_text().splitlines(), 1) if '"predictor"' in t) + 1
+    assert f"config.json, line {line}" in str(e.value) and "predictor.depth=1 (expected 2)" in str(e.value) and "preset_name" in str(e.value)
+
+
+def test_a_cut_or_foreign_weights_file_is_refused(tmp_path):
+    WorldModel(smallest()).save_pretrained(tmp_path)
+    file = tmp_path / "world_model.safetensors"
+    whole = file.read_bytes()
+    for broken in (whole[:len(whole) // 2], b"", b"PK\x03\x04 a pickle in a zip"):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match="world_model.safetensors.*train it again"): WorldModel.from_pretrained(tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match="no such file"): WorldModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"name": "tiny"}))
+    with pytest.raises(ValueError, match="config.json"): WorldModel.from_pretrained(tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_weights(tmp_path, monkeypatch):
+    model = WorldModel(smallest())
+    model.save_pretrained(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    import minecraft_jepa.layers as layers
+    def dies(part, data):
+        with open(part, "wb") as f: f.write(data[:10])
+        raise OSError("disk full")
+    monkeypatch.setattr(layers.Path, "write_bytes", dies)
+    with pytest.raises(OSError, match="disk full"): perturbed(model).save_pretrained(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_half_precision_halves_the_file_and_keeps_the_latents(tmp_path):
+    model = WorldModel(smallest()).eval()
+    frames, _ = windows(model.config)
+    model.save_pretrained(tmp_path / "whole"); model.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    sizes = [(tmp_path / f / "world_model.safetensors").stat().st_size for f in ("half", "whole")]
+    assert sizes[0] < 0.6 * sizes[1]
+    assert torch.allclose(WorldModel.from_pretrained(tmp_path / "half").encode(frames[:, 0]), model.encode(frames[:, 0]), atol=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_agrees_with_cpu():
+    model = perturbed(WorldModel(smallest())).eval()
+    frames, actions = windows(model.config)
+    with torch.no_grad():
+        here = model.imagine(model.encode(frames[:, 0]), actions)
+        there = model.cuda().imagine(model.encode(frames[:, 0].cuda()), actions.cuda()).cpu()
+    assert (here - there).norm() / here.norm() < 1e-3

@@ -1,0 +1,198 @@
+"Promises of the repository: layers, clean notebooks, modules in step with them, figures with their numbers, size."
+import ast
+import configparser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import minecraft_jepa
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
+STUDY = sorted((ROOT / "nbs/study").glob("*.ipynb"))
+NOTEBOOKS = [*LIBRARY, ROOT / "nbs/index.ipynb", *STUDY]
+MODULES = sorted(p for p in (ROOT / "minecraft_jepa").glob("*.py") if not p.name.startswith("_"))
+NUMBERS = {p.stem[3:]: int(p.stem[:2]) for p in LIBRARY}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = configparser.ConfigParser()
+SETTINGS.read(ROOT / "settings.ini")
+
+each = lambda paths: pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
+
+
+def cells(path, kind="code"): return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
+def source(cell): return "".join(cell["source"])
+
+
+def tracked():
+    "Files that git tracks."
+    try: done = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True)
+    except FileNotFoundError: pytest.skip("git is not installed")
+    if done.returncode: pytest.skip(f"not a git checkout: {done.stderr.strip()}")
+    return [ROOT / name for name in done.stdout.split("\0") if (ROOT / name).is_file()]
+
+
+def imported(text):
+    "Dotted name of everything that Python source imports; relative imports are of this package."
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ("minecraft_jepa" if node.level else "", node.module)))
+            yield from (f"{base}.{a.name}" for a in node.names)
+
+
+def code(path):
+    "Python source of a module or notebook, without IPython's own lines."
+    if path.suffix == ".py": return path.read_text()
+    return "\n".join(re.sub(r"^\s*[%!].*$", "", source(c), flags=re.M) for c in cells(path))
+
+
+@each(LIBRARY)
+def test_notebook_is_named_after_its_module(path):
+    assert re.search(r"^#\| default_exp (\w+)$", code(path), re.M)[1] == path.stem[3:]
+
+
+def test_every_module_has_its_notebook():
+    assert {p.stem for p in MODULES} == set(NUMBERS), "delete a notebook and its module together"
+
+
+@each(MODULES)
+def test_module_imports_lower_numbers_only(path):
+    own = {name.split(".")[1] for name in imported(code(path)) if name.startswith("minecraft_jepa.")}
+    assert not {m for m in own if NUMBERS.get(m, 99) >= NUMBERS.get(path.stem, 0)}
+
+
+@each(LIBRARY)
+def test_notebook_opens_with_title_and_claim(path):
+    first = json.loads(path.read_text())["cells"][0]
+    title, claim = [line for line in source(first).splitlines() if line][:2]
+    assert first["cell_type"] == "markdown" and re.match(r"# \w", title) and re.match(r"> \S+ ", claim)
+
+
+@each(NOTEBOOKS)
+def test_notebook_holds_no_outputs(path):
+    dirty = [source(c)[:60] for c in cells(path) if c["outputs"] or c["execution_count"] is not None]
+    assert not dirty, "run `make export`"
+
+
+@each(LIBRARY)
+def test_exported_cells_fit_a_screen(path):
+    exported = [source(c).splitlines() for c in cells(path) if re.search(r"^#\| *export", source(c), re.M)]
+    assert exported and not {cell[1]: len(cell) for cell in exported if len(cell) > 60}
+
+
+@each(MODULES)
+def test_public_names_are_explained(path):
+    public = [n for n in ast.parse(code(path)).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    assert not [n.name for n in public if not ast.get_docstring(n)]
+
+
+@each(STUDY)
+def test_study_notebook_takes_the_agreed_parameters(path):
+    parameters, first, *_ = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])] + cells(path)[1:]
+    assert cells(path)[0] == parameters, "parameters come first"
+    assert [n.targets[0].id for n in ast.parse(source(parameters)).body] == ["preset_name", "data_dir", "out_dir", "weights", "steps", "seed", "device"]
+    assert "study_parameters(globals())" in source(first), "parameters are checked before anything else is defined"
+
+
+def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.suffix in (".py", ".ipynb", ".toml") and not p.parent.name.startswith(".")}
+
+
+def test_export_and_clean_change_nothing(tmp_path):
+    ignore = shutil.ignore_patterns(".*", "__pycache__")
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=ignore)
+    for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
+    clean = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # set, it makes nbdev_export do nothing
+    for tool in ("nbdev_export", "nbdev_clean"):
+        subprocess.run([Path(sys.executable).parent / tool], cwd=tmp_path, env=clean, check=True, stdin=subprocess.DEVNULL)
+    made, committed = files(tmp_path), {}
+    for folder in ("nbs", "minecraft_jepa"): committed |= {f"{folder}/{k}": v for k, v in files(ROOT / folder).items()}
+    committed["pyproject.toml"] = (ROOT / "pyproject.toml").read_bytes()
+    changed = sorted(n for n in made | committed if made.get(n) != committed.get(n))
+    assert not changed, f"edit the notebook, not the module, and run `make export`: {', '.join(changed)}"
+
+
+def test_version_is_the_same_everywhere():
+    citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1]
+    assert minecraft_jepa.__version__ == SETTINGS["DEFAULT"]["version"] == citation
+
+
+def packages(requirements): return {re.match(r"[\w.-]+", r)[0].replace("_", "-").lower() for r in requirements}
+
+
+def needed(paths):
+    "Packages, as pip names them, that files import and Python does not bring."
+    pip_name = {"PIL": "pillow", "skimage": "scikit-image", "IPython": "ipykernel", "nbclient": "papermill", "nbformat": "papermill", "traitlets": "papermill"}
+    tops = {name.split(".")[0] for p in paths for name in imported(code(p))} - set(sys.stdlib_module_names) - {"minecraft_jepa"}
+    return {pip_name.get(top, top).replace("_", "-").lower() for top in tops}
+
+
+def test_dependencies_are_those_imported():
+    runtime, dev = packages(PROJECT["dependencies"]), packages(PROJECT["optional-dependencies"]["dev"])
+    modules = [p for p in MODULES if p.stem != "study"]  # the runner needs papermill, and is for a clone with `dev`
+    assert not needed(modules) - runtime, "imported, not declared"
+    assert not runtime - needed(modules), "declared, imported nowhere"
+    assert not needed([*NOTEBOOKS, *MODULES, *(ROOT / "tests").glob("*.py")]) - runtime - dev, "imported, not declared"
+
+
+FIGURES = sorted(p for p in (ROOT / "figures").glob("*") if p.suffix in (".png", ".gif"))
+
+
+@each(FIGURES)
+def test_figure_has_its_numbers(path):
+    assert json.loads(path.with_suffix(".json").read_text())
+
+
+def test_repository_stays_small():
+    assert sum(p.stat().st_size for p in tracked()) < 44 * 2**20
+
+
+def test_no_file_names_a_private_folder():
+    private = re.compile(r"(?<![\w.-])/(?:home|root|work|Users)/|\.\./shared\b")
+    found = {}
+    for p in tracked():
+        try: hit = private.search(p.read_text())
+        except UnicodeDecodeError: continue
+        if hit: found[str(p.relative_to(ROOT))] = hit[0]
+    assert not found
+
+
+@each([p for p in (*ROOT.glob("*.md"), *ROOT.glob("data/*.md")) if p.is_file()])
+def test_links_lead_to_files(path):
+    links = re.findall(r"\]\(([^)#\s]+)|(?:src|href)=\"([^\"#]+)\"", path.read_text())
+    links = [a or b for a, b in links if not re.match(r"\w+:", a or b)]
+    assert not [link for link in links if not (path.parent / link).exists()]
+
+
+@pytest.fixture
+def make(tmp_path):
+    "Runs make on a copy of the Makefile, with a Python that fails where `breaks` stands in what it is asked."
+    if not shutil.which("make"): pytest.skip("make is not installed")
+    for name in ("Makefile", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
+    def run(*words, breaks):
+        python = tmp_path / "fake-python"
+        python.write_text(f'#!/bin/sh\ncase "$2" in *{breaks}*) exit 1;; esac\nexec "{sys.executable}" "$@"\n')
+        python.chmod(0o755)
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+        return subprocess.run(["make", *words, f"PYTHON={python}"], cwd=tmp_path, env=clean, capture_output=True, text=True)
+    return run
+
+
+@pytest.mark.parametrize("breaks, remedy", [("version_info", "Python 3.11 or newer"), ("ensurepip", f"apt install python3.{sys.version_info.minor}-venv")])
+def test_make_names_the_remedy(make, tmp_path, breaks, remedy):
+    done = make("study", breaks=breaks)
+    assert done.returncode and remedy in done.stderr and not (tmp_path / ".venv").exists()
+
+
+def test_make_refuses_a_misspelt_variable(make):
+    done = make("study", "PRSET=small", breaks="nothing")
+    assert done.returncode and "PRSET" in done.stderr and "PRESET" in done.stderr

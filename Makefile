@@ -33,9 +33,11 @@ export: .venv/installed
 	$(BIN)/jupyter nbconvert --log-level WARN --clear-output --inplace nbs/*.ipynb nbs/study/*.ipynb
 	$(BIN)/nbdev_clean
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
+
+$(BIN)/pip:
 	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo 'Python 3.11 or newer is needed. Debian 12, Ubuntu 24.04 and later: sudo apt install python3 python3-venv. Ubuntu 22.04: sudo apt install python3.11 python3.11-venv' >&2; exit 1; }
 	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { '$(PYTHON)' -c 'import sys; print("$(PYTHON) cannot make environments: sudo apt install python%d.%d-venv (or python3-venv)" % sys.version_info[:2])' >&2; exit 1; }
 	'$(PYTHON)' -m venv .venv
-	$(BIN)/python -m pip install -e '.[dev]'
-	touch $@

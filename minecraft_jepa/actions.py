@@ -19,48 +19,83 @@ DEGREES_PER_PIXEL = 360 / 2400    # of mouse movement, VPT's camera scale
 NOOP = np.zeros(ACTION_DIM, np.float32)
 NOOP[[20, 21]] = 0.5              # the cursor rests in the middle
 
-# %% ../nbs/01_actions.ipynb #834da146
+# %% ../nbs/01_actions.ipynb #e0ce945e
+def _number(value): return type(value) in (int, float) and abs(value) < 1e6  # false for nan and inf too
+def _switch(value): return type(value) is bool
+def _strings(value): return type(value) is list and all(type(v) is str for v in value)
+def _integers(value): return type(value) is list and all(type(v) is int for v in value)
+def _slot(value): return type(value) is int and 0 <= value <= 8
+
+_EXPECTED = {_number: "a number below a million", _switch: "true or false", _strings: "a list of strings", _integers: "a list of whole numbers", _slot: "a whole number from 0 to 8"}
+
+def _field(line, name, kind, default=None):
+    "The field `name`, such as 'mouse.dx', if it is of its kind; `default` where a line may lack it. ValueError names the field."
+    value, above = line, "the line"
+    for key in name.split("."):
+        if not isinstance(value, dict): raise ValueError(f"{above} is {str(value)[:40]!r}, expected an object")
+        if key not in value:
+            if default is None: raise ValueError(f"the field {name} is missing")
+            return default
+        value, above = value[key], key
+    if not kind(value): raise ValueError(f"{name} is {str(value)[:40]!r}, expected {_EXPECTED[kind]}")
+    return value
+
+# %% ../nbs/01_actions.ipynb #e38b645f
 def encode_action(
-    line,  # dict of one jsonl line; of its fields only `mouse` and `keyboard` are read
+    line,  # dict of one jsonl line: `mouse`, `keyboard` and, if it is there, `isGuiOpen`
 ) -> np.ndarray:
-    "The 28 numbers of a line, float32. Keys outside the 20 are left out. ValueError says which field is missing or of the wrong type."
+    "The 28 numbers of a line, float32. Keys and buttons outside the table are left out. ValueError names a field that is missing or of the wrong type."
+    keys, buttons = _field(line, "keyboard.keys", _strings), _field(line, "mouse.buttons", _integers)
     action = NOOP.copy()
-    try: mouse, keys = line["mouse"], line["keyboard"]["keys"]
-    except (KeyError, TypeError): raise ValueError("a line needs the fields mouse and keyboard.keys") from None
-    for key in keys:
-        if key in KEYS: action[KEYS.index(key)] = 1
-    for name, scale in (("x", 1 / WINDOW[0]), ("y", 1 / WINDOW[1]), ("dx", DEGREES_PER_PIXEL), ("dy", DEGREES_PER_PIXEL), ("dwheel", 1)):
-        if name not in mouse: continue
-        value = mouse[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value): raise ValueError(f"mouse.{name} is {value!r}, expected a finite number")
-        action[ACTION_NAMES.index(name)] = value * scale
-    for button in mouse.get("buttons", ()):
-        if button in (0, 1, 2): action[25 + button] = 1
+    action[:20] = [key in keys for key in KEYS]
+    cursor = _field(line, "mouse.x", _number, WINDOW[0] / 2), _field(line, "mouse.y", _number, WINDOW[1] / 2)
+    if _field(line, "isGuiOpen", _switch, True):  # else the mouse is caught, and x, y are no place in the window
+        action[20:22] = np.clip(np.divide(cursor, WINDOW), 0, 1)
+    action[22] = _field(line, "mouse.dx", _number) * DEGREES_PER_PIXEL
+    action[23] = _field(line, "mouse.dy", _number) * DEGREES_PER_PIXEL
+    action[24] = _field(line, "mouse.dwheel", _number, 0)
+    action[25:] = [button in buttons for button in range(3)]
     return action
 
-# %% ../nbs/01_actions.ipynb #6b8717ce
+# %% ../nbs/01_actions.ipynb #676d8f7a
 def decode_action(
-    action,  # (28,)
+    action,  # (28,), keys and buttons above 0.5 count as pressed
 ) -> dict:
-    "The `mouse` and `keyboard` of a line that `encode_action` takes to these numbers."
+    "The `mouse` and `keyboard` of a line that `encode_action` takes to these numbers, ready for json."
     action = np.asarray(action, float)
     if action.shape != (ACTION_DIM,): raise ValueError(f"an action is {action.shape}, expected ({ACTION_DIM},)")
-    x, y, dx, dy, wheel = action[20:25]
+    if not np.isfinite(action).all(): raise ValueError(f"{ACTION_NAMES[int(np.argmin(np.isfinite(action)))]} is not finite")
+    x, y, dx, dy, wheel = action[20:25].tolist()
     return {"mouse": {"x": x * WINDOW[0], "y": y * WINDOW[1], "dx": dx / DEGREES_PER_PIXEL, "dy": dy / DEGREES_PER_PIXEL, "dwheel": wheel,
                       "buttons": [i for i in range(3) if action[25 + i] > 0.5]},
             "keyboard": {"keys": [k for k, v in zip(KEYS, action) if v > 0.5]}}
 
-# %% ../nbs/01_actions.ipynb #3bfb7d0c
+# %% ../nbs/01_actions.ipynb #a15afd18
+def _strip_stuck_attack(actions, lines):
+    "Take button 0 away until it is pressed anew, if the recording opens with it newly pressed. OpenAI's loader does the same."
+    if not lines or _field(lines[0], "mouse.newButtons", _integers, []) != [0]: return
+    for action, line in zip(actions, [{}, *lines[1:]]):
+        if 0 in _field(line, "mouse.newButtons", _integers, []): return
+        action[25] = 0
+
+def _add_scrolled_slots(actions, lines):
+    "Press the key of a slot that is in hand on the next line but not on this one, unless the player pressed it."
+    slots = [_field(line, "hotbar", _slot, -1) for line in lines]  # -1: not recorded
+    for t, (now, then) in enumerate(zip(slots, slots[1:])):
+        if -1 not in (now, then) and now != then:
+            key = KEYS.index(f"key.keyboard.{then + 1}")
+            if not actions[t + 1, key]: actions[t, key] = 1  # some recorders name the key one line late
+
 def encode_actions(
     lines,  # dicts, in order
 ) -> np.ndarray:
-    "The actions of a recording, (T, 28) float32: stuck attack stripped, slots chosen by the wheel shown as their key."
-    actions = np.stack([encode_action(line) for line in lines]) if lines else np.zeros((0, ACTION_DIM), np.float32)
-    stuck, slot = bool(lines) and lines[0]["mouse"].get("newButtons") == [0], None
-    for action, line in zip(actions, lines):
-        if stuck and line is not lines[0] and 0 in line["mouse"].get("newButtons", ()): stuck = False
-        if stuck: action[25] = 0
-        now = line.get("hotbar")
-        if slot is not None and now is not None and now != slot and 0 <= now <= 8: action[KEYS.index(f"key.keyboard.{now + 1}")] = 1
-        slot = now if now is not None else slot
+    "The actions of a recording, (T, 28) float32: stuck attack stripped, slots chosen by the wheel shown as their key. ValueError names line and field."
+    actions = np.zeros((len(lines), ACTION_DIM), np.float32)
+    for t, line in enumerate(lines):
+        try:
+            actions[t] = encode_action(line)
+            _field(line, "mouse.newButtons", _integers, []); _field(line, "hotbar", _slot, -1)
+        except ValueError as e: raise ValueError(f"line {t + 1}: {e}") from None
+    _strip_stuck_attack(actions, lines)
+    _add_scrolled_slots(actions, lines)
     return actions

@@ -112,7 +112,7 @@ def run_study(
     print(f"done in {clock(time.monotonic() - start)}: figures in {out_dir}, executed notebooks in {runs}")
     return took
 
-# %% ../nbs/17_study.ipynb #4b00948b
+# %% ../nbs/17_study.ipynb #ff1e7bd1
 def main(
     argv=None,  # words of the command line; None: those of this process
 ) -> int:
@@ -127,6 +127,7 @@ def main(
     p.add_argument("--notebooks", default="nbs/study", metavar="FOLDER", help="the study's notebooks")
     p.add_argument("--runs", default="_runs", metavar="FOLDER", help="for executed notebooks and weights")
     arguments = vars(p.parse_args(argv))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin at a barrier make torch several times slower when another process wants the core (LOG.md)
     try: run_study(**arguments)
     except (PapermillExecutionError, DeadKernelError) as e:
         print(f"{e}\nThe study stopped here; the failed notebook as far as it came is in {arguments['runs']}.", file=sys.stderr)

@@ -79,7 +79,7 @@ class Progress:
         left = took / step * (self.steps - step)
         print(f"{self.what} {step}/{self.steps}  {text}  {step * batch / took:.0f} samples/s  {int(left) // 60}:{int(left) % 60:02d} left", flush=True)
 
-# %% ../nbs/11_training.ipynb #719f8901
+# %% ../nbs/11_training.ipynb #516aeef7
 @torch.no_grad()
 def validate(
     model,      # WorldModel
@@ -95,7 +95,7 @@ def validate(
         f, a = f.to(device), a.to(device)
         with autocast(device.type):
             truth = torch.stack([model.target(f[:, k]) for k in range(f.shape[1])], 1).float()  # (b, 1+K, n, d)
-            future = model.imagine(model.encode(f[:, 0]), a).float()                            # (b, K, n, d)
+            future = model.imagine(truth[:, 0], a).float()                                      # (b, K, n, d), from the teacher's view: the one that ships
         error = lambda z: ((z - truth[:, 1:]) ** 2).mean((2, 3)).cpu()
         rows.append((error(future), error(truth[:, :1]), truth[:, 0].cpu()))
     model.train(was)

@@ -166,11 +166,23 @@ def test_no_file_names_a_private_folder():
     assert not found
 
 
-@each([p for p in (*ROOT.glob("*.md"), *ROOT.glob("data/*.md")) if p.is_file()])
+@each([*ROOT.glob("*.md"), *ROOT.glob("data/*.md")])
 def test_links_lead_to_files(path):
     links = re.findall(r"\]\(([^)#\s]+)|(?:src|href)=\"([^\"#]+)\"", path.read_text())
     links = [a or b for a, b in links if not re.match(r"\w+:", a or b)]
     assert not [link for link in links if not (path.parent / link).exists()]
+
+
+@each([*ROOT.glob("*.md"), *ROOT.glob("data/*.md"), *NOTEBOOKS])
+def test_no_placeholder_is_left(path):
+    text = path.read_text() if path.suffix == ".md" else "\n".join(source(c) for c in cells(path, "markdown"))
+    assert not re.findall(r"@[A-Z_]+@|\b(?:COST|EXPECT|TODO|FIXME)\d?\b", text)
+
+
+@each(STUDY)
+def test_study_notebook_opens_with_a_command_for_the_root(path):
+    command = re.search(r"^papermill .*$", source(cells(path, "markdown")[0]), re.M)[0]
+    assert f"--cwd nbs/study nbs/study/{path.name} _runs/{path.name}" in command, "its paths are relative to its own folder"
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'Clip', 'cache_dir', 'clip_key', 'decode_clip', 'ClipStore', 'sample_windows', 'image_shift',
            'lag_correlation']
 
-# %% ../nbs/03_clips.ipynb #d066fd45
+# %% ../nbs/03_clips.ipynb #facf0827
 import hashlib
 import json
 import os
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .config import write_json
 from .recordings import find_recordings, group_of, open_recording, pair_of

@@ -51,7 +51,7 @@ class Predictor:
     heads: int = 4
     dropout: float = 0.0           # LeWM: 0.1 where training is long; minutes do not overfit
 
-# %% ../nbs/00_config.ipynb #9072e5be
+# %% ../nbs/00_config.ipynb #c9f46f3c
 @dataclass(frozen=True)
 class Jepa:
     "Target, loss and collapse alarm of the world model."
@@ -83,7 +83,8 @@ class Train:
     "Both trainings: the world model, then the decoders on its frozen latents."
     steps: int = 1300
     batch: int = 16
-    lr: float = 1e-3
+    lr: float = 8e-4
+    encoder_lr: float = 0.5        # share of lr for the encoder: targets that move slowly can be learned, and keep detail (LOG.md)
     warmup: float = 0.05           # share of the steps
     weight_decay: float = 0.05     # matrices only
     clip: float = 1.0              # gradient norm

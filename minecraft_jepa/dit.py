@@ -67,7 +67,7 @@ class RegressionHead(Pretrained):
         for block in self.blocks: z = block(z, self.angle)
         return self.out(self.norm(z))  # (b, n, p)
 
-# %% ../nbs/10_dit.ipynb #98934027
+# %% ../nbs/10_dit.ipynb #99edd357
 class DiT(Pretrained):
     "Denoises pixel patches under a latent: x-prediction, flow matching, per-token adaLN-zero."
     file = "dit.safetensors"
@@ -110,8 +110,7 @@ class DiT(Pretrained):
     @torch.no_grad()
     def decode(self, z, steps=None, seed=0, guidance=None):
         "Latents (b, n, d) -> frames (b, 3, H, W) uint8, by `steps` Heun steps. All frames start from one noise (`seed`), so that a clip holds still."
-        c = self.config.dit
-        steps, guidance = steps or c.sample_steps, c.guidance if guidance is None else guidance
+        steps, guidance = steps or self.config.dit.sample_steps, self.config.dit.guidance if guidance is None else guidance
         if steps < 1: raise ValueError(f"steps={steps} must be at least 1")
         noise = torch.randn(1, z.shape[1], self.out.out_features, generator=torch.Generator().manual_seed(seed))
         x, times = noise.to(z).expand(len(z), -1, -1), torch.linspace(0, 1, steps + 1, device=z.device)
@@ -125,7 +124,5 @@ class DiT(Pretrained):
     def _velocity(self, x, s, z, guidance):
         s = s.expand(len(x))
         seen = self.denoise(x, s, z)
-        if guidance != 1:
-            blind = self.denoise(x, s, self.no_latent.to(z).expand_as(z))
-            seen = blind + guidance * (seen - blind)
+        if guidance != 1: seen = seen + (guidance - 1) * (seen - self.denoise(x, s, self.no_latent.to(z).expand_as(z)))
         return (seen - x) / (1 - s[:, None, None]).clamp_min(self.config.dit.clamp)

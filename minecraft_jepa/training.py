@@ -18,17 +18,19 @@ from .dit import DiT, RegressionHead
 from .ema import ema_update, frozen_copy, momentum_at
 from .jepa import WorldModel, collapse_alarm, collapse_metrics
 
-# %% ../nbs/11_training.ipynb #60fde182
+# %% ../nbs/11_training.ipynb #f1f45602
 def make_optimizer(
-    module,        # its trainable parameters
+    parts,         # {module: share of the learning rate}; parameters that hear no gradient are left out
     lr,            # peak learning rate
     weight_decay,  # on matrices; biases, norms and positions have none
 ):
     "AdamW, beta2 .95 (JiT, app. A; GPT-3, app. B)."
-    params = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    plain = [p for n, p in params if p.ndim < 2 or n.endswith("position")]
-    matrices = [p for n, p in params if not (p.ndim < 2 or n.endswith("position"))]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = []
+    for module, share in parts.items():
+        params = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        plain = lambda n, p: p.ndim < 2 or n.endswith(("position", "recency"))
+        groups += [{"params": [p for n, p in params if not plain(n, p)], "weight_decay": weight_decay, "share": share},
+                   {"params": [p for n, p in params if plain(n, p)], "weight_decay": 0.0, "share": share}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 def lr_at(
@@ -42,7 +44,7 @@ def lr_at(
     if step < ramp: return lr * (step + 1) / ramp
     return lr * (math.cos(math.pi * (step - ramp) / max(steps - ramp, 1)) + 1) / 2
 
-# %% ../nbs/11_training.ipynb #5c1ada69
+# %% ../nbs/11_training.ipynb #45b6fb39
 def autocast(
     device,  # 'cpu' or 'cuda'
 ):
@@ -57,7 +59,7 @@ def descend(
 ):
     "Backward and update; gives the gradient norm. FloatingPointError when the loss is not finite: nothing is changed then."
     if not torch.isfinite(loss): raise FloatingPointError(f"the loss is {loss.item()}: lower the lr, or look for broken frames in the recordings")
-    for group in optimizer.param_groups: group["lr"] = lr
+    for group in optimizer.param_groups: group["lr"] = lr * group["share"]
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
     optimizer.step()
@@ -102,7 +104,7 @@ def validate(
     errors, copies, z = (torch.cat(r) for r in zip(*rows))
     return {"model": errors.mean(0).tolist(), "copy_last": copies.mean(0).tolist(), **collapse_metrics(z)}
 
-# %% ../nbs/11_training.ipynb #05539c84
+# %% ../nbs/11_training.ipynb #c092c7ac
 def train_world_model(
     config,         # minecraft_jepa.config.Config
     store,          # ClipStore
@@ -119,16 +121,17 @@ def train_world_model(
     t, j, ticks, steps = config.train, config.jepa, config.conditioner.ticks, steps or config.train.steps
     seed_everything(seed)
     model = WorldModel(config).to(device).train()
-    optimizer = make_optimizer(model, t.lr, t.weight_decay)
+    optimizer = make_optimizer({model.encoder: t.encoder_lr, model.conditioner: 1.0, model.predictor: 1.0}, t.lr, t.weight_decay)
     windows = sample_windows(store, names, ticks, j.rollout, t.batch, seed)
     check = next(sample_windows(store, held_out, ticks, 8, 128, seed))
     history, progress, best = [], Progress("world model", steps), math.inf
     for step in range(steps):
         frames, actions = (x.to(device, non_blocking=True) for x in next(windows))
         with autocast(device): out = model(frames, actions)
-        norm = descend(out["loss"], optimizer, lr_at(step, steps, t.lr, t.warmup), t.clip)
+        lr = lr_at(step, steps, t.lr, t.warmup)
+        norm = descend(out["loss"], optimizer, lr, t.clip)
         model.update_teacher(momentum_at(step, steps, j.ema_start, j.ema_end))
-        row = {"step": step + 1, "loss": out["loss"].item(), "gradient_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+        row = {"step": step + 1, "loss": out["loss"].item(), "gradient_norm": norm.item(), "lr": lr}
         history.append(row)
         last = step + 1 == steps
         if last: model.adopt_teacher()
@@ -143,7 +146,7 @@ def train_world_model(
         else: progress.show(step + 1, t.batch, f"loss {row['loss']:.4f}")
     return model.eval(), history
 
-# %% ../nbs/11_training.ipynb #efac6243
+# %% ../nbs/11_training.ipynb #22cbffde
 def train_decoders(
     model,         # WorldModel, left as it is
     store,         # ClipStore
@@ -157,7 +160,7 @@ def train_decoders(
     steps, model = steps or t.decoder_steps, model.to(device).eval()
     seed_everything(seed)
     dit, head = DiT(config).to(device).train(), RegressionHead(config).to(device).train()
-    slow, optimizer = frozen_copy(dit), make_optimizer(torch.nn.ModuleList([dit, head]), t.decoder_lr, t.weight_decay)
+    slow, optimizer = frozen_copy(dit), make_optimizer({dit: 1.0, head: 1.0}, t.decoder_lr, t.weight_decay)
     windows = sample_windows(store, names, 1, 1, t.decoder_batch, seed)
     history, progress = [], Progress("decoders", steps)
     for step in range(steps):

@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SETTINGS = configparser.ConfigParser()
 SETTINGS.read(ROOT / "settings.ini")
 
-each = lambda paths: pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
+each = lambda paths: pytest.mark.parametrize("path", paths, ids=[str(p.relative_to(ROOT)) for p in paths])
 
 
 def cells(path, kind="code"): return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]

@@ -6,14 +6,14 @@
 __all__ = ['STATE', 'SIDES', 'paint_cursor', 'RecordingError', 'Recording', 'group_of', 'pair_of', 'open_recording',
            'find_recordings', 'check_recordings', 'split_recordings']
 
-# %% ../nbs/02_recordings.ipynb #0c84618b
+# %% ../nbs/02_recordings.ipynb #2972ede1
 import json
 import re
 from pathlib import Path
 
 import av
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .actions import encode_actions
 

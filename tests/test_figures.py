@@ -1,0 +1,69 @@
+"What the README says of the committed figures, held against the numbers beside them."
+import json
+import re
+from pathlib import Path
+
+import imageio.v3 as imageio
+import pytest
+
+from minecraft_jepa.recordings import split_recordings
+
+ROOT = Path(__file__).parent.parent
+
+
+def numbers(name):
+    path = ROOT / "figures" / f"{name}.json"
+    if not path.is_file(): pytest.skip(f"{path.name} is not there: run make study")
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def evaluate(): return numbers("evaluate")
+
+
+def test_judged_on_worlds_not_trained_on(evaluate):
+    split = split_recordings(ROOT / "data")
+    assert sorted(evaluate["recordings"]) == sorted(split["test"])
+
+
+@pytest.mark.parametrize("ticks", ["1", "2", "4"])
+def test_model_beats_copying_and_wrong_actions(evaluate, ticks):
+    row = evaluate["horizons"][ticks]
+    assert set(row) >= {"model", "copy_last", "other_actions", "noop"}
+    for rival in ("copy_last", "other_actions"):
+        assert row["model"]["mean"] < row[rival]["mean"]
+        if ticks in "12": assert row["model"]["interval"][1] < row[rival]["interval"][0]
+
+
+def test_nothing_collapsed(evaluate):
+    train = numbers("train")
+    assert train["alarms"] == [] and evaluate["collapse"]["alarm"] is None
+    assert len(train["evaluations"]) >= 5  # it was looked at
+
+
+def test_sizes_are_those_of_the_seed():
+    sora = numbers("sora")
+    assert sora["params"]["encoder"] == 113_998_080
+    for name, budget in (("conditioner", 42_696_960), ("predictor", 213_282_816), ("dit", 141_838_848)):
+        assert abs(sora["params"][name] / budget - 1) <= 0.01
+    assert round(sora["sora_over_seed"]["with_decoder"], 2) == 1.17 and round(sora["sora_over_seed"]["without_decoder"], 2) == 1.62
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_rollouts_see_one_frame_and_imagine_fifteen_or_more(n):
+    row = numbers(f"rollout_{n}")
+    assert row["frames_seen"] == 1 and row["ticks_imagined"] >= 15
+    assert row["recording"] in split_recordings(ROOT / "data")["test"]
+    gif = ROOT / "figures" / f"rollout_{n}.gif"
+    with imageio.imopen(gif, "r") as f: pictures = list(f.iter(mode="RGB"))
+    assert len(pictures) == row["ticks_imagined"] + 1
+    assert len({p.tobytes() for p in pictures}) == len(pictures)  # it moves
+
+
+def test_table_in_the_readme_is_that_of_the_run(evaluate):
+    readme = (ROOT / "README.md").read_text()
+    for ticks, row in evaluate["horizons"].items():
+        line = re.search(rf"^\| {ticks} \|.*$", readme, re.M)[0]
+        for method in ("model", "copy_last", "noop", "other_actions"):
+            m = row[method]
+            assert f"{m['mean']:.3f} [{m['interval'][0]:.3f}, {m['interval'][1]:.3f}]" in line

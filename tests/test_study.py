@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
 from minecraft_jepa.study import main, run_notebook, study_notebooks
@@ -33,6 +34,15 @@ def test_notebook_runs_and_leaves_its_numbers(notebook, folder):
             Image.open(p).verify()
             assert p.with_suffix(".json") in numbers
         assert p.suffix != ".part"
+
+
+@pytest.mark.parametrize("wrong, told", [
+    ({"stpes": 3}, "unknown parameter 'stpes': did you mean 'steps'"), ({"preset_name": "tinny"}, "unknown preset 'tinny': did you mean 'tiny'"),
+    ({"data_dir": "nowhere"}, "no such folder"), ({"weights": "nowhere"}, "train first"), ({"preset_name": "small"}, "weights of another preset")])
+def test_wrong_parameter_is_told_with_its_remedy(wrong, told, folder, tmp_path):
+    values = {"preset_name": "tiny", "data_dir": DATA, "out_dir": tmp_path / "out", "weights": folder / "weights", "steps": 2, "seed": 0, "device": "cpu"}
+    with pytest.raises(PapermillExecutionError) as stop: run_notebook(ROOT / "nbs/study/3_evaluate.ipynb", tmp_path / "copy.ipynb", values | wrong)
+    assert told in str(stop.value)
 
 
 def toy(folder, name, source):

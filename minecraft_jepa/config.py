@@ -206,7 +206,7 @@ class Study:
     seed: int
     device: str      # 'cpu' or 'cuda'
 
-# %% ../nbs/00_config.ipynb #bda17c1c
+# %% ../nbs/00_config.ipynb #c5c13747
 _PARAMETERS = ("preset_name", "data_dir", "out_dir", "weights", "steps", "seed", "device")
 
 def study_parameters(
@@ -215,8 +215,9 @@ def study_parameters(
     "Check the parameters in `names`, seed everything and make `out_dir`. ValueError names the parameter and the remedy."
     kernel = {"In", "Out", "get_ipython", "exit", "quit", "open", "study_parameters", "papermill"}  # what Jupyter itself defines
     given = [n for n, v in names.items() if not n.startswith("_") and n not in kernel and not inspect.ismodule(v)]
+    again = isinstance(names.get("study"), Study)  # the cell is run a second time: the other names are the notebook's own
     for n in given:
-        if n not in _PARAMETERS: raise ValueError(_unknown("parameter", n, list(_PARAMETERS)))
+        if n not in _PARAMETERS and not again: raise ValueError(_unknown("parameter", n, list(_PARAMETERS)))
     p = {n: names[n] for n in _PARAMETERS if n in names}
     for n in ("steps", "seed"):
         if type(p[n]) is not int or p[n] < 0: raise ValueError(f"{n}={p[n]!r} must be a whole number, 0 or more")

@@ -1,18 +1,25 @@
 "The clip store: windows, teleports, sampling, atomic building, and frames in step with actions."
+import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from minecraft_jepa.clips import Clip, ClipStore, image_shift, lag_correlation, sample_windows
+from minecraft_jepa.clips import Clip, Clips, ClipStore, StaleStore, image_shift, lag_correlation, main, runs_of, sample_windows, store_of
 from minecraft_jepa.config import preset
-from minecraft_jepa.recordings import Recording, RecordingError, open_recording, split_recordings
+from minecraft_jepa.recordings import Recording, RecordingError, check_folder, open_recording, split_recordings
 
-DATA = Path(__file__).parent.parent / "data"
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "data"
 SPLIT = split_recordings(DATA)
 FRAME = preset("tiny").frame
 SHORT, OTHER = SPLIT["validation"]
@@ -29,13 +36,22 @@ def folder(tmp_path):
     return tmp_path
 
 
-def numbered(*teleports, ticks=60):
-    "A store of two clips whose frame t and action t say t; `teleports` are in the first."
-    t = np.arange(ticks)
-    frames, actions = np.broadcast_to(t[:, None, None, None], (ticks, 3, 8, 8)).astype(np.uint8), np.broadcast_to(t[:, None], (ticks, 28)).astype(np.float32)
-    made = ClipStore({"a": None, "b": None})
-    made._open = {"a": Clip(frames, actions, np.isin(t, teleports), {}), "b": Clip(frames[:40] + 100, actions[:40] + 100, np.zeros(40, bool), {})}
-    return made
+class Numbered(Clips):
+    "Two clips whose frame t and action t say t, the second from 100 on; `teleports` are in the first."
+    def __init__(self, *teleports, ticks=60):
+        t = np.arange(ticks)
+        frames, actions = np.broadcast_to(t[:, None, None, None], (ticks, 3, 8, 8)).astype(np.uint8), np.broadcast_to(t[:, None], (ticks, 28)).astype(np.float32)
+        self.clips = {"a": Clip(frames, actions, np.isin(t, teleports), {}), "b": Clip(frames[:40] + 100, actions[:40] + 100, np.zeros(40, bool), {})}
+        super().__init__(dict.fromkeys(self.clips), {n: {"ticks": len(c.actions), "runs": runs_of(c.teleported), "height": 8, "width": 8} for n, c in self.clips.items()})
+        self._here.files = self
+
+    def __getitem__(self, name): return self.clips[name]
+    def read(self, picks, ticks=25, rollout=1):
+        cut = [(self.clips[n].frames[t:t + rollout + 1], self.clips[n].actions[t - ticks + 1:t + rollout]) for n, t in picks]
+        return tuple(torch.from_numpy(np.stack(x)) for x in zip(*cut))
+
+
+numbered = Numbered
 
 
 @given(st.sets(st.integers(0, 59), max_size=4), st.integers(1, 30), st.integers(1, 8))
@@ -106,7 +122,10 @@ def test_teleports_of_the_sample_are_avoided(store):
         assert set(np.flatnonzero(jump > 20)) <= set(at)  # blocks in a tick
 
 
-def made(store_dir): return {p.name: p.stat().st_mtime_ns for p in store_dir.rglob("*")}
+def made(store_dir): return {str(p): p.stat().st_mtime_ns for p in store_dir.rglob("*.npy")}
+
+
+def clips(store_dir): return [p.name for p in store_dir.iterdir() if p.name not in ("store.json", ".lock")]
 
 
 def test_second_build_decodes_nothing(folder, tmp_path, monkeypatch):
@@ -114,25 +133,64 @@ def test_second_build_decodes_nothing(folder, tmp_path, monkeypatch):
     before = made(tmp_path / "store")
     monkeypatch.setattr(Recording, "frames", lambda *_: pytest.fail("decoded again"))
     second = ClipStore.build(folder, FRAME, tmp_path / "store", progress=False)
-    assert second.folders == first.folders and made(tmp_path / "store") == before
+    assert second.folders == first.folders and made(tmp_path / "store") == before and before
+
+
+@pytest.fixture
+def changed(folder):
+    "Changes one half of the recording, so that it still opens."
+    def change(suffix):
+        path = folder / f"{SHORT}{suffix}"
+        if suffix == ".jsonl": path.write_text(path.read_text().replace('"dwheel":0.0', '"dwheel":1.0'))
+        else:
+            for half in (".mp4", ".jsonl"): shutil.copy(DATA / f"{OTHER}{half}", folder / f"{SHORT}{half}")
+    return change
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".mp4"])
-def test_changed_source_is_decoded_anew(folder, tmp_path, suffix):
+def test_changed_source_is_refused_and_decoded_anew(folder, tmp_path, suffix, changed):
     first = ClipStore.build(folder, FRAME, tmp_path / "store", progress=False)
-    changed = folder / f"{SHORT}{suffix}"
-    if suffix == ".mp4": shutil.copy(DATA / f"{OTHER}.mp4", changed)
-    else: changed.write_text(changed.read_text().replace('"dwheel":0.0', '"dwheel":1.0'))
-    if suffix == ".mp4": shutil.copy(DATA / f"{OTHER}.jsonl", changed.with_suffix(".jsonl"))
-    second = ClipStore.build(folder, FRAME, tmp_path / "store", progress=False)
-    assert second.folders[SHORT] != first.folders[SHORT]
-    assert not np.array_equal(second[SHORT].actions, first[SHORT].actions)
+    old = first[SHORT].actions
+    changed(suffix)
+    assert np.array_equal(ClipStore.open(tmp_path / "store", FRAME)[SHORT].actions, old)  # without the source it can't be known
+    with pytest.raises(StaleStore, match=f"{SHORT} has changed since.*python -m minecraft_jepa.clips {folder} {tmp_path}/store --preset tiny"): ClipStore.open(tmp_path / "store", FRAME, folder)
+    main([str(folder), str(tmp_path / "store"), "--preset", "tiny"])  # the command it names
+    assert not np.array_equal(ClipStore.open(tmp_path / "store", FRAME, folder)[SHORT].actions, old)
+    assert clips(tmp_path / "store") == [SHORT]
 
 
-def test_other_size_is_another_clip(folder, tmp_path):
+def test_touched_source_is_the_same(folder, tmp_path):
+    ClipStore.build(folder, FRAME, tmp_path / "store", progress=False)
+    os.utime(folder / f"{SHORT}.mp4", (1, 1))
+    assert ClipStore.open(tmp_path / "store", FRAME, folder).names == [SHORT]
+
+
+def test_store_of_another_size_or_format_is_refused(folder, tmp_path):
+    ClipStore.build(folder, FRAME, tmp_path / "store", progress=False)
     small = preset("tiny", height=24, frame_width=40).frame
-    stores = [ClipStore.build(folder, f, tmp_path / "store", progress=False) for f in (FRAME, small)]
-    assert [s[SHORT].frames.shape[2:] for s in stores] == [(48, 80), (24, 40)]
+    with pytest.raises(StaleStore, match="other settings"): ClipStore.build(folder, small, tmp_path / "store", progress=False)
+    with pytest.raises(StaleStore, match="--height 24 --width 40"): ClipStore.open(tmp_path / "store", small)
+    with pytest.raises(StaleStore, match="not a clip store"): ClipStore.open(folder, FRAME)
+    with pytest.raises(StaleStore, match=f"no clip of {OTHER}"): ClipStore.open(tmp_path / "store", FRAME, names=[OTHER])
+    about = tmp_path / "store/store.json"
+    about.write_text(about.read_text().replace('"format": 3', '"format": 2'))
+    with pytest.raises(StaleStore, match=f"rm -r {tmp_path}/store && python -m"): ClipStore.open(tmp_path / "store", FRAME)
+    assert ClipStore.build(folder, small, progress=False)[SHORT].frames.shape[2:] == (24, 40)  # in the cache each size has its own
+
+
+def test_a_store_stands_in_for_the_recordings(folder, tmp_path):
+    "`build` and `split_recordings` take a store where they take a folder of recordings."
+    built = ClipStore.build(DATA, FRAME, tmp_path / "store", progress=False)
+    again = ClipStore.build(tmp_path / "store", FRAME)
+    assert again.folders == built.folders and split_recordings(tmp_path / "store") == SPLIT
+
+
+def test_clip_that_was_cut_short_is_refused(folder, tmp_path):
+    store = ClipStore.build(folder, FRAME, tmp_path / "store", progress=False)
+    frames = store.folders[SHORT] / "frames.npy"
+    with open(frames, "r+b") as f: f.truncate(frames.stat().st_size // 2)
+    with pytest.raises(StaleStore, match="cut short"): store.window(SHORT, 500)
+    assert store.window(SHORT, 100)[0].shape == (2, 3, 48, 80)
 
 
 def test_failed_build_leaves_nothing(folder, tmp_path):
@@ -142,11 +200,15 @@ def test_failed_build_leaves_nothing(folder, tmp_path):
     broken = bytearray(good)
     broken[len(good) // 2:len(good) // 2 + 4000] = bytes(4000)
     video.write_bytes(bytes(broken))
+    with pytest.raises(RecordingError, match=f"{SHORT}.mp4: .*check_folder"): ClipStore.build(folder, FRAME, tmp_path / "store", progress=False)
+    assert not clips(tmp_path / "store")
+    for suffix in (".mp4", ".jsonl"): shutil.copy(DATA / f"{OTHER}{suffix}", folder)
     with pytest.raises(RecordingError, match=f"{SHORT}.mp4: "): ClipStore.build(folder, FRAME, tmp_path / "store", progress=False)
-    assert not list((tmp_path / "store").iterdir())
+    assert clips(tmp_path / "store") == [OTHER]  # one bad recording keeps no other from being built
+    assert [(r["name"], r["used"]) for r in check_folder(folder, decode=True, progress=False)] == [(SHORT, False), (OTHER, True)]
+    assert ClipStore.build(folder, FRAME, tmp_path / "store", progress=False).names == [OTHER]
     video.write_bytes(good)
-    built = ClipStore.build(folder, FRAME, tmp_path / "store", progress=False)
-    assert [p.name for p in (tmp_path / "store").iterdir()] == [built.folders[SHORT].name]
+    assert ClipStore.build(folder, FRAME, tmp_path / "store", progress=False).names == [SHORT, OTHER]
 
 
 def test_interrupted_build_leaves_nothing(folder, tmp_path, monkeypatch):
@@ -155,7 +217,83 @@ def test_interrupted_build_leaves_nothing(folder, tmp_path, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(Recording, "frames", interrupted)
     with pytest.raises(KeyboardInterrupt): ClipStore.build(folder, FRAME, tmp_path / "store", progress=False)
-    assert not list((tmp_path / "store").iterdir())
+    assert not clips(tmp_path / "store")
+
+
+def test_killed_build_goes_on(tmp_path):
+    "Killed again and again, at a later moment each time; every clip is whole at all times, and in the end the store is the one never killed."
+    target, words = tmp_path / "store", [sys.executable, "-m", "minecraft_jepa.clips", str(DATA), str(tmp_path / "store"), "--workers", "2"]
+    killed = 0
+    for delay in np.random.default_rng(0).uniform(0.0, 0.6, 12):
+        run = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while run.poll() is None and not (target / "store.json").is_file(): time.sleep(0.02)
+        while run.poll() is None and killed and not list(target.glob(".*.part-*")): time.sleep(0.005)
+        time.sleep(delay)
+        killed += run.poll() is None
+        run.kill(); run.wait()
+        for name in ClipStore.open(target, FRAME).names: assert is_same(ClipStore.open(target, FRAME)[name], open_recording(DATA / name))
+    assert killed > 3
+    store = ClipStore.build(DATA, FRAME, target, progress=False)
+    assert store.names == sorted(sum(SPLIT.values(), [])) and sorted(clips(target)) == sorted([*store.names, "split.json"])
+
+
+def is_same(clip, recording):
+    t = len(recording) - 1
+    return len(clip.frames) == len(clip.actions) == t + 1 and np.array_equal(clip.actions, recording.actions) and clip.frames[t].any()
+
+
+def test_clip_is_read_without_a_video_library(folder, tmp_path):
+    ClipStore.build(folder, FRAME, tmp_path / "store", progress=False)
+    source = f"""
+import sys; sys.modules["av"] = None
+from minecraft_jepa.clips import ClipStore, sample_windows
+from minecraft_jepa.config import preset
+store = ClipStore.open({str(tmp_path / "store")!r}, preset("tiny").frame)
+print(next(sample_windows(store, store.names, 25, 2, 4, 0))[0].shape)
+try: ClipStore.build({str(folder)!r}, preset("tiny").frame, {str(tmp_path / "new")!r})
+except ImportError as e: print(e)
+"""
+    said = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+    assert "torch.Size([4, 3, 3, 48, 80])" in said.stdout and "pip install av" in said.stdout, said
+
+
+def test_memory_does_not_grow_with_the_recordings(folder, tmp_path):
+    "Peak of the process while windows are drawn from 20 and from 600 recordings of the same size."
+    store = ClipStore.build(folder, FRAME, tmp_path / "20", progress=False)
+    shutil.copytree(tmp_path / "20", tmp_path / "600")
+    for many in (20, 600):
+        for i in range(many): shutil.copytree(tmp_path / "20" / SHORT, tmp_path / str(many) / f"copy{i}_0", copy_function=os.link)
+    source = """
+import resource, sys
+from minecraft_jepa.clips import ClipStore, sample_windows
+store = ClipStore.open(sys.argv[1])
+windows = sample_windows(store, store.names, 25, 2, 64, 0)
+for _ in range(60): next(windows)
+print(len(store.names), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    peaks = {}
+    for many in (20, 600):
+        said = subprocess.run([sys.executable, "-c", source, str(tmp_path / str(many))], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        names, peaks[many] = map(int, said.split())
+        assert names == many + 1
+    assert peaks[600] < peaks[20] + 20_000  # KiB; the 600 hold 4.3 GB of frames
+
+
+def exact(frame):
+    "BT.601, limited range, in floating point, (H, W, 3)."
+    y, u, v = (np.frombuffer(p, np.uint8).reshape(-1, p.line_size)[:p.height, :p.width].astype(float) for p in frame.planes)
+    y, (u, v) = (y - 16) * 255 / 219, ((c.repeat(2, 0).repeat(2, 1) - 128) * 255 / 224 for c in (u, v))
+    return np.stack([y + 1.402 * v, y - 0.344136 * u - 0.714136 * v, y + 1.772 * u], -1).clip(0, 255)
+
+
+def test_colours_are_closer_than_by_the_usual_conversion():
+    "Against floating point, shrunk four times: half a grey level. PyAV's rgb24 is off by two, and darker throughout."
+    recording = open_recording(DATA / SHORT)
+    with av.open(str(recording.path)) as video:
+        for frame, ours, one in zip(itertools.islice(video.decode(video=0), 20), recording.frames(36, 64), recording.frames(36, 64, threads=False)):
+            true, usual = exact(frame).reshape(36, 4, 64, 4, 3).mean((1, 3)), frame.to_ndarray(format="rgb24", height=36, width=64, interpolation="AREA")
+            assert np.array_equal(ours, one) and np.abs(ours - true).mean() < 0.7 and 2 * np.abs(ours - true).mean() < np.abs(usual - true).mean()
+            assert np.abs((ours - true).mean((0, 1))).max() < 0.3
 
 
 def test_one_bad_recording_is_named_and_can_be_left_out(folder, tmp_path):
@@ -170,8 +308,9 @@ def test_one_bad_recording_is_named_and_can_be_left_out(folder, tmp_path):
 
 def test_store_stands_where_the_environment_says(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MINECRAFT_JEPA_CACHE", str(tmp_path / "cache"))
-    assert ClipStore.build(folder, FRAME, progress=False).folders[SHORT].parent == tmp_path / "cache" / "clips"
-    assert json.loads((next((tmp_path / "cache/clips").iterdir()) / "clip.json").read_text())["name"] == SHORT
+    built = ClipStore.build(folder, FRAME, progress=False)
+    assert built.folders[SHORT].parent == store_of(folder, FRAME) and store_of(folder, FRAME).parent == tmp_path / "cache" / "clips"
+    assert json.loads((built.folders[SHORT] / "clip.json").read_text())["name"] == SHORT
 
 
 LAGS = [*range(-5, 6)]

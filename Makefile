@@ -1,4 +1,5 @@
 # make study    the whole study: environment, training, evaluation, figures
+# make bench    the benchmarks, side by side on this machine; their figures too
 # make test     every check: modules in step with notebooks, notebooks, tests
 # make export   after editing notebooks: write the modules, drop outputs and stray metadata
 
@@ -16,12 +17,15 @@ $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(if $(fi
 
 BIN = .venv/bin
 
-.PHONY: help study test export
+.PHONY: help study bench test export
 help:
 	@grep '^# make' Makefile | cut -c3-
 
 study: .venv/installed
 	$(BIN)/python -m minecraft_jepa.study --preset '$(PRESET)' --steps '$(STEPS)' --seed '$(SEED)' --device '$(DEVICE)' --data '$(DATA)' --out '$(OUT)'
+
+bench: .venv/installed
+	$(BIN)/python -m minecraft_jepa.study --notebooks nbs/bench --preset '$(PRESET)' --steps '$(STEPS)' --seed '$(SEED)' --device '$(DEVICE)' --data '$(DATA)' --out '$(OUT)'
 
 test: .venv/installed
 	$(BIN)/pytest -q tests/test_repo.py
@@ -30,7 +34,7 @@ test: .venv/installed
 
 export: .venv/installed
 	$(BIN)/nbdev_export
-	$(BIN)/jupyter nbconvert --log-level WARN --clear-output --inplace nbs/*.ipynb nbs/study/*.ipynb
+	$(BIN)/jupyter nbconvert --log-level WARN --clear-output --inplace nbs/*.ipynb nbs/study/*.ipynb nbs/bench/*.ipynb
 	$(BIN)/nbdev_clean
 
 .venv/installed: pyproject.toml | $(BIN)/pip

@@ -19,7 +19,7 @@ DEGREES_PER_PIXEL = 360 / 2400    # of mouse movement, VPT's camera scale
 NOOP = np.zeros(ACTION_DIM, np.float32)
 NOOP[[20, 21]] = 0.5              # the cursor rests in the middle
 
-# %% ../nbs/01_actions.ipynb #e0ce945e
+# %% ../nbs/01_actions.ipynb #808c3e9d
 def _number(value): return type(value) in (int, float) and abs(value) < 1e6  # false for nan and inf too
 def _switch(value): return type(value) is bool
 def _strings(value): return type(value) is list and all(type(v) is str for v in value)
@@ -29,31 +29,34 @@ def _slot(value): return type(value) is int and 0 <= value <= 8
 _EXPECTED = {_number: "a number below a million", _switch: "true or false", _strings: "a list of strings", _integers: "a list of whole numbers", _slot: "a whole number from 0 to 8"}
 
 def _field(line, name, kind, default=None):
-    "The field `name`, such as 'mouse.dx', if it is of its kind; `default` where a line may lack it. ValueError names the field."
-    value, above = line, "the line"
-    for key in name.split("."):
+    "The field `name`, such as ('mouse', 'dx'), if it is of its kind; `default` where a line may lack it. ValueError names the field."
+    try:
+        value = line[name[0]] if len(name) == 1 else line[name[0]][name[1]]
+        if kind(value): return value
+    except (TypeError, KeyError, IndexError): pass
+    value, above = line, "the line"  # slowly now, to say what is wrong
+    for key in name:
         if not isinstance(value, dict): raise ValueError(f"{above} is {str(value)[:40]!r}, expected an object")
         if key not in value:
-            if default is None: raise ValueError(f"the field {name} is missing")
+            if default is None: raise ValueError(f"the field {'.'.join(name)} is missing")
             return default
         value, above = value[key], key
-    if not kind(value): raise ValueError(f"{name} is {str(value)[:40]!r}, expected {_EXPECTED[kind]}")
-    return value
+    raise ValueError(f"{'.'.join(name)} is {str(value)[:40]!r}, expected {_EXPECTED[kind]}")
 
-# %% ../nbs/01_actions.ipynb #e38b645f
+# %% ../nbs/01_actions.ipynb #353dbd5f
 def encode_action(
     line,  # dict of one jsonl line: `mouse`, `keyboard` and, if it is there, `isGuiOpen`
 ) -> np.ndarray:
     "The 28 numbers of a line, float32. Keys and buttons outside the table are left out. ValueError names a field that is missing or of the wrong type."
-    keys, buttons = _field(line, "keyboard.keys", _strings), _field(line, "mouse.buttons", _integers)
+    keys, buttons = _field(line, ("keyboard", "keys"), _strings), _field(line, ("mouse", "buttons"), _integers)
     action = NOOP.copy()
     action[:20] = [key in keys for key in KEYS]
-    cursor = _field(line, "mouse.x", _number, WINDOW[0] / 2), _field(line, "mouse.y", _number, WINDOW[1] / 2)
-    if _field(line, "isGuiOpen", _switch, True):  # else the mouse is caught, and x, y are no place in the window
-        action[20:22] = np.clip(np.divide(cursor, WINDOW), 0, 1)
-    action[22] = _field(line, "mouse.dx", _number) * DEGREES_PER_PIXEL
-    action[23] = _field(line, "mouse.dy", _number) * DEGREES_PER_PIXEL
-    action[24] = _field(line, "mouse.dwheel", _number, 0)
+    cursor = _field(line, ("mouse", "x"), _number, WINDOW[0] / 2), _field(line, ("mouse", "y"), _number, WINDOW[1] / 2)
+    if _field(line, ("isGuiOpen",), _switch, True):  # else the mouse is caught, and x, y are no place in the window
+        action[20:22] = [min(max(c / w, 0), 1) for c, w in zip(cursor, WINDOW)]
+    action[22] = _field(line, ("mouse", "dx"), _number) * DEGREES_PER_PIXEL
+    action[23] = _field(line, ("mouse", "dy"), _number) * DEGREES_PER_PIXEL
+    action[24] = _field(line, ("mouse", "dwheel"), _number, 0)
     action[25:] = [button in buttons for button in range(3)]
     return action
 
@@ -70,17 +73,17 @@ def decode_action(
                       "buttons": [i for i in range(3) if action[25 + i] > 0.5]},
             "keyboard": {"keys": [k for k, v in zip(KEYS, action) if v > 0.5]}}
 
-# %% ../nbs/01_actions.ipynb #a15afd18
+# %% ../nbs/01_actions.ipynb #e6729223
 def _strip_stuck_attack(actions, lines):
     "Take button 0 away until it is pressed anew, if the recording opens with it newly pressed. OpenAI's loader does the same."
-    if not lines or _field(lines[0], "mouse.newButtons", _integers, []) != [0]: return
+    if not lines or _field(lines[0], ("mouse", "newButtons"), _integers, []) != [0]: return
     for action, line in zip(actions, [{}, *lines[1:]]):
-        if 0 in _field(line, "mouse.newButtons", _integers, []): return
+        if 0 in _field(line, ("mouse", "newButtons"), _integers, []): return
         action[25] = 0
 
 def _add_scrolled_slots(actions, lines):
     "Press the key of a slot that is in hand on the next line but not on this one, unless the player pressed it."
-    slots = [_field(line, "hotbar", _slot, -1) for line in lines]  # -1: not recorded
+    slots = [_field(line, ("hotbar",), _slot, -1) for line in lines]  # -1: not recorded
     for t, (now, then) in enumerate(zip(slots, slots[1:])):
         if -1 not in (now, then) and now != then:
             key = KEYS.index(f"key.keyboard.{then + 1}")
@@ -94,7 +97,7 @@ def encode_actions(
     for t, line in enumerate(lines):
         try:
             actions[t] = encode_action(line)
-            _field(line, "mouse.newButtons", _integers, []); _field(line, "hotbar", _slot, -1)
+            _field(line, ("mouse", "newButtons"), _integers, []); _field(line, ("hotbar",), _slot, -1)
         except ValueError as e: raise ValueError(f"line {t + 1}: {e}") from None
     _strip_stuck_attack(actions, lines)
     _add_scrolled_slots(actions, lines)

@@ -6,20 +6,25 @@
 __all__ = ['FORMAT', 'Clip', 'runs_of', 'StaleStore', 'source_of', 'decode_clip', 'cache_dir', 'store_of', 'Clips', 'is_stale',
            'ClipStore', 'main', 'sample_windows', 'image_shift', 'lag_correlation']
 
-# %% ../nbs/04_clips.ipynb #819f8018
+# %% ../nbs/04_clips.ipynb #51024258
 import argparse
+import ctypes
 import fcntl
 import hashlib
+import itertools
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +96,7 @@ def decode_clip(
         shutil.rmtree(old, ignore_errors=True)
     finally: shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/04_clips.ipynb #a3190747
+# %% ../nbs/04_clips.ipynb #5ce26c55
 def cache_dir():
     "Where stores are kept: $MINECRAFT_JEPA_CACHE, else ~/.cache/minecraft_jepa."
     return Path(os.environ.get("MINECRAFT_JEPA_CACHE") or Path.home() / ".cache" / "minecraft_jepa") / "clips"
@@ -105,26 +110,20 @@ def store_of(
     return cache_dir() / f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}-{frame.height}x{frame.width}"
 
 class _OpenFiles:
-    "The files read last, so that few are open at a time."
-    def __init__(self, most=128): self.most, self.files = most, OrderedDict()
+    "Frames and actions of the clips read last, so that few files are open at a time."
+    def __init__(self, most=128): self.most, self.clips, self.files = most, {}, {}
 
-    def get(self, path):
-        "The open file, and where its numbers begin."
-        if path not in self.files:
-            f = open(path, "rb", buffering=0)
-            np.lib.format.read_magic(f); np.lib.format.read_array_header_1_0(f)
-            self.files[path] = f, f.tell()
-            if len(self.files) > self.most: self.files.popitem(last=False)[1][0].close()
-        self.files.move_to_end(path)
-        return self.files[path]
+    def get(self, name, folder):
+        "Descriptor of the frames, where they begin, and the actions: 0.7 MB for five minutes, so they stay."
+        while len(self.clips) >= self.most:
+            oldest = next(iter(self.clips))
+            self.clips.pop(oldest); self.files.pop(oldest).close()
+        f = self.files[name] = open(folder / "frames.npy", "rb", buffering=0)
+        np.lib.format.read_magic(f); np.lib.format.read_array_header_1_0(f)
+        self.clips[name] = f.fileno(), f.tell(), np.load(folder / "actions.npy")
+        return self.clips[name]
 
-    def read(self, path, first, out):
-        "Fill the array `out` with the rows from `first` on."
-        file, begin = self.get(path)
-        got = os.preadv(file.fileno(), [memoryview(out).cast("B")], begin + first * (out.nbytes // len(out)))
-        if got < out.nbytes: raise StaleStore(f"{path}: the file is cut short; delete {path.parent} and build the store again")
-
-# %% ../nbs/04_clips.ipynb #16f4640e
+# %% ../nbs/04_clips.ipynb #dc6230c5
 class Clips:
     "Clips by name, and windows from them."
     def __init__(self, folders, about):
@@ -158,10 +157,18 @@ class Clips:
         about, files = self.about[picks[0][0]], self._here.__dict__.setdefault("files", _OpenFiles())
         frames = np.empty((len(picks), 1 + rollout, 3, about["height"], about["width"]), np.uint8)
         actions = np.empty((len(picks), ticks - 1 + rollout, 28), np.float32)
+        pixels, frame, preadv, known = memoryview(frames).cast("B"), frames[0, 0].nbytes, os.preadv, files.clips
+        long, at, got = (1 + rollout) * frame, 0, 0
         for i, (name, t) in enumerate(picks):
-            files.read(self.folders[name] / "frames.npy", t, frames[i])
-            files.read(self.folders[name] / "actions.npy", t - ticks + 1, actions[i])
+            f, begin, play = known.get(name) or files.get(name, self.folders[name])
+            got += preadv(f, (pixels[at:at + long],), begin + t * frame)
+            actions[i] = play[t - ticks + 1:t + rollout]
+            at += long
+        if got < at: raise StaleStore(f"{self._cut(picks, rollout, frame)}: its frames are cut short; delete this folder and build the store again")
         return torch.from_numpy(frames), torch.from_numpy(actions)
+
+    def _cut(self, picks, rollout, frame):
+        return next(self.folders[n] for n, t in picks if (self.folders[n] / "frames.npy").stat().st_size < (t + rollout + 1) * frame + 128)
 
     def window(self, name, t, ticks=25, rollout=1):
         "One window: frames (1+K, 3, H, W) and actions (ticks-1+K, 28). IndexError beyond the recording."
@@ -195,7 +202,7 @@ def _locked(store_dir):
         for left in store_dir.glob(".*.part-*"): shutil.rmtree(left, ignore_errors=True)
         yield
 
-# %% ../nbs/04_clips.ipynb #3a496e75
+# %% ../nbs/04_clips.ipynb #e55f7cc4
 def _settle(store_dir, folder, frame):
     "Write what the store holds, and the split that goes with it; StaleStore where it already holds another size."
     settings, path = {"format": FORMAT, "height": frame.height, "width": frame.width}, store_dir / "store.json"
@@ -205,16 +212,25 @@ def _settle(store_dir, folder, frame):
     for about in ("split.json", "manifest.json"):
         if (folder / about).is_file(): shutil.copy(folder / about, store_dir)
 
+def _die_with_parent():
+    "For a worker process: end when the parent does, however it ends (prctl(2), PR_SET_PDEATHSIG)."
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+def _decode_one(path, frame, target, threads):
+    try: decode_clip(path, frame, target, threads)
+    except RecordingError as e: return str(e)
+
 def _decode_all(paths, frame, store_dir, workers, progress):
-    "Decode {name: mp4} side by side; what can't be decoded, as errors in the order of the names."
-    def one(name):
-        try: decode_clip(paths[name], frame, store_dir / name, threads=workers == 1)
-        except RecordingError as e: return e
-    pool = ThreadPoolExecutor(min(workers, len(paths)) or 1)
-    try:
-        done = tqdm(pool.map(one, paths), total=len(paths), desc="decoding recordings", disable=not (progress and paths))
-        return [e for e in done if e]
+    "Decode {name: mp4} side by side, in processes: threads would wait for each other's lines to be parsed. What can't be decoded, as text in the order of the names."
+    one = partial(_decode_one, frame=frame, threads=min(workers, len(paths)) <= 1)
+    targets = [store_dir / n for n in paths]
+    bar = partial(tqdm, total=len(paths), desc="decoding recordings", disable=not (progress and paths))
+    if min(workers, len(paths)) <= 1: return [e for e in bar(one(p, target=t) for p, t in zip(paths.values(), targets)) if e]
+    pool = ProcessPoolExecutor(min(workers, len(paths)), multiprocessing.get_context("fork"), _die_with_parent)
+    try: return [e for e in bar(pool.map(_decode_target, [one] * len(paths), paths.values(), targets)) if e]
     finally: pool.shutdown(cancel_futures=True)  # on Ctrl-C: those begun are finished, no other is begun
+
+def _decode_target(one, path, target): return one(path, target=target)
 
 def _command(folder, frame, store_dir, delete=False):
     name = next((n for n, c in PRESETS.items() if c.frame == frame), None)
@@ -284,7 +300,7 @@ def main(
     ticks = sum(about["ticks"] for about in store.about.values())
     print(f"{a.store}: {len(store.names)} clips, {ticks / 72_000:.2f} hours, {sum(f.stat().st_size for f in a.store.rglob('*.npy')) / 2**20:.0f} MiB")
 
-# %% ../nbs/04_clips.ipynb #505f002d
+# %% ../nbs/04_clips.ipynb #1700e793
 def sample_windows(
     store,         # ClipStore
     names,         # recordings to draw from
@@ -297,12 +313,13 @@ def sample_windows(
     "Endless batches: frames (B, 1+K, 3, H, W) uint8 and actions (B, ticks-1+K, 28). Every start of every recording is equally likely."
     runs = [(n, a, b) for n in names for a, b in store.runs(n, ticks, rollout)]
     if not runs: raise ValueError(f"no window of {ticks} ticks of history and {rollout} ahead fits into {', '.join(names) or 'no recordings'}; use longer recordings")
-    ends, step = np.cumsum([b - a for _, a, b in runs]), start_step
-    while True:
-        picks = np.random.default_rng([seed, step]).integers(0, ends[-1], batch)
+    of, last = [n for n, _, _ in runs], np.array([b for _, _, b in runs])
+    ends, block = np.cumsum([b - a for _, a, b in runs]), 64  # steps drawn at a time: a generator costs more than a window
+    for first in itertools.count(start_step // block * block, block):
+        picks = np.random.default_rng([seed, first]).integers(0, ends[-1], (block, batch))
         which = np.searchsorted(ends, picks, "right")
-        yield store.read([(runs[r][0], int(runs[r][2] + p - ends[r])) for r, p in zip(which, picks)], ticks, rollout)
-        step += 1
+        for step, (runs_drawn, ticks_drawn) in enumerate(zip(which.tolist(), (last[which] + picks - ends[which]).tolist()), first):
+            if step >= start_step: yield store.read([(of[r], t) for r, t in zip(runs_drawn, ticks_drawn)], ticks, rollout)
 
 # %% ../nbs/04_clips.ipynb #adafe3ae
 def image_shift(

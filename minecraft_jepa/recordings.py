@@ -61,7 +61,7 @@ def _av():
     except ImportError: raise ImportError("PyAV is needed to decode recordings: pip install av. A clip store that was built elsewhere is read without it: clips.ClipStore.open") from None
     return av
 
-# %% ../nbs/02_recordings.ipynb #734fd66f
+# %% ../nbs/02_recordings.ipynb #ee80d96d
 class Recording:
     "One pair of files. Made by `open_recording`."
     def __init__(self,
@@ -92,7 +92,7 @@ class Recording:
                     if seen == len(self): return
                     if frame.is_corrupt: raise RecordingError(f"{self.path}: frame {seen} of {len(self)} is damaged; {_AGAIN}")
                     if self.lines[seen].get("isGuiOpen"): frame = self._with_cursor(frame, seen)
-                    yield _pixels(scale.reformat(frame, height and width, height, "gbrp", interpolation="AREA"))
+                    yield _pixels(scale.reformat(frame, height and width, height, "gbrp", interpolation="AREA", threads=1))  # more wait for each other longer than they work
                     seen += 1
         except (av.error.FFmpegError, IndexError, MemoryError) as e:
             raise RecordingError(f"{self.path}: the video breaks at frame {seen} of {len(self)} ({e}); {_AGAIN}") from None
@@ -286,7 +286,7 @@ def deal_sides(
         side_of[smallest] = side
     return {side: [n for n in names if side_of[getattr(parse_name(n), by)] == side] for side in SIDES}
 
-# %% ../nbs/02_recordings.ipynb #1be98a9f
+# %% ../nbs/02_recordings.ipynb #a08b2cbb
 def split_recordings(
     folder,      # of recordings, or a clip store
     seed=0,      # deals the sessions out where neither split.json nor manifest.json does
@@ -294,7 +294,7 @@ def split_recordings(
 ) -> dict[str, list[str]]:
     "{'train', 'validation', 'test': names}. RecordingError when split.json forgets or repeats a recording, or when a group is on two sides."
     folder = Path(folder)
-    if (folder / "store.json").is_file(): names, left_out = sorted(p.parent.name for p in folder.glob("*/clip.json")), set()
+    if (folder / "store.json").is_file(): names, left_out = sorted(p.parent.name for p in folder.glob("*/clip.json")), None
     else:
         names = [p.stem for p in find_recordings(folder)]
         left_out = set(_stems(folder)) - set(names)
@@ -307,14 +307,15 @@ def split_recordings(
     try: return deal_sides(names, seed, share)
     except RecordingError as e: raise RecordingError(f"{folder}: {e}") from None
 
-# %% ../nbs/02_recordings.ipynb #85238d24
+# %% ../nbs/02_recordings.ipynb #bfe5d637
 def _read_split(path, names, left_out):
-    "The split that a file holds, checked against the recordings beside it."
+    "The split that a file holds, checked against the recordings beside it; `left_out` may be lacking, None: any."
     try: split = json.loads(path.read_text())
     except json.JSONDecodeError as e: raise RecordingError(f"{path}, line {e.lineno}: not JSON ({e.msg}); mend or delete it") from None
     if not isinstance(split, dict) or set(split) != set(SIDES) or not all(isinstance(v, list) and all(isinstance(n, str) for n in v) for v in split.values()):
         raise RecordingError(f"{path}: expected an object with the lists of names {', '.join(SIDES)}; mend or delete it")
     listed, sides = sum(split.values(), []), {}
+    left_out = set(listed) - set(names) if left_out is None else left_out
     for what, wrong in (("is listed, but not in the folder", set(listed) - set(names) - left_out), ("is in the folder, but not listed", set(names) - set(listed)), ("is listed twice", {n for n in listed if listed.count(n) > 1})):
         if wrong: raise RecordingError(f"{path}: {sorted(wrong)[0]} {what}; mend or delete the file")
     for side, n in ((side, n) for side in SIDES for n in split[side]):

@@ -31,13 +31,13 @@ def study_notebooks(
     if not found: raise FileNotFoundError(f"{folder}: no notebook named like 1_data.ipynb; run from the root of the repository")
     return sorted(found, key=lambda p: int(p.name.split("_")[0]))
 
-# %% ../nbs/19_study.ipynb #ab060513
+# %% ../nbs/19_study.ipynb #ee659480
 def recorded_seconds(
-    folder,    # where a study left its study.json
+    path,      # the study.json that a study left
     settings,  # must be those it was run with
 ) -> dict[str, float]:
     "Seconds of each notebook in an earlier study, {} where none fits."
-    try: record = json.loads((Path(folder) / "study.json").read_text())
+    try: record = json.loads(Path(path).read_text())
     except (OSError, ValueError): return {}  # only an estimate hangs on it
     return record["seconds"] if record.get("settings") == settings else {}
 
@@ -79,7 +79,7 @@ def run_notebook(
         notebook, copy, values, cwd=notebook.parent, kernel_name="python3", language="python", config=sockets, stdout_file=prints, stderr_file=prints,
         progress_bar={"desc": notebook.stem, "disable": None, "leave": False, "bar_format": "{desc}: |{bar:30}| {n_fmt}/{total_fmt} cells, {elapsed}"})
 
-# %% ../nbs/19_study.ipynb #82730bc3
+# %% ../nbs/19_study.ipynb #de440048
 def clock(
     seconds: float,  # 0 or more
 ) -> str:
@@ -100,7 +100,8 @@ def run_study(
     found, settings = study_notebooks(notebooks), {"preset": preset_name, "steps": steps, "device": device}
     parameters = {"preset_name": preset_name, "data_dir": Path(data_dir).resolve(), "out_dir": Path(out_dir).resolve(),
                   "weights": (Path(runs) / "weights" / preset_name).resolve(), "steps": steps, "seed": seed, "device": device}
-    recorded, took, start = recorded_seconds(out_dir, settings), {}, time.monotonic()
+    record = Path(out_dir) / ("bench.json" if Path(notebooks).name == "bench" else "study.json")
+    recorded, took, start = recorded_seconds(record, settings), {}, time.monotonic()
     for i, notebook in enumerate(found):
         left = time_left(recorded, took, [n.stem for n in found[i:]])
         print(f"[{i + 1}/{len(found)}] {notebook.stem}  {clock(time.monotonic() - start)} elapsed, " + (f"about {clock(left)} left" if left else "no record of how long this takes"), flush=True)
@@ -108,7 +109,7 @@ def run_study(
         run_notebook(notebook, Path(runs) / notebook.name, parameters)
         took[notebook.stem] = round(time.monotonic() - begin, 1)
     Path(out_dir).mkdir(parents=True, exist_ok=True)
-    write_json(Path(out_dir) / "study.json", {"settings": settings, "seconds": took})
+    write_json(record, {"settings": settings, "seconds": took})
     print(f"done in {clock(time.monotonic() - start)}: figures in {out_dir}, executed notebooks in {runs}")
     return took
 

@@ -16,7 +16,7 @@ import minecraft_jepa
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
-STUDY = sorted((ROOT / "nbs/study").glob("*.ipynb"))
+STUDY = sorted([*(ROOT / "nbs/study").glob("*.ipynb"), *(ROOT / "nbs/bench").glob("*.ipynb")])
 NOTEBOOKS = [*LIBRARY, ROOT / "nbs/index.ipynb", *STUDY]
 MODULES = sorted(p for p in (ROOT / "minecraft_jepa").glob("*.py") if not p.name.startswith("_"))
 NUMBERS = {p.stem[3:]: int(p.stem[:2]) for p in LIBRARY}
@@ -182,7 +182,8 @@ def test_no_placeholder_is_left(path):
 @each(STUDY)
 def test_study_notebook_opens_with_a_command_for_the_root(path):
     command = re.search(r"^papermill .*$", source(cells(path, "markdown")[0]), re.M)[0]
-    assert f"--cwd nbs/study nbs/study/{path.name} _runs/{path.name}" in command, "its paths are relative to its own folder"
+    folder = f"nbs/{path.parent.name}"
+    assert f"--cwd {folder} {folder}/{path.name} _runs/{path.name}" in command, "its paths are relative to its own folder"
 
 
 @pytest.fixture

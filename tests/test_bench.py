@@ -1,0 +1,24 @@
+"What the README says of the benchmarks, held against the numbers beside their figures."
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def numbers(name):
+    path = ROOT / "figures" / f"{name}.json"
+    if not path.is_file(): pytest.skip(f"{path.name} is not there: run make bench")
+    return json.loads(path.read_text())
+
+
+def test_loader():
+    found = numbers("bench_loader")
+    windows, frames = found["windows_per_second"], found["build_frames_per_second"]
+    assert windows["ours"] > 100 * windows["seed_way"] and windows["ours"] > 0.5 * windows["memory_copy"]
+    assert frames["ours"] > 0.8 * frames["decode"]
+    peak = {int(n): b for n, b in found["peak_bytes_by_recordings"].items()}
+    assert max(peak) >= 100 * min(peak) and max(peak.values()) < 1.1 * peak[min(peak)]
+    for value in (windows["ours"], windows["seed_way"], windows["memory_copy"], frames["ours"], frames["decode"]): assert f"{value:,.0f}" in README

@@ -300,7 +300,7 @@ def main(
     ticks = sum(about["ticks"] for about in store.about.values())
     print(f"{a.store}: {len(store.names)} clips, {ticks / 72_000:.2f} hours, {sum(f.stat().st_size for f in a.store.rglob('*.npy')) / 2**20:.0f} MiB")
 
-# %% ../nbs/04_clips.ipynb #1700e793
+# %% ../nbs/04_clips.ipynb #81c78318
 def sample_windows(
     store,         # ClipStore
     names,         # recordings to draw from
@@ -309,8 +309,11 @@ def sample_windows(
     batch,         # windows at a time
     seed,          # with the step, decides what is drawn
     start_step=0,  # go on from here: the same as skipping that many batches
+    rank=0,        # of several processes: each reads its own part of the batch
+    world=1,       # number of processes
 ):
-    "Endless batches: frames (B, 1+K, 3, H, W) uint8 and actions (B, ticks-1+K, 28). Every start of every recording is equally likely."
+    "Endless batches: frames (B, 1+K, 3, H, W) uint8 and actions (B, ticks-1+K, 28), of which each process gets its `B / world`. Every start of every recording is equally likely."
+    if batch % world: raise ValueError(f"batch={batch} can't be shared by {world} processes; choose a multiple of {world}")
     runs = [(n, a, b) for n in names for a, b in store.runs(n, ticks, rollout)]
     if not runs: raise ValueError(f"no window of {ticks} ticks of history and {rollout} ahead fits into {', '.join(names) or 'no recordings'}; use longer recordings")
     of, last = [n for n, _, _ in runs], np.array([b for _, _, b in runs])
@@ -319,7 +322,8 @@ def sample_windows(
         picks = np.random.default_rng([seed, first]).integers(0, ends[-1], (block, batch))
         which = np.searchsorted(ends, picks, "right")
         for step, (runs_drawn, ticks_drawn) in enumerate(zip(which.tolist(), (last[which] + picks - ends[which]).tolist()), first):
-            if step >= start_step: yield store.read([(of[r], t) for r, t in zip(runs_drawn, ticks_drawn)], ticks, rollout)
+            mine = slice(rank * batch // world, (rank + 1) * batch // world)
+            if step >= start_step: yield store.read([(of[r], t) for r, t in zip(runs_drawn[mine], ticks_drawn[mine])], ticks, rollout)
 
 # %% ../nbs/04_clips.ipynb #adafe3ae
 def image_shift(

@@ -51,13 +51,19 @@ class Predictor:
     heads: int = 4
     dropout: float = 0.0           # LeWM: 0.1 where training is long; minutes do not overfit
 
-# %% ../nbs/00_config.ipynb #c9f46f3c
+# %% ../nbs/00_config.ipynb #2c4d425e
 @dataclass(frozen=True)
 class Jepa:
     "Target, loss and collapse alarm of the world model."
     ema_start: float = 0.9         # momentum of the teacher at step 0; I-JEPA sec. 4 uses .996 for long runs
     ema_end: float = 1.0           # and at the last step
     rollout: int = 2               # K: ticks the loss feeds its own prediction back
+    anti_collapse: str = "ema"     # or "sigreg" or "vicreg": then the encoder is its own teacher, and is kept from collapse by a loss on its latents
+    sigreg: float = 0.05           # weight, LeJEPA sec. 6
+    slices: int = 1024             # random directions that SIGReg looks along
+    vicreg_std: float = 1.0        # weights, VICReg sec. 4.1, as shares of the prediction's
+    vicreg_cov: float = 0.04
+    inverse: float = 0.0           # weight of the inverse-dynamics head; 0: there is none
     rank_alarm: float = 0.08       # alarm when RankMe / width falls below
     std_alarm: float = 0.05        # alarm when the mean std of a feature over frames falls below
 
@@ -88,7 +94,12 @@ class Train:
     warmup: float = 0.05           # share of the steps
     weight_decay: float = 0.05     # matrices only
     clip: float = 1.0              # gradient norm
+    accumulate: int = 1            # parts a batch is cut into, one after the other: less memory, the same step
+    checkpoint_activations: bool = False  # compute each block twice rather than keep what it saw
+    compile: bool = False          # torch.compile each block, on a GPU
     evaluate_every: int = 130
+    save_every: int = 100          # steps between checkpoints
+    keep: int = 2                  # checkpoints kept
     decoder_steps: int = 700
     decoder_batch: int = 16
     decoder_lr: float = 6e-4
@@ -114,38 +125,38 @@ class Config:
         return {f"{section}.{k}": v for section, leaves in asdict(self).items() if isinstance(leaves, dict)
                 for k, v in leaves.items() if k in keep.get(section, leaves) and k != "dropout"}
 
-# %% ../nbs/00_config.ipynb #6233ae9a
+# %% ../nbs/00_config.ipynb #3d0faef2
 def _check(config):
     "Raise ValueError for a tree that no network can be built from."
     f = config.frame
     for name, side in (("height", f.height), ("width", f.width)):
         if side < f.patch or side % f.patch:
             raise ValueError(f"frame.{name}={side} is not a whole number of patches of {f.patch}: choose a multiple of {f.patch}")
-    if config.conditioner.kind not in ("cross_attention", "adaln"):
-        raise ValueError(f"conditioner.kind={config.conditioner.kind!r} is unknown: choose 'cross_attention' or 'adaln'")
+    for what, value, known in (("conditioner.kind", config.conditioner.kind, ("cross_attention", "adaln")), ("jepa.anti_collapse", config.jepa.anti_collapse, ("ema", "sigreg", "vicreg"))):
+        if value not in known: raise ValueError(f"{what}={value!r} is unknown: choose {', '.join(map(repr, known))}")
     for name, width, heads in (("encoder", config.encoder.width, config.encoder.heads),
                                ("conditioner", config.encoder.width, config.conditioner.heads),
                                ("predictor", config.encoder.width, config.predictor.heads),
                                ("dit", config.dit.width, config.dit.heads)):
         if width % (4 * heads): raise ValueError(f"{name}: width {width} must be a multiple of 4 x {heads} heads")
-    for section, leaf in (("jepa", "rollout"), ("train", "steps"), ("train", "batch"), ("conditioner", "ticks")):
+    for section, leaf in (("jepa", "rollout"), ("train", "steps"), ("train", "batch"), ("train", "accumulate"), ("train", "save_every"), ("train", "keep"), ("conditioner", "ticks")):
         value = getattr(getattr(config, section), leaf)
         if value < 1: raise ValueError(f"{section}.{leaf}={value} must be at least 1")
     return config
 
-# %% ../nbs/00_config.ipynb #f9a96803
+# %% ../nbs/00_config.ipynb #01bd218f
 PRESETS = {
     "tiny": Config(),
     "small": Config(
         name="small", frame=Frame(128, 224, 16), encoder=Encoder(256, 5, 8),
         conditioner=Conditioner(depth=2, heads=8), predictor=Predictor(depth=6, heads=8, dropout=0.1),
         jepa=Jepa(ema_start=0.996, rollout=4), dit=Dit(width=256, depth=3, heads=8, bottleneck=96, ema=0.9995, sample_steps=20),
-        train=Train(steps=20000, batch=64, lr=5e-4, evaluate_every=1000, decoder_steps=20000, decoder_batch=64, decoder_lr=3e-4)),
+        train=Train(steps=20000, batch=64, lr=5e-4, compile=True, evaluate_every=1000, save_every=500, decoder_steps=20000, decoder_batch=64, decoder_lr=3e-4)),
     "paper": Config(
         name="paper", frame=Frame(224, 224, 16), encoder=Encoder(768, 16, 12),
         conditioner=Conditioner(depth=6, heads=12), predictor=Predictor(depth=30, heads=12, dropout=0.1),
         jepa=Jepa(ema_start=0.996, rollout=2), dit=Dit(width=768, depth=13, heads=12, bottleneck=128, latent_noise=0.8, ema=0.9999, sample_steps=50),
-        train=Train(steps=300000, batch=4, lr=1.5e-4, evaluate_every=2000, decoder_steps=300000, decoder_batch=4, decoder_lr=2e-4)),
+        train=Train(steps=300000, batch=4, lr=1.5e-4, compile=True, checkpoint_activations=True, evaluate_every=2000, save_every=1000, decoder_steps=300000, decoder_batch=4, decoder_lr=2e-4)),
 }
 
 # %% ../nbs/00_config.ipynb #cc5f8c3f

@@ -20,7 +20,7 @@ from .encoder import Encoder
 from .layers import Pretrained, layer_norm
 from .predictor import Predictor
 
-# %% ../nbs/11_jepa.ipynb #a773a42c
+# %% ../nbs/11_jepa.ipynb #052620a1
 class Taught(Pretrained):
     "A network with an `encoder` and its slow copy, the `teacher`."
     def update_teacher(self, momentum):
@@ -44,7 +44,7 @@ class Taught(Pretrained):
         finally: self._adopted = False
 
     def _saved_state(self):  # where the two are equal, one is written
-        state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in self.state_dict().items()}  # shards of FSDP are gathered, by all ranks
+        state = super()._saved_state()
         if getattr(self, "_adopted", False): return {k: state["teacher." + k.removeprefix("encoder.")] if k.startswith("encoder.") else v for k, v in state.items() if not k.startswith("teacher.")}
         same = all(torch.equal(v, state["teacher." + k]) for k, v in ((k.removeprefix("encoder."), v) for k, v in state.items() if k.startswith("encoder.")))
         return {k: v for k, v in state.items() if not (same and k.startswith("teacher."))}

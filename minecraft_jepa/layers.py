@@ -179,7 +179,7 @@ def count_parameters(
     "Number of parameters, trained or not."
     return sum(p.numel() for p in module.parameters())
 
-# %% ../nbs/06_layers.ipynb #c275b5cd
+# %% ../nbs/06_layers.ipynb #d8bcc145
 class Pretrained(nn.Module):
     "Saves to and loads from a folder. Subclasses set `file` and take the config alone."
     file = None  # e.g. 'world_model.safetensors'
@@ -212,7 +212,7 @@ class Pretrained(nn.Module):
         model._load_saved({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, path)
         return model.eval()
 
-    def _saved_state(self): return self.state_dict()
+    def _saved_state(self): return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in self.state_dict().items()}  # shards of FSDP are gathered, by all ranks
 
     def _load_saved(self, state, path):
         own = self.state_dict()

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['make_optimizer', 'lr_at', 'autocast', 'make_accelerator', 'blocks_of', 'lighten', 'Prefetched', 'Log', 'Progress',
            'save_checkpoint', 'find_checkpoint', 'load_checkpoint', 'Job', 'descend', 'Stopped', 'fit', 'CollapseError',
-           'validate', 'nearest_strip', 'train_world_model', 'Decoders', 'train_decoders']
+           'shards_wanted', 'validate', 'nearest_strip', 'train_world_model', 'Decoders', 'train_decoders',
+           'plan_memory', 'MemoryPlanError', 'check_memory', 'train_all', 'main']
 
-# %% ../nbs/13_training.ipynb #1d105b7e
+# %% ../nbs/13_training.ipynb #8ce854cd
 import argparse
 import dataclasses
 import hashlib
@@ -21,7 +22,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,11 @@ from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from .clips import ClipStore, sample_windows
-from .config import Config, PRESETS, preset, seed_everything, write_json
+from .config import PRESETS, Train, preset, seed_everything, write_json
 from .dit import DiT, RegressionHead
 from .ema import ema_update, frozen_copy, momentum_at
 from .jepa import WorldModel, collapse_alarm, collapse_metrics
@@ -295,12 +297,13 @@ def descend(
     optimizer.zero_grad(set_to_none=True)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-# %% ../nbs/13_training.ipynb #cb4fc3d7
+# %% ../nbs/13_training.ipynb #0b3bb74a
 def _backward(engine, model, batch, step_seed, accumulate):
     "Gradients of one batch, in parts; gives the numbers to log, each the mean over parts and processes."
     totals = {}
     for i, part in enumerate(zip(*(x.chunk(accumulate) for x in batch))):
         quiet = i + 1 < accumulate and hasattr(model, "no_sync")
+        if hasattr(model, "set_requires_gradient_sync"): model.set_requires_gradient_sync(i + 1 == accumulate)
         with model.no_sync() if quiet else nullcontext():
             with engine.autocast(): out = model(*part, seed=step_seed)
             (out["loss"].float() / accumulate).backward()
@@ -312,7 +315,7 @@ def _backward(engine, model, batch, step_seed, accumulate):
 
 class Stopped(Exception): "The time is over: the run is saved and can go on."
 
-# %% ../nbs/13_training.ipynb #0f9e40c8
+# %% ../nbs/13_training.ipynb #6cbc02c0
 def fit(
     job,            # Job
     settings,       # config.train
@@ -326,9 +329,9 @@ def fit(
     rank, world, main = engine.process_index, engine.num_processes, engine.is_main_process
     module = lighten(job.module.to(engine.device), settings, device).train()
     if job.batch % (world * settings.accumulate): raise ValueError(f"batch={job.batch} can't be cut into {world} processes x {settings.accumulate} parts; choose a multiple of {world * settings.accumulate}")
-    model, optimizer = engine.prepare(module, make_optimizer(job.parts, job.lr, settings.weight_decay))
-    inner, plain, sharded = engine.unwrap_model(model), optimizer.optimizer, engine.distributed_type.value == "FSDP"
-    if sharded: _reach(inner)
+    sharded = shards_wanted() and world > 1
+    model, inner = (_shard(module, engine), module) if sharded else (engine.prepare(module), module)
+    plain = make_optimizer(job.parts, job.lr, settings.weight_decay)
     place = Path(folder) / f"{job.what}_checkpoints" if folder else None
     state = (find_checkpoint(place, job.run) if place else None) or {"step": 0, "steps": job.steps, "best": None, "seconds": 0.0}
     if state["step"]: load_checkpoint(state, inner, plain, rank, world, sharded)
@@ -365,7 +368,7 @@ def fit(
     if place and main: shutil.rmtree(place, ignore_errors=True)  # done: the weights are what is left
     return inner, log.rows
 
-# %% ../nbs/13_training.ipynb #fa8daa0c
+# %% ../nbs/13_training.ipynb #07d7839e
 class CollapseError(RuntimeError):
     "The latent collapsed; what to try. The run's last checkpoint is kept."
 
@@ -378,11 +381,21 @@ def _fit_steps(engine, done, rows, minutes, begin, steps):
     print(f"{minutes} minutes are enough for {fits.item()} steps" + (f", and {steps} were asked for" if fits.item() >= steps else ""), flush=True)
     return min(steps, int(fits.item()))
 
-def _reach(module):
-    "Let FSDP gather the weights also where a method other than forward is called."
-    from torch.distributed.fsdp import register_fsdp_forward_method
-    for name in ("encode", "target", "step", "imagine", "decode"):
-        if hasattr(module, name): register_fsdp_forward_method(module, name)
+def shards_wanted():
+    "Whether `accelerate launch --use_fsdp` started this process."
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+def _shard(module, engine):
+    "FSDP2, each block and the rest. torch's own call rather than Accelerate's: that one refuses a CPU, where it can be tested."
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    mesh = init_device_mesh(engine.device.type, (engine.num_processes,))
+    networks = [m for m in module.children() if hasattr(m, "decode")]
+    for part in (*blocks_of(module), *networks, module): fully_shard(part, mesh=mesh)
+    for part in (*networks, module):  # weights are gathered also where another method than forward is called
+        for name in ("encode", "target", "step", "imagine", "decode"):
+            if hasattr(part, name): register_fsdp_forward_method(part, name)
+    return module
 
 # %% ../nbs/13_training.ipynb #351cb506
 @torch.no_grad()
@@ -419,7 +432,7 @@ def nearest_strip(
     rows = [torch.cat(list(x), -1) for x in (frames[0, 1:], pictures[nearest])]
     return torch.cat(rows, -2).permute(1, 2, 0).numpy()
 
-# %% ../nbs/13_training.ipynb #bfb2369c
+# %% ../nbs/13_training.ipynb #e2a38c0b
 def _run_of(config, names, held_out, seed, batch, kind, steps):
     "What a checkpoint must agree with."
     leaves = {f"{s}.{k}": v for s, d in json.loads(config.to_json()).items() if isinstance(d, dict) for k, v in d.items() if k not in ("save_every", "keep", "compile", "checkpoint_activations", "accumulate", "sample_steps", "guidance")}
@@ -442,6 +455,8 @@ def train_world_model(
     if both: raise ValueError(f"recordings on both sides of the split: {', '.join(sorted(both))}")
     t, j, ticks, steps = config.train, config.jepa, config.conditioner.ticks, steps or config.train.steps
     seed_everything(seed)
+    engine = make_accelerator(device)
+    if device == "cuda" or config.encoder.width > 256: check_memory(config, device, processes=engine.num_processes, sharded=shards_wanted())
     model = WorldModel(config)
     check = next(_windows(data, held_out, ticks, 8, 128, seed, 0))
     def after(model, step, steps): model.update_teacher(momentum_at(step, steps, j.ema_start, j.ema_end) if j.anti_collapse == "ema" else 0.0)
@@ -453,6 +468,7 @@ def train_world_model(
     job = Job("world_model", model, parts, lambda step, rank, world: _windows(data, names, ticks, j.rollout, t.batch, seed, step, rank, world), t.batch, t.lr, steps,
               _run_of(config, names, held_out, seed, t.batch, "world_model", steps), after, evaluate, lambda row: row["model"][1], lambda model: _save_on_main(model, folder))
     model, history = fit(job, t, seed, device, folder, minutes)
+    engine.wait_for_everyone()
     if folder: model = WorldModel.from_pretrained(folder).to(next(model.parameters()).device)
     else: model.adopt_teacher()
     return model.eval(), history
@@ -460,10 +476,11 @@ def train_world_model(
 def _save_on_main(model, folder):
     "Gather on all processes, write on the first."
     if not folder: return
-    if PartialState().is_main_process: model.save_adopted(folder)
+    save = getattr(model, "save_adopted", model.save_pretrained)
+    if PartialState().is_main_process: save(folder)
     elif any(hasattr(p, "full_tensor") for p in model.parameters()): model._saved_state()
 
-# %% ../nbs/13_training.ipynb #c80026ca
+# %% ../nbs/13_training.ipynb #7856a620
 class Decoders(nn.Module):
     "Both decoders, and the slow copy of the diffusion transformer. Latents and frames -> {'loss', 'dit', 'head'}."
     def __init__(self, config):
@@ -498,11 +515,12 @@ def train_decoders(
     run = _run_of(config, names, [], seed, t.decoder_batch, "decoders", steps) | {"model": hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in model.encoder.parameters())).hexdigest()[:16]}
     look = next(_windows(data, names, 1, 1, 6, seed + 1, 0))[0][:, 0]
     def evaluate(m, step, log, last):
-        if log: log.picture("decoders", _decoded_strip(model, m, look, device), step)
+        strip = _decoded_strip(model, m, look, device)  # by all processes, for shards are gathered
+        if log: log.picture("decoders", strip, step)
         return {}
     job = Job("decoders", decoders, {decoders.dit: 1.0, decoders.head: 1.0}, batches, t.decoder_batch, t.decoder_lr, steps, run, after, evaluate)
     decoders, history = fit(job, t, seed, device, folder, minutes)
-    if folder and PartialState().is_main_process: decoders.slow.save_pretrained(folder); decoders.head.save_pretrained(folder)
+    for network in (decoders.slow, decoders.head): _save_on_main(network, folder)
     return decoders.slow.eval(), decoders.head.eval(), history
 
 def _decoded_strip(model, decoders, frames, device):
@@ -511,3 +529,126 @@ def _decoded_strip(model, decoders, frames, device):
     with torch.no_grad(), autocast(device): z = model.target(frames).float()
     rows = [frames, decoders.slow.decode(z, 4), decoders.head.decode(z)]
     return torch.cat([torch.cat(list(r), -1) for r in rows], -2).permute(1, 2, 0).cpu().numpy()
+
+# %% ../nbs/13_training.ipynb #337fb96d
+@lru_cache
+def _kept_by(config, batch, half):
+    with torch.device("meta"): model = WorldModel(config)
+    found = {}
+    def keep(t): found[t.untyped_storage()._cdata] = t; return t  # held, so that no address is used twice
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = lighten(model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype)).train(), config.train, "cpu")
+        own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+        frames = torch.empty(batch, 1 + config.jepa.rollout, 3, config.frame.height, config.frame.width, dtype=torch.uint8)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = model(frames, torch.empty(batch, config.conditioner.ticks - 1 + config.jepa.rollout, 28))
+    del out
+    return sum(t.untyped_storage().nbytes() for k, t in found.items() if k not in own)
+
+def _kept(config, batch, half):
+    "Bytes that autograd keeps for the backward pass of one batch."
+    return _kept_by(dataclasses.replace(config, name="", train=Train(checkpoint_activations=config.train.checkpoint_activations)), batch, half)
+
+def plan_memory(
+    config,
+    device="cuda",  # bfloat16 there, float32 on 'cpu'
+    processes=1,    # GPUs
+    sharded=False,  # by FSDP2: weights, gradients and moments are shared out
+) -> dict[str, int]:
+    "Bytes that a step of the world model needs on each device: weights, gradients, optimizer, activations, workspace, total."
+    half, t = device == "cuda", config.train
+    with torch.device("meta"): model = WorldModel(config)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    every = sum(p.numel() for p in model.parameters())
+    share = processes if sharded else 1
+    batch = max(t.batch // (processes * t.accumulate), 1)
+    one, two = _kept(config, 1, half), _kept(config, 2, half)
+    activations = max(one + (batch - 1) * (two - one), 0)
+    whole = dataclasses.replace(config, train=dataclasses.replace(t, checkpoint_activations=False))
+    block = (_kept(whole, 2, half) - _kept(whole, 1, half)) * batch // max(len(blocks_of(model)), 1) if t.checkpoint_activations else 0
+    plan = {"weights": 4 * every // share, "gradients": 4 * learned // share, "optimizer": 8 * learned // share, "activations": activations,
+            "workspace": 2 * block + (2 * learned if half else 0) + 2**28}  # a block computed anew and its gradients; weights in half precision; the libraries' own
+    return plan | {"total": sum(plan.values())}
+
+# %% ../nbs/13_training.ipynb #b8180a7b
+class MemoryPlanError(ValueError):
+    "The run would not fit; the setting that would."
+
+def check_memory(
+    config,
+    device="cuda",
+    available=None,  # bytes; None: of this machine
+    processes=1, sharded=False,
+) -> dict[str, int]:
+    "The plan, where it fits into nine tenths of the memory. MemoryPlanError names the first change that fits: activations computed twice, the batch cut into parts, a smaller batch."
+    if available is None: available = torch.cuda.mem_get_info()[1] if device == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    plan, t, gb = plan_memory(config, device, processes, sharded), config.train, lambda n: f"{n / 2**30:.1f} GiB"
+    if plan["total"] <= 0.9 * available: return plan
+    told = f"{config.name} with batch={t.batch} needs {gb(plan['total'])} ({', '.join(f'{k} {gb(v)}' for k, v in plan.items() if k != 'total')}), the device has {gb(available)}"
+    parts = [a for a in (1, 2, 4, 8, 16, 32, 64) if t.batch % (a * processes) == 0 and a >= t.accumulate]
+    for light in {t.checkpoint_activations, True}:
+        for a in parts:
+            other = dataclasses.replace(config, train=dataclasses.replace(t, checkpoint_activations=light, accumulate=a))
+            needs = plan_memory(other, device, processes, sharded)["total"]
+            if needs <= 0.9 * available: raise MemoryPlanError(f"{told}; checkpoint_activations={light}, accumulate={a} needs {gb(needs)}")
+    raise MemoryPlanError(f"{told}; not even one sample at a time fits: take a smaller preset, or more GPUs and FSDP2")
+
+# %% ../nbs/13_training.ipynb #21bfe992
+def train_all(
+    config, data, out,
+    seed=0, device="cpu",
+    minutes=None,  # for both; the decoders get three tenths
+) -> dict:
+    "World model, then decoders, with what they were trained on in `training.json`. A run that was killed goes on."
+    out = Path(out)
+    shards = "://" in str(data) or (Path(data) / "shards.json").is_file()
+    if shards:
+        data = str(data)
+        split = ShardWindows(data).about["split"]
+        if not split: raise ValueError(f"{data}: the shards know no split; write them from a store that has one")
+    else:
+        split, begin = split_recordings(data, seed), time.monotonic()
+        data = ClipStore.build(data, config.frame, names=split["train"] + split["validation"])
+        if PartialState().is_main_process: print(f"store ready after {time.monotonic() - begin:.0f} s")
+    begin = time.monotonic()
+    model, history = _world_model_or_done(config, data, split, seed, device, out, minutes and 0.7 * minutes)
+    took = time.monotonic() - begin
+    _, _, decoded = train_decoders(model, data, split["train"], seed=seed, device=device, folder=out, minutes=minutes and max(minutes - took / 60, 0.3 * minutes))
+    told = {"preset": config.name, "steps": len(history), "decoder_steps": len(decoded), "seed": seed, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "seconds": {"world_model": sum(r["seconds"] for r in history), "decoders": sum(r["seconds"] for r in decoded)}, "train": split["train"], "validation": split["validation"]}
+    if PartialState().is_main_process: write_json(out / "training.json", told)
+    return told
+
+def _world_model_or_done(config, data, split, seed, device, out, minutes):
+    "The finished world model of a run whose decoders were killed, else train it."
+    done = out / "world_model.done"
+    if done.is_file(): return WorldModel.from_pretrained(out, config), [json.loads(l) for l in (out / "world_model.jsonl").read_text().splitlines()]
+    found = train_world_model(config, data, split["train"], split["validation"], seed=seed, device=device, folder=out, minutes=minutes)
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process: done.touch()
+    return found
+
+# %% ../nbs/13_training.ipynb #da4c597b
+def main(
+    argv=None,  # words of the command line; None: those of this process
+):
+    "Train as the command line says."
+    p = argparse.ArgumentParser(prog="python -m minecraft_jepa.training", description="Train world model and decoders; go on where a killed run stood.", allow_abbrev=False)
+    p.add_argument("--data", required=True, help="folder of recordings, clip store, or URL of shards")
+    p.add_argument("--out", required=True, help="folder for weights, log and checkpoints")
+    p.add_argument("--preset", default="tiny", choices=list(PRESETS))
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    p.add_argument("--minutes", type=float, help="stop cleanly after these (default: the preset's steps)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("changes", nargs="*", help="leaves of the config, NAME=VALUE")
+    a = p.parse_args(argv)
+    try:
+        changes = dict(c.split("=", 1) for c in a.changes)
+        config = preset(a.preset, **{k: json.loads(v) if re.match(r"[-\d.]|true|false", v) else v for k, v in changes.items()})
+        make_accelerator(a.device)
+        told = train_all(config, a.data, a.out, a.seed, a.device, a.minutes)
+    except (ValueError, OSError, CollapseError) as e: sys.exit(f"{p.prog}: {e}")
+    if PartialState().is_main_process: print(json.dumps({k: told[k] for k in ("preset", "steps", "decoder_steps", "seconds")}))
+
+# %% ../nbs/13_training.ipynb #39961e73
+if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook is "__main__" too

@@ -96,13 +96,16 @@ def test_killed_twenty_times_it_ends_with_the_same_bits(store, source, tmp_path)
     assert not list(out.glob("*_checkpoints"))
 
 
+@pytest.mark.parametrize("sharded", ["false", "true"], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("changes", [{}, {"anti_collapse": "sigreg", "slices": 64}, {"anti_collapse": "vicreg"}, {"inverse": 0.1, "accumulate": 2}], ids=lambda c: "-".join(map(str, c.values())) or "ema")
-def test_two_processes_do_what_one_does(store, source, tmp_path, changes):
+def test_two_processes_do_what_one_does(store, source, tmp_path, changes, sharded, monkeypatch):
     "The same global batch over gloo: losses and weights to float tolerance."
     folder, alarms = next(iter(store.folders.values())).parent, {"rank_alarm": 0.0, "std_alarm": 0.0}
-    words = json.dumps(SMALL | alarms | {"steps": 5, "evaluate_every": 5, "ema_end": 0.9} | changes)
-    one, two = run(source, folder, tmp_path / "one", words, ""), run(source, folder, tmp_path / "two", words, "", processes=2)
-    for process in (one, two): assert process.wait(300) == 0, process.stdout.read()[-3000:]
+    words = json.dumps(SMALL | alarms | {"steps": 5, "decoder_steps": 3, "evaluate_every": 5, "ema_end": 0.9} | changes)
+    one = run(source, folder, tmp_path / "one", words, "")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
+    two = run(source, folder, tmp_path / "two", words, "decoders" if "inverse" in changes else "", processes=2)
+    for process in (one, two): assert process.wait(300) == 0, process.stdout.read()[:6000]
     assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=2e-4)
     a, b = weights(tmp_path / "one")["world_model.safetensors"], weights(tmp_path / "two")["world_model.safetensors"]
     start = WorldModel(preset("tiny", **SMALL)).state_dict()
@@ -202,3 +205,54 @@ def test_error_in_the_reader_reaches_the_loop(store, monkeypatch):
 
 def test_batch_that_cannot_be_cut_is_refused(store):
     with pytest.raises(ValueError, match="batch=8 can't be cut into 1 processes x 3 parts; choose a multiple of 3"): train_world_model(preset("tiny", **SMALL, steps=3, accumulate=3), store, TRAIN, HELD_OUT)
+
+
+def test_memory_plan_is_what_a_step_takes():
+    "Against a process that takes real steps: peak above what it held before the model, on a CPU in float32."
+    source = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from minecraft_jepa.config import preset
+from minecraft_jepa.jepa import WorldModel
+from minecraft_jepa.training import lighten, make_optimizer, plan_memory
+config = preset("small", batch=6, checkpoint_activations=sys.argv[1] == "True", predictor_depth=3)
+now = lambda k: int([l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(k)][0].split()[1]) * 1024
+torch.ones(512, 512) @ torch.ones(512, 512)
+before = now("VmRSS")
+model = lighten(WorldModel(config).train(), config.train, "cpu")
+optimizer = make_optimizer({model: 1.0}, 1e-4, 0.0)
+for _ in range(2):
+    model(torch.randint(0, 255, (6, 5, 3, 128, 224), dtype=torch.uint8), torch.randn(6, 28, 28))["loss"].backward()
+    optimizer.step()
+peak = now("VmHWM")
+print(peak - before, plan_memory(config, "cpu")["total"])
+"""
+    taken = {}
+    for light in (False, True):
+        done = subprocess.run([sys.executable, "-c", source, str(light)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        measured, planned = map(int, done.stdout.split())
+        assert 0.6 < measured / planned < 1.25, (light, measured / 2**20, planned / 2**20)
+        taken[light] = measured
+    assert taken[True] < 0.7 * taken[False]
+
+
+def test_run_that_does_not_fit_is_told_what_would():
+    with pytest.raises(training.MemoryPlanError, match=r"small with batch=64 needs .*, the device has 3.0 GiB; checkpoint_activations=(True|False), accumulate=\d+ needs"): training.check_memory(preset("small"), "cuda", 3 * 2**30)
+    with pytest.raises(training.MemoryPlanError, match="smaller preset"): training.check_memory(preset("small"), "cuda", 2**28)
+    assert training.check_memory(preset("paper"), "cuda", 12 * 2**30)["total"] < 0.9 * 12 * 2**30  # the seed's card
+    alone, shared = training.plan_memory(preset("small"), "cuda"), training.plan_memory(preset("small"), "cuda", processes=4, sharded=True)
+    assert shared["optimizer"] == alone["optimizer"] // 4 and shared["activations"] < 0.3 * alone["activations"]
+
+
+def test_command_line_trains_and_goes_on(store, tmp_path):
+    folder = next(iter(store.folders.values())).parent
+    words = [sys.executable, "-m", "minecraft_jepa.training", "--data", str(DATA), "--out", str(tmp_path / "run"), "--device", "cpu", "steps=4", "decoder_steps=3", "evaluate_every=2", "encoder_depth=1"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and '"steps": 4' in done.stdout, done.stderr[-2000:]
+    told = json.loads((tmp_path / "run/training.json").read_text())
+    assert (told["train"], told["validation"]) == (SPLIT["train"], SPLIT["validation"]) and set(weights(tmp_path / "run")) == {"dit.safetensors", "head.safetensors", "world_model.safetensors"}
+    wrong = subprocess.run([*words, "stpes=4"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode and "did you mean 'steps'" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -6,7 +6,7 @@
 __all__ = ['evaluation_windows', 'held_out', 'latent_futures', 'horizon_errors', 'interval', 'level', 'by_horizon', 'psnr',
            'ssim', 'pixel_scores', 'count_flops']
 
-# %% ../nbs/14_evaluation.ipynb #ee2980c1
+# %% ../nbs/14_evaluation.ipynb #0a103ba0
 import json
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from skimage.metrics import structural_similarity
 from torch.utils.flop_counter import FlopCounterMode
 
 from .actions import NOOP
-from .recordings import find_recordings, split_recordings
+from .recordings import find_recordings, group_of, split_recordings
 
 # %% ../nbs/14_evaluation.ipynb #d85fc43a
 def evaluation_windows(
@@ -35,19 +35,19 @@ def evaluation_windows(
     actions = np.stack([clip.actions[t - ticks + 1:t + horizon] for t in starts])
     return torch.from_numpy(frames), torch.from_numpy(actions)
 
-# %% ../nbs/14_evaluation.ipynb #314c84e4
+# %% ../nbs/14_evaluation.ipynb #b6998b7b
 def held_out(
     data_dir,  # folder of NAME.mp4 + NAME.jsonl
     weights,   # folder that the training wrote, with training.json
 ):
-    "Recordings of `data_dir` to judge these weights on: its test side if it has a split.json, else all; never one they were trained or validated on."
+    "Recordings of `data_dir` to judge these weights on: its test side if it has a split.json, else all; never one of a session or world they were trained or validated on."
     path = Path(weights) / "training.json"
     if not path.is_file(): raise ValueError(f"{path}: no such file, so nobody knows what these weights were trained on; train with nbs/study/2_train.ipynb or copy the whole weights folder")
     used = json.loads(path.read_text())
-    used = set(used["train"]) | set(used["validation"])
+    used = {group_of(n) for n in used["train"] + used["validation"]}
     data_dir = Path(data_dir)
     names = split_recordings(data_dir)["test"] if (data_dir / "split.json").is_file() else [p.stem for p in find_recordings(data_dir)]
-    names = [n for n in names if n not in used]
+    names = [n for n in names if group_of(n) not in used]
     if len(names) < 2: raise ValueError(f"{data_dir}: {len(names)} recording(s) that the weights have not seen, at least 2 are needed; give a folder with more")
     return names
 

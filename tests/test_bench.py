@@ -22,3 +22,12 @@ def test_loader():
     peak = {int(n): b for n, b in found["peak_bytes_by_recordings"].items()}
     assert max(peak) >= 100 * min(peak) and max(peak.values()) < 1.1 * peak[min(peak)]
     for value in (windows["ours"], windows["seed_way"], windows["memory_copy"], frames["ours"], frames["decode"]): assert f"{value:,.0f}" in README
+
+
+def test_training():
+    found = numbers("bench_training")
+    assert set(found["step_seconds"]) >= {"seed_way", "ours"} and set(found["peak_bytes"]) >= {"seed_way", "ours"}
+    if found["device"] == "cpu": assert found["peak_share"] is None and found["paper_peak_bytes_gpu"] is None
+    assert found["share_of_time_waiting_for_data"] < 0.05
+    for value in (found["step_seconds"]["seed_way"], found["step_seconds"]["ours"]): assert f"{value:.1f} s" in README
+    for value in (found["peak_bytes"]["seed_way"], found["peak_bytes"]["ours"]): assert f"{value / 2**30:.1f} GiB" in README

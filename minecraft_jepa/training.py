@@ -593,7 +593,7 @@ def check_memory(
             if needs <= 0.9 * available: raise MemoryPlanError(f"{told}; checkpoint_activations={light}, accumulate={a} needs {gb(needs)}")
     raise MemoryPlanError(f"{told}; not even one sample at a time fits: take a smaller preset, or more GPUs and FSDP2")
 
-# %% ../nbs/13_training.ipynb #21bfe992
+# %% ../nbs/13_training.ipynb #8bab13c6
 def train_all(
     config, data, out,
     seed=0, device="cpu",
@@ -601,6 +601,9 @@ def train_all(
 ) -> dict:
     "World model, then decoders, with what they were trained on in `training.json`. A run that was killed goes on."
     out = Path(out)
+    if (out / "training.json").is_file():
+        print(f"{out}: trained already; give another folder to train anew")
+        return json.loads((out / "training.json").read_text())
     shards = "://" in str(data) or (Path(data) / "shards.json").is_file()
     if shards:
         data = str(data)

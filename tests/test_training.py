@@ -254,5 +254,7 @@ def test_command_line_trains_and_goes_on(store, tmp_path):
     assert done.returncode == 0 and '"steps": 4' in done.stdout, done.stderr[-2000:]
     told = json.loads((tmp_path / "run/training.json").read_text())
     assert (told["train"], told["validation"]) == (SPLIT["train"], SPLIT["validation"]) and set(weights(tmp_path / "run")) == {"dit.safetensors", "head.safetensors", "world_model.safetensors"}
+    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and "trained already" in again.stdout
     wrong = subprocess.run([*words, "stpes=4"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode and "did you mean 'steps'" in wrong.stderr and "Traceback" not in wrong.stderr

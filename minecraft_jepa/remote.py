@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIB', 'KEPT', 'pack', 'unpack', 'cut_weights', 'bring', 'write_card', 'train', 'main']
 
-# %% ../nbs/20_remote.ipynb #ef028ee8
+# %% ../nbs/20_remote.ipynb #43ec6f86
 import argparse
 import hashlib
 import importlib.util
@@ -17,9 +17,11 @@ import sys
 import tarfile
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 
 from .config import PRESETS, preset, write_json
+from .drawing import curves_plot, style
 from .recordings import find_recordings
 from .training import CollapseError, make_accelerator, train_all
 
@@ -103,7 +105,7 @@ def bring(
         (target / f"{name}.part").write_bytes(data); os.replace(target / f"{name}.part", target / name)
     write_card(target)
 
-# %% ../nbs/20_remote.ipynb #8c41d255
+# %% ../nbs/20_remote.ipynb #40f50310
 def write_card(
     folder,        # of weights
     command=None,  # that made them
@@ -119,8 +121,23 @@ def write_card(
         found = json.loads((folder / "evaluate.json").read_text())
         lines += [f"Latent error on recordings of worlds not trained on ({', '.join(found['recordings'])}), mean over recordings (`evaluate.json` has the intervals):", "", "| ticks | model | copy last | other actions | no-op |", "|---|---|---|---|---|"]
         lines += [f"| {h} | " + " | ".join(f"{row[m]['mean']:.3f}" for m in ("model", "copy_last", "other_actions", "noop")) + " |" for h, row in found["horizons"].items()] + [""]
-    write_text = "\n".join(line for line in lines if line is not None)
-    (folder / "README.md.part").write_text(write_text); os.replace(folder / "README.md.part", folder / "README.md")
+    if _draw_curves(folder): lines += ["![Loss, error on other recordings, effective rank](curves.png)", ""]
+    (folder / "README.md.part").write_text("\n".join(line for line in lines if line is not None)); os.replace(folder / "README.md.part", folder / "README.md")
+
+def _draw_curves(folder):
+    "`curves.png` from the training's log; False without one."
+    if not (folder / "world_model.jsonl").is_file(): return False
+    rows = [json.loads(line) for line in (folder / "world_model.jsonl").read_text().splitlines()]
+    checks = [r for r in rows if "model" in r]
+    style()
+    fig, axes = plt.subplots(1, 3, figsize=(14, 3.6))
+    curves_plot(axes[0], rows, ["loss"], smooth=25 if len(rows) > 100 else 1, ylabel="loss"); axes[0].set_title("Training")
+    if checks:
+        curves_plot(axes[1], [{"step": r["step"], "model": r["model"][1], "copy_last": r["copy_last"][1]} for r in checks], ["model", "copy_last"], ylabel="latent error at 2 ticks"); axes[1].set_title("Other recordings")
+        curves_plot(axes[2], checks, ["rank"], ylabel="effective rank"); axes[2].set_ylim(bottom=0); axes[2].set_title("No collapse while this stays up")
+    fig.tight_layout(); fig.savefig(folder / "curves.part", format="png", dpi=80, metadata={"Software": None}); plt.close(fig)
+    os.replace(folder / "curves.part", folder / "curves.png")
+    return True
 
 # %% ../nbs/20_remote.ipynb #03fc79a5
 def _have_av(folder):

@@ -105,7 +105,7 @@ def bring(
         (target / f"{name}.part").write_bytes(data); os.replace(target / f"{name}.part", target / name)
     write_card(target)
 
-# %% ../nbs/20_remote.ipynb #40f50310
+# %% ../nbs/20_remote.ipynb #229bfb80
 def write_card(
     folder,        # of weights
     command=None,  # that made them
@@ -130,12 +130,12 @@ def _draw_curves(folder):
     rows = [json.loads(line) for line in (folder / "world_model.jsonl").read_text().splitlines()]
     checks = [r for r in rows if "model" in r]
     style()
-    fig, axes = plt.subplots(1, 3, figsize=(14, 3.6))
+    fig, axes = plt.subplots(1, 3, figsize=(14, 3.6), layout="constrained")
     curves_plot(axes[0], rows, ["loss"], smooth=25 if len(rows) > 100 else 1, ylabel="loss"); axes[0].set_title("Training")
     if checks:
         curves_plot(axes[1], [{"step": r["step"], "model": r["model"][1], "copy_last": r["copy_last"][1]} for r in checks], ["model", "copy_last"], ylabel="latent error at 2 ticks"); axes[1].set_title("Other recordings")
         curves_plot(axes[2], checks, ["rank"], ylabel="effective rank"); axes[2].set_ylim(bottom=0); axes[2].set_title("No collapse while this stays up")
-    fig.tight_layout(); fig.savefig(folder / "curves.part", format="png", dpi=80, metadata={"Software": None}); plt.close(fig)
+    fig.savefig(folder / "curves.part", format="png", dpi=80, metadata={"Software": None}); plt.close(fig)
     os.replace(folder / "curves.part", folder / "curves.png")
     return True
 

@@ -67,3 +67,17 @@ def test_table_in_the_readme_is_that_of_the_run(evaluate):
         for method in ("model", "copy_last", "noop", "other_actions"):
             m = row[method]
             assert f"{m['mean']:.3f} [{m['interval'][0]:.3f}, {m['interval'][1]:.3f}]" in line
+
+
+def test_shipped_weights_are_what_their_card_says():
+    "They load as float16, were not trained on the worlds they are judged on, and the README's numbers are those of the evaluation beside them."
+    from minecraft_jepa.jepa import WorldModel
+    from minecraft_jepa.recordings import group_of
+    folder = ROOT / "data/weights/tiny"
+    WorldModel.from_pretrained(folder)
+    told, found = (json.loads((folder / f).read_text()) for f in ("training.json", "evaluate.json"))
+    assert not {group_of(n) for n in told["train"] + told["validation"]} & {group_of(n) for n in found["recordings"]}
+    readme = (ROOT / "README.md").read_text()
+    for method in ("model", "copy_last", "other_actions"):
+        numbers = [f"{row[method]['mean']:.3f}" for row in found["horizons"].values()]
+        assert " and ".join([", ".join(numbers[:-1]), numbers[-1]]) in readme or ", ".join(numbers) in readme

@@ -53,7 +53,7 @@ def runs_of(
     ends = [*(np.flatnonzero(moved[:-1]) + 1).tolist(), len(moved)]
     return [[a, b] for a, b in zip([0, *ends], ends)]
 
-# %% ../nbs/04_clips.ipynb #ec9abf40
+# %% ../nbs/04_clips.ipynb #e42fda77
 class StaleStore(ValueError):
     "The store does not hold what is asked for: what differs, and the command that builds it."
 
@@ -66,8 +66,11 @@ def source_of(
     for p in pair_of(path):
         stat, old = p.stat(), (known or {}).get(p.suffix[1:], {})
         same = (stat.st_size, stat.st_mtime_ns) == (old.get("bytes"), old.get("mtime_ns"))
-        with open(p, "rb") as f: found[p.suffix[1:]] = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": old["sha256"] if same else hashlib.file_digest(f, "sha256").hexdigest()}
+        found[p.suffix[1:]] = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": old["sha256"] if same else _sha256(p)}
     return found
+
+def _sha256(path):
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def _hashes(source): return {k: v["sha256"] for k, v in source.items()}
 

@@ -33,13 +33,14 @@ from tqdm import tqdm
 from .config import write_json
 from .recordings import SIDES, check_folder, check_recording, deal_sides, parse_name
 
-# %% ../nbs/03_download.ipynb #21cacbce
+# %% ../nbs/03_download.ipynb #82c0dc3a
 class DownloadError(RuntimeError):
     "What keeps an index from being read or a folder from being filled, and the remedy."
 
 BASE = "https://openaipublic.blob.core.windows.net/minecraft-rl/"
 SNAPSHOTS = ("all_6xx_Jun_29", "all_7xx_Apr_6", "all_8xx_Jun_29", "all_9xx_Jun_29", "all_10xx_Jun_29", "find-cave-Jul-28")
 HOURS_EACH = 5 / 60  # of a recording: at most five minutes
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a recording: no way out of a folder, nothing hidden
 
 @dataclass(frozen=True)
 class Entry:
@@ -57,7 +58,7 @@ def _entry(basedir, relpath, number, where, index):
     if not isinstance(relpath, str): raise DownloadError(f"{where}: relpaths[{number}] is {relpath!r}, expected text; get the index again")
     url = basedir.rstrip("/") + "/" + relpath.removesuffix(".mp4") + ".mp4"
     name = relpath.removesuffix(".mp4").rpartition("/")[2]
-    safe = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) and not re.search(r"(^|/)\.\.?(/|$)|[\\?#%\s\x00-\x1f]|^/|://", relpath)
+    safe = re.fullmatch(_NAME, name) and not re.search(r"(^|/)\.\.?(/|$)|[\\?#%\s\x00-\x1f]|^/|://", relpath)
     if not safe or len(name) > 200: raise DownloadError(f"{where}: relpaths[{number}] is {relpath!r}, which is no path of a recording; do not trust this index")
     return Entry(name, url, index)
 
@@ -109,7 +110,7 @@ def choose(
         chosen.update(sessions[s])
     return [e for e in left if e.name in chosen]
 
-# %% ../nbs/03_download.ipynb #2c959d74
+# %% ../nbs/03_download.ipynb #26d51dc7
 def write_manifest(
     folder,       # to be filled
     entries,      # of `choose`
@@ -141,7 +142,7 @@ def read_manifest(
     except FileNotFoundError: raise DownloadError(f"{path}: no such file; write_manifest makes it") from None
     except json.JSONDecodeError as e: raise DownloadError(f"{path}, line {e.lineno}: not JSON ({e.msg}); delete it and write it again") from None
     for n, r in found["recordings"].items():
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", n) or r["side"] not in SIDES: raise DownloadError(f"{path}: {n!r} is no recording of this project's; delete the file and write it again")
+        if not re.fullmatch(_NAME, n) or r["side"] not in SIDES: raise DownloadError(f"{path}: {n!r} is no recording of this project's; delete the file and write it again")
     return found
 
 # %% ../nbs/03_download.ipynb #a1ec83aa

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_optimizer', 'lr_at', 'autocast', 'make_accelerator', 'blocks_of', 'lighten', 'Prefetched', 'Log', 'Progress',
-           'save_checkpoint', 'find_checkpoint', 'load_checkpoint', 'Job', 'descend', 'Stopped', 'fit', 'CollapseError',
+           'save_checkpoint', 'find_checkpoint', 'load_checkpoint', 'Job', 'descend', 'fit', 'CollapseError',
            'shards_wanted', 'validate', 'nearest_strip', 'train_world_model', 'Decoders', 'train_decoders',
            'plan_memory', 'MemoryPlanError', 'check_memory', 'train_all', 'main']
 
@@ -101,12 +101,13 @@ def lighten(
         if settings.compile and device == "cuda": block.compile()
     return module
 
-# %% ../nbs/13_training.ipynb #95b9f165
+# %% ../nbs/13_training.ipynb #af88e893
 class Prefetched:
     "An iterator read ahead by a thread; `waited` counts the seconds that its user waited."
     def __init__(self, batches, ahead=2):
         self.queue, self.waited, self.stopped = queue.Queue(ahead), 0.0, threading.Event()
-        threading.Thread(target=self._read, args=(batches,), daemon=True).start()
+        self.thread = threading.Thread(target=self._read, args=(batches,), daemon=True)
+        self.thread.start()
 
     def _read(self, batches):
         try:
@@ -117,7 +118,7 @@ class Prefetched:
 
     def _put(self, item):
         while not self.stopped.is_set():
-            try: self.queue.put(item, timeout=0.5); return True
+            try: self.queue.put(item, timeout=0.1); return True
             except queue.Full: pass
         return False
 
@@ -128,7 +129,10 @@ class Prefetched:
         if error: raise error
         return batch
 
-    def close(self): self.stopped.set()
+    def close(self):
+        "Wait for the batch in work: a thread that is inside torch when Python ends takes the process down with it."
+        self.stopped.set()
+        self.thread.join(10)
 
 # %% ../nbs/13_training.ipynb #f25dbd56
 def _windows(data, names, ticks, rollout, batch, seed, step, rank=0, world=1):
@@ -144,7 +148,7 @@ def _shard_windows(url, names, ticks, rollout, batch, seed, step, rank, world):
         windows.resume(*divmod(step, per_epoch))
         for b in windows: yield b; step += 1
 
-# %% ../nbs/13_training.ipynb #847b5270
+# %% ../nbs/13_training.ipynb #08a975fd
 class Log:
     "Rows of a run, in memory and, with a folder, in `NAME.jsonl` and for TensorBoard."
     def __init__(self, folder, name, step, main):
@@ -155,7 +159,6 @@ class Log:
                 try: row = json.loads(line)
                 except json.JSONDecodeError: break
                 if row["step"] <= step: self.rows.append(row)
-        if len(self.rows) != step: self.rows = self.rows[:0] if not step else self.rows
         if not (self.path and main): self.path = None; return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
@@ -297,7 +300,7 @@ def descend(
     optimizer.zero_grad(set_to_none=True)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-# %% ../nbs/13_training.ipynb #0b3bb74a
+# %% ../nbs/13_training.ipynb #7082c074
 def _backward(engine, model, batch, step_seed, accumulate):
     "Gradients of one batch, in parts; gives the numbers to log, each the mean over parts and processes."
     totals = {}
@@ -312,8 +315,6 @@ def _backward(engine, model, batch, step_seed, accumulate):
     if engine.num_processes == 1: return {k: v.item() for k, v in totals.items()}
     mean = engine.reduce(torch.stack(list(totals.values())), "mean")
     return dict(zip(totals, mean.tolist()))
-
-class Stopped(Exception): "The time is over: the run is saved and can go on."
 
 # %% ../nbs/13_training.ipynb #6cbc02c0
 def fit(

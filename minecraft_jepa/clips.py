@@ -126,7 +126,7 @@ class _OpenFiles:
         self.clips[name] = f.fileno(), f.tell(), np.load(folder / "actions.npy")
         return self.clips[name]
 
-# %% ../nbs/04_clips.ipynb #dc6230c5
+# %% ../nbs/04_clips.ipynb #f85e5597
 class Clips:
     "Clips by name, and windows from them."
     def __init__(self, folders, about):
@@ -141,8 +141,11 @@ class Clips:
     @property
     def groups(self): return {n: group_of(n) for n in self.folders}
 
-    def __getitem__(self, name):
+    def _known(self, name):
         if name not in self.folders: raise KeyError(f"no clip {name!r} in this store; it has {', '.join(self.names[:5])}")
+
+    def __getitem__(self, name):
+        self._known(name)
         if name not in self._clips: self._clips[name] = _load_clip(self.folders[name])
         while len(self._clips) > 16: self._clips.popitem(last=False)
         return self._clips[name]
@@ -175,7 +178,7 @@ class Clips:
 
     def window(self, name, t, ticks=25, rollout=1):
         "One window: frames (1+K, 3, H, W) and actions (ticks-1+K, 28). IndexError beyond the recording."
-        if name not in self.folders: raise KeyError(f"no clip {name!r} in this store; it has {', '.join(self.names[:5])}")
+        self._known(name)
         long = self.about[name]["ticks"]
         if not ticks - 1 <= t < long - rollout: raise IndexError(f"{name}: no window at tick {t}; it has {long} ticks, {ticks - 1} are needed before and {rollout} after")
         frames, actions = self.read([(name, t)], ticks, rollout)

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['Predictor']
 
-# %% ../nbs/10_predictor.ipynb #14a8b025
+# %% ../nbs/10_predictor.ipynb #760901ec
 import torch
-from timm.layers import Mlp
 from torch import nn
 
-from .layers import Block, ModulatedBlock, init_weights, rotary_grid
+from .layers import Block, ModulatedBlock, init_weights, mlp, rotary_grid
 
-# %% ../nbs/10_predictor.ipynb #3c1fce5e
+# %% ../nbs/10_predictor.ipynb #19b84b83
 class Predictor(nn.Module):
     "The change from frame t to frame t+1. (b, n, d), condition -> (b, n, d)"
     def __init__(self,
@@ -21,7 +20,7 @@ class Predictor(nn.Module):
         super().__init__()
         p, width = config.predictor, config.encoder.width
         self.modulated = config.conditioner.kind == "adaln"
-        make = (lambda: ModulatedBlock(width, p.heads, Mlp(width, 4 * width, drop=p.dropout), dropout=p.dropout)) if self.modulated else \
+        make = (lambda: ModulatedBlock(width, p.heads, mlp(width, p.dropout), dropout=p.dropout)) if self.modulated else \
                (lambda: Block(width, p.heads, p.dropout))
         self.blocks = nn.ModuleList(init_weights(make()) for _ in range(p.depth))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, width)

@@ -269,7 +269,7 @@ def _as(v, p):
     from torch.distributed.tensor import DTensor
     return DTensor.from_local(v.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
-# %% ../nbs/13_training.ipynb #2188ec47
+# %% ../nbs/13_training.ipynb #a89c4967
 @dataclasses.dataclass
 class Job:
     "What `fit` needs to know of a training."
@@ -282,7 +282,7 @@ class Job:
     steps: int
     run: dict          # what tells this run from another
     after: object = lambda module, step, steps: None    # slow copies
-    evaluate: object = None                             # module, step, log, last -> dict of numbers; called every `evaluate_every`
+    evaluate: object = None                             # module, step, log -> dict of numbers; called every `evaluate_every`
     better: object = lambda row: None                   # row -> a number, smaller is better
     keep_best: object = lambda module: None             # called when it is smaller
 
@@ -316,7 +316,7 @@ def _backward(engine, model, batch, step_seed, accumulate):
     mean = engine.reduce(torch.stack(list(totals.values())), "mean")
     return dict(zip(totals, mean.tolist()))
 
-# %% ../nbs/13_training.ipynb #6cbc02c0
+# %% ../nbs/13_training.ipynb #ef6ba264
 def fit(
     job,            # Job
     settings,       # config.train
@@ -354,7 +354,7 @@ def fit(
             if not fixed and step + 1 >= 50: steps, fixed = _fit_steps(engine, step + 1, log.rows, minutes, begin, steps), True; progress.steps = steps
             last = step + 1 == steps
             if job.evaluate and (last or (step + 1) % settings.evaluate_every == 0):
-                row |= job.evaluate(inner, step + 1, log if main else None, last)
+                row |= job.evaluate(inner, step + 1, log if main else None)
                 if job.better(row) is not None and job.better(row) <= best: best = job.better(row); job.keep_best(inner)
             log.add(row)
             told = "  ".join(f"{k} {numbers[k]:.4f}" for k in numbers) + (f"  {row['told']}" if "told" in row else "")
@@ -433,7 +433,7 @@ def nearest_strip(
     rows = [torch.cat(list(x), -1) for x in (frames[0, 1:], pictures[nearest])]
     return torch.cat(rows, -2).permute(1, 2, 0).numpy()
 
-# %% ../nbs/13_training.ipynb #e2a38c0b
+# %% ../nbs/13_training.ipynb #8ec7db7c
 def _run_of(config, names, held_out, seed, batch, kind, steps):
     "What a checkpoint must agree with."
     leaves = {f"{s}.{k}": v for s, d in json.loads(config.to_json()).items() if isinstance(d, dict) for k, v in d.items() if k not in ("save_every", "keep", "compile", "checkpoint_activations", "accumulate", "sample_steps", "guidance")}
@@ -461,7 +461,7 @@ def train_world_model(
     model = WorldModel(config)
     check = next(_windows(data, held_out, ticks, 8, 128, seed, 0))
     def after(model, step, steps): model.update_teacher(momentum_at(step, steps, j.ema_start, j.ema_end) if j.anti_collapse == "ema" else 0.0)
-    def evaluate(model, step, log, last):
+    def evaluate(model, step, log):
         numbers, (z, future) = validate(model, *check)
         if log: log.picture("world_model", nearest_strip(check[0], z, future), step)
         return numbers | {"alarm": collapse_alarm(numbers, config), "told": f"error at 2 ticks {numbers['model'][1]:.3f} (copy {numbers['copy_last'][1]:.3f})  rank {numbers['rank']:.0f}"}
@@ -481,7 +481,7 @@ def _save_on_main(model, folder):
     if PartialState().is_main_process: save(folder)
     elif any(hasattr(p, "full_tensor") for p in model.parameters()): model._saved_state()
 
-# %% ../nbs/13_training.ipynb #7856a620
+# %% ../nbs/13_training.ipynb #f7f09ee3
 class Decoders(nn.Module):
     "Both decoders, and the slow copy of the diffusion transformer. Latents and frames -> {'loss', 'dit', 'head'}."
     def __init__(self, config):
@@ -515,7 +515,7 @@ def train_decoders(
     def after(m, step, steps): ema_update(m.slow, m.dit, min(config.dit.ema, (1 + step) / (10 + step)))  # a short run must not average in its random start
     run = _run_of(config, names, [], seed, t.decoder_batch, "decoders", steps) | {"model": hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in model.encoder.parameters())).hexdigest()[:16]}
     look = next(_windows(data, names, 1, 1, 6, seed + 1, 0))[0][:, 0]
-    def evaluate(m, step, log, last):
+    def evaluate(m, step, log):
         strip = _decoded_strip(model, m, look, device)  # by all processes, for shards are gathered
         if log: log.picture("decoders", strip, step)
         return {}

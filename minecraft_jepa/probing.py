@@ -29,7 +29,7 @@ def rank_of_truth(
     own = distance.gather(1, true[:, None])
     return (distance <= own + 1e-4 * own.abs()).sum(1)           # float32 tells no smaller difference apart
 
-# %% ../nbs/16_probing.ipynb #2b976224
+# %% ../nbs/16_probing.ipynb #491a2e98
 @torch.no_grad()
 def retrieval(
     model,           # WorldModel, in eval mode
@@ -44,24 +44,27 @@ def retrieval(
     "{'top1'|'mrr': {method: (recordings, horizons)}} of the true future; chance is 1 / candidates."
     if len(names) < 2: raise ValueError(f"{len(names)} recording(s) given, at least 2 are needed: half of the candidates are of another one")
     random, device, ticks = np.random.default_rng(seed), next(model.parameters()).device, model.config.conditioner.ticks
-    real = {n: torch.cat([model.target(f.to(device)) for f in torch.from_numpy(np.array(store[n].frames)).split(64)]) for n in names}
+    see = lambda name, times: torch.cat([model.target(torch.from_numpy(store[name].frames[c]).to(device)) for c in np.array_split(times, max(len(times) // 64, 1))])
+    spread = lambda name, n: np.unique(np.linspace(0, len(store[name].frames) - 1, n).round().astype(int))
+    few = {n: see(n, spread(n, max(2048 // len(names), 2))) for n in names}  # not all frames: of hours of play they would not fit
     scores = {s: {m: np.zeros((len(names), len(horizons))) for m in ("model", "copy_last", "other_actions")} for s in ("top1", "mrr")}
-    windows = {n: window_starts(store, n, ticks, max(horizons), count) for n in names}
     for r, name in enumerate(names):
         frames, actions = evaluation_windows(store, name, ticks, max(horizons), count)
         other = evaluation_windows(store, names[(r + len(names) // 2) % len(names)], ticks, max(horizons), count)[1]
-        other, starts = other[torch.arange(len(actions)) % len(other)], windows[name]
-        others = torch.cat([real[n] for n in names if n != name])
+        other, starts = other[torch.arange(len(actions)) % len(other)], window_starts(store, name, ticks, max(horizons), count)
+        times = spread(name, 2 * candidates)
+        own, others, now = see(name, times), torch.cat([few[n] for n in names if n != name]), model.target(frames[:, 1].to(device))
         z = model.encode(frames[:, 1].to(device))
-        guesses = {"model": model.imagine(z, actions.to(device)), "other_actions": model.imagine(z, other.to(device))}
+        guesses = {"model": model.imagine(z, actions.to(device)), "other_actions": model.imagine(z, other.to(device)), "copy_last": now[:, None].expand(-1, max(horizons), -1, -1)}
         for i, h in enumerate(horizons):
+            truth = see(name, starts + h)
             for b, t in enumerate(starts):
-                far = np.flatnonzero(np.abs(np.arange(len(real[name])) - (t + h)) >= apart)
+                far = np.flatnonzero(np.abs(times - (t + h)) >= apart)
                 hard = random.choice(far, min(candidates // 2, len(far)), replace=False)
                 easy = random.choice(len(others), candidates - 1 - len(hard), replace=len(others) < candidates)
-                pool, true = torch.cat([real[name][t + h][None], real[name][hard], others[easy]]), torch.zeros(1, dtype=torch.long, device=device)
-                for m in scores["top1"]:
-                    rank = float(rank_of_truth(real[name][t][None] if m == "copy_last" else guesses[m][b, h - 1][None], pool, true))
+                pool, true = torch.cat([truth[b][None], own[hard], others[easy]]), torch.zeros(1, dtype=torch.long, device=device)
+                for m, guess in guesses.items():
+                    rank = float(rank_of_truth(guess[b, h - 1][None], pool, true))
                     scores["top1"][m][r, i] += (rank == 1) / len(starts)
                     scores["mrr"][m][r, i] += 1 / rank / len(starts)
     return scores
@@ -175,7 +178,7 @@ def pixels_of(
     "The baseline that has learned nothing: frames -> the pixels of each patch as its token."
     return lambda frames: F.unfold(frames.float() / 255, patch, stride=patch).transpose(1, 2)
 
-# %% ../nbs/16_probing.ipynb #1e4ca6b4
+# %% ../nbs/16_probing.ipynb #689bfa61
 TOLD = [ACTION_NAMES.index(n) for n in ("w", "a", "s", "d", "space", "left.shift", "left.control", "attack", "use")]  # what can be seen between two frames
 _CAMERA = [ACTION_NAMES.index("dx"), ACTION_NAMES.index("dy")]
 
@@ -210,23 +213,23 @@ def fit_reader(
     batch=64,
     seed=0,
     lr=1e-3,
+    pairs=3000,  # encoded once and learned from again and again
 ):
     "An ActionReader of real pairs, in eval mode."
     random = np.random.default_rng(seed)
-    with torch.no_grad(): latents = {n: torch.cat([look(f) for f in torch.from_numpy(np.array(store[n].frames)).split(64)]) for n in names}
     starts = [(n, t) for n in names for t in store.starts(n, 1, gap)]
-    width = latents[names[0]].shape[-1]
+    starts = [starts[i] for i in sorted(random.permutation(len(starts))[:min(pairs, steps * batch)])]
+    with torch.no_grad(): z, later = (torch.cat([look(torch.from_numpy(np.stack([store[n].frames[t + k] for n, t in starts[i:i + 64]]))) for i in range(0, len(starts), 64)]) for k in (0, gap))
+    keys, camera = (x.to(z.device) for x in done_between(torch.from_numpy(np.stack([store[n].actions[t:t + gap] for n, t in starts]))))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        reader = ActionReader(grid[0] * grid[1], width, gap=gap).to(latents[names[0]].device)
+        reader = ActionReader(grid[0] * grid[1], z.shape[-1], gap=gap).to(z.device)
         optimizer = torch.optim.AdamW(reader.parameters(), lr=lr, weight_decay=0.05)
         for step in range(steps):
             for group in optimizer.param_groups: group["lr"] = lr * min(1, (step + 1) / 50) * (1 - step / steps)
-            chosen = [starts[i] for i in random.integers(0, len(starts), batch)]
-            actions = torch.from_numpy(np.stack([store[n].actions[t:t + gap] for n, t in chosen]))
-            keys, camera = (x.to(reader.place.device) for x in done_between(actions))
-            said, turned = reader(torch.stack([latents[n][t] for n, t in chosen]), torch.stack([latents[n][t + gap] for n, t in chosen]))
-            loss = F.binary_cross_entropy_with_logits(said, keys) + F.smooth_l1_loss(turned / (5 * gap), camera / (5 * gap))
+            chosen = torch.from_numpy(random.integers(0, len(starts), batch)).to(z.device)
+            said, turned = reader(z[chosen], later[chosen])
+            loss = F.binary_cross_entropy_with_logits(said, keys[chosen]) + F.smooth_l1_loss(turned / (5 * gap), camera[chosen] / (5 * gap))
             optimizer.zero_grad(); loss.backward(); optimizer.step()
     return reader.eval()
 

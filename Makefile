@@ -1,5 +1,6 @@
 # make study    the whole study: environment, training, evaluation, figures
 # make bench    the benchmarks, side by side on this machine; their figures too
+# make ablations  one thing changed at a time, several seeds each: two hours on two cores
 # make test     every check: modules in step with notebooks, notebooks, tests
 # make export   after editing notebooks: write the modules, drop outputs and stray metadata
 
@@ -17,7 +18,7 @@ $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(if $(fi
 
 BIN = .venv/bin
 
-.PHONY: help study bench test export
+.PHONY: help study bench ablations test export
 help:
 	@grep '^# make' Makefile | cut -c3-
 
@@ -26,6 +27,9 @@ study: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m minecraft_jepa.study --notebooks nbs/bench --preset '$(PRESET)' --steps '$(STEPS)' --seed '$(SEED)' --device '$(DEVICE)' --data '$(DATA)' --out '$(OUT)'
+
+ablations: .venv/installed
+	$(BIN)/python -m minecraft_jepa.study --notebooks nbs/study/8_ablations.ipynb --preset '$(PRESET)' --steps '$(STEPS)' --seed '$(SEED)' --device '$(DEVICE)' --data '$(DATA)' --out '$(OUT)'
 
 test: .venv/installed
 	$(BIN)/pytest -q tests/test_repo.py

@@ -7,7 +7,7 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
-from minecraft_jepa.study import main, run_notebook, study_notebooks
+from minecraft_jepa.study import HOURS, main, run_notebook, study_notebooks
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data"
@@ -20,7 +20,7 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp("study")
 def nothing_but_numbers(name): pytest.fail(f"{name} in the numbers of a figure")
 
 
-@pytest.mark.parametrize("notebook", [*study_notebooks(ROOT / "nbs/study"), *study_notebooks(ROOT / "nbs/bench")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", [*study_notebooks(ROOT / "nbs/study"), *(ROOT / "nbs/study" / f"{n}.ipynb" for n in HOURS), *study_notebooks(ROOT / "nbs/bench")], ids=lambda p: p.stem)
 def test_notebook_runs_and_leaves_its_numbers(notebook, folder):
     out, copy = folder / "figures", folder / notebook.name
     before = set(out.rglob("*"))

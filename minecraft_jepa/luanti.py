@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TICKS_PER_SECOND', 'APT', 'BIOMES', 'MODES', 'CODE_BITS', 'CODE_ROWS', 'CLIENT_MOD', 'SERVER_MOD', 'KIT', 'REACH',
-           'GUARD', 'HELD', 'CAMERA', 'LuantiError', 'find_programs', 'write_home', 'read_code', 'ahead', 'Screen',
-           'read_state', 'Game', 'to_input', 'did', 'LuantiEnv']
+           'GUARD', 'HELD', 'CAMERA', 'LOW', 'HIGH', 'LuantiError', 'find_programs', 'write_home', 'read_code', 'ahead',
+           'Screen', 'read_state', 'Game', 'to_input', 'did', 'LuantiEnv']
 
-# %% ../nbs/17_luanti.ipynb #46765749
+# %% ../nbs/17_luanti.ipynb #4f71794f
+import itertools
 import os
 import shutil
 import socket
@@ -212,7 +213,7 @@ def ahead(
     half = 2 ** (CODE_BITS - 1)
     return (code - number + half) % (2 * half) - half
 
-# %% ../nbs/17_luanti.ipynb #7a627a4d
+# %% ../nbs/17_luanti.ipynb #d3558bf9
 _KEYSYMS = {"key.keyboard.space": "space", "key.keyboard.left.shift": "Shift_L", "key.keyboard.left.control": "Control_L", "key.keyboard.escape": "Escape"}
 
 class Screen:
@@ -263,12 +264,10 @@ class Screen:
             else: xtest.fake_input(self.display, X.KeyPress if key in keys else X.KeyRelease, self.codes[key])
         self.pressed = set(keys)
         if right or down: xtest.fake_input(self.display, X.MotionNotify, True, x=right, y=down)
-        for _ in range(abs(wheel)):
-            for event in (X.ButtonPress, X.ButtonRelease): xtest.fake_input(self.display, event, 4 if wheel > 0 else 5)
+        for event in (X.ButtonPress, X.ButtonRelease) * abs(wheel): xtest.fake_input(self.display, event, 4 if wheel > 0 else 5)
         self.display.flush()
 
     def close(self):
-        "Leave the display."
         try: self.display.close()
         except ConnectionClosedError: pass  # it has ended before
 
@@ -282,7 +281,7 @@ def read_state(
     return {"frame": int(words[0]), "micros": int(words[1]), "yaw": -float(words[2]) % 360, "pitch": -float(words[3]), "position": tuple(map(float, words[4:7])),
             "held": {key for i, key in enumerate(HELD) if int(words[7]) >> i & 1}, "hotbar": int(words[8]), "liquid": words[9] == "1"}
 
-# %% ../nbs/17_luanti.ipynb #0322dbd1
+# %% ../nbs/17_luanti.ipynb #06386f3d
 def _yield_to_drawing(process):
     "Let the game's other threads, which make land and meshes, wait for the one that draws: on a full machine frames would come late."
     for thread in Path(f"/proc/{process}/task").iterdir():
@@ -290,11 +289,14 @@ def _yield_to_drawing(process):
             if (thread / "comm").read_text().startswith(("Emerge", "Mesh", "Server")): os.setpriority(os.PRIO_PROCESS, int(thread.name), min(os.getpriority(os.PRIO_PROCESS, 0) + 8, 19))
         except (FileNotFoundError, ProcessLookupError): pass  # it has ended
 
+# %% ../nbs/17_luanti.ipynb #b8820276
 class _Process:
     "The game's processes, its log, and the state of each frame that it draws."
     def __init__(self, world, mode, width, height, frames_per_tick):
+        if mode not in MODES: raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
+        if not (64 <= width <= 1280 and 36 <= height <= 720): raise ValueError(f"{width} x {height} pixels: choose from 64 x 36 to 1280 x 720")
         programs = find_programs()
-        self.log, self.answers, self.states, self.latest, self.news, self.pids, self.asked = deque(maxlen=60), {}, {}, 0, threading.Condition(), {}, 0
+        self.log, self.answers, self.states, self.latest, self.news, self.pids, self.asked = deque(maxlen=60), {}, {}, 0, threading.Condition(), {}, itertools.count()
         self.home = tempfile.mkdtemp(prefix="luanti-")
         write_home(self.home, world, mode, width, height, frames_per_tick)
         self.guard = subprocess.Popen([sys.executable, "-I", "-S", "-c", GUARD, self.home, programs["Xvfb"], f"{width}x{height + CODE_ROWS}x24", programs["minetest"], str(_free_port())],
@@ -327,6 +329,11 @@ class _Process:
             if self.latest < 0: raise self.failure("the game has died")
             if not true(): raise self.failure(f"{what} within {patience} s")
 
+    def wait(self, number, patience=5):
+        "The state of frame `number`, or the newest if that is long past."
+        self.until(lambda: self.latest >= number, patience, f"frame {number} was not drawn")
+        return self.states.get(number) or self.states[self.latest]
+
     def end(self):
         "End all processes and delete the folder."
         self.guard.stdin.close()
@@ -334,7 +341,7 @@ class _Process:
         except subprocess.TimeoutExpired: self.guard.kill(); self.guard.wait()
         shutil.rmtree(self.home, ignore_errors=True)
 
-# %% ../nbs/17_luanti.ipynb #9dcdf713
+# %% ../nbs/17_luanti.ipynb #c65b4bf5
 class Game(_Process):
     "The running game. All its methods are for one thread; where it dies or hangs they raise LuantiError with the end of its log."
     def __init__(self,
@@ -343,22 +350,14 @@ class Game(_Process):
         width=256,         # pixels of the picture
         height=144,
         frames_per_tick=2, # frames drawn in a tick. With 2, what is sent at a frame has acted by the next tick's: the game reads keys half a tick before it draws
-        patience=90,       # seconds it may take to show the world
     ):
-        if mode not in MODES: raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
-        if not (64 <= width <= 1280 and 36 <= height <= 720): raise ValueError(f"{width} x {height} pixels: choose from 64 x 36 to 1280 x 720")
         super().__init__(world, mode, width, height, frames_per_tick)
         self.screen, self.frames_per_tick = None, frames_per_tick
         try:
-            self.wait(1, patience)
+            self.wait(1, 90)
             self.screen = Screen(self.pids["display"], width, height)
             _yield_to_drawing(self.pids["minetest"])
         except BaseException: self.close(); raise
-
-    def wait(self, number, patience=5):
-        "The state of frame `number`, or the newest if that is long past."
-        self.until(lambda: self.latest >= number, patience, f"frame {number} was not drawn")
-        return self.states.get(number) or self.states[self.latest]
 
     def send(self, keys, right, down, wheel=0):
         "As `Screen.send`."
@@ -369,22 +368,20 @@ class Game(_Process):
         "As `Screen.grab`."
         try: shot = self.screen.grab(number)
         except ConnectionClosedError: raise self.failure("the game has died") from None
-        if shot is None: raise self.failure(f"frame {number} was not shown within 1 s")
-        return shot
+        if shot: return shot
+        raise self.failure(f"frame {number} was not shown within 1 s")
 
     def spawn(self,
         seed,             # of the place
         biome="any",      # or one of BIOMES
         time_of_day=0.5,  # 0 midnight, 0.5 noon; it stands still
-        patience=40,      # seconds
     ) -> str:
         "Put the player at the spawn point of `seed`, with a new kit and keys at rest, and wait until the land around is drawn. Gives the biome."
         self.send(set(), 0, 0)
-        self.asked += 1
-        ask, key = Path(self.home) / ".minetest/worlds/world/ask", str(self.asked)
+        ask, key = Path(self.home) / ".minetest/worlds/world/ask", str(next(self.asked))
         ask.with_suffix(".part").write_text(f"{key} {seed} {biome} {time_of_day}\n")
         os.replace(ask.with_suffix(".part"), ask)
-        self.until(lambda: key in self.answers, patience, f"no spawn point in {biome!r} was found")
+        self.until(lambda: key in self.answers, 40, f"no spawn point in {biome!r} was found")
         found = self.answers.pop(key)
         if found == "none": raise self.failure(f"world without a spawn point in {biome!r}: choose another biome, or 'any'")
         self._settle()
@@ -431,8 +428,10 @@ def did(
     end = abs(after["pitch"]) > 89
     return after["held"] == keys & set(HELD) and abs(turn[0] - right) < 0.5 and (end or abs(turn[1] - down) < 0.5)
 
-# %% ../nbs/17_luanti.ipynb #b3dce79c
+# %% ../nbs/17_luanti.ipynb #f6b11f50
 CAMERA = 10.0  # degrees in a tick, at most: half the height of the window is as far as the mouse gets
+LOW, HIGH = np.zeros(ACTION_DIM, np.float32), np.ones(ACTION_DIM, np.float32)  # of an action
+LOW[22:25], HIGH[22:24] = (-CAMERA, -CAMERA, -1), CAMERA
 
 def _checked(options, allowed):
     unknown = set(options) - set(allowed)
@@ -441,6 +440,7 @@ def _checked(options, allowed):
     if not 0 <= options.get("time_of_day", 0.5) <= 1: raise ValueError(f"time_of_day={options['time_of_day']!r}: from 0, midnight, over 0.5, noon, to 1")
     return options
 
+# %% ../nbs/17_luanti.ipynb #e1ffafff
 class LuantiEnv(gymnasium.Env):
     "A world to act in, 20 ticks a second of real time. Actions are the 28 numbers, or a dict with the `mouse` and `keyboard` of a VPT line; there is no reward."
     metadata = {"render_modes": ["rgb_array"], "render_fps": TICKS_PER_SECOND}
@@ -456,9 +456,7 @@ class LuantiEnv(gymnasium.Env):
     ):
         self.options, self.size, self.render_mode = _checked({"world": world, "biome": biome, "time_of_day": time_of_day}, ("world", "biome", "time_of_day")), (mode, width, height), render_mode
         self.observation_space = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
-        low, high = np.zeros(ACTION_DIM, np.float32), np.ones(ACTION_DIM, np.float32)
-        low[22:25], high[22:24] = (-CAMERA, -CAMERA, -1), CAMERA
-        self.action_space = gymnasium.spaces.Box(low, high)
+        self.action_space = gymnasium.spaces.Box(LOW, HIGH)
         self.game, self.running = None, None  # the game, and the seed of its world
 
     def reset(self, *, seed=None, options=None):
@@ -467,46 +465,42 @@ class LuantiEnv(gymnasium.Env):
         wish = self.options | _checked(options or {}, self.options)
         if self.running != wish["world"]: self.close()
         place = int(self.np_random.integers(2**31 - 1))
-        for last in (False, True):  # a game that has died meanwhile gets a second try
-            try:
-                if self.game is None: self.game, self.running = Game(wish["world"], *self.size), wish["world"]
-                self.biome = self.game.spawn(place, wish["biome"], wish["time_of_day"])
-                self.shot = self.game.grab(self.game.wait(self.game.latest + 1)["frame"])
-                break
-            except LuantiError:
-                dead = self.game is None or self.game.latest < 0
-                self.close()
-                if last or not dead: raise
-        self.start, self.rest = self.shot[0], np.zeros(2)
+        try: self._arrive(place, wish)
+        except LuantiError:
+            if self.game and self.game.latest >= 0: raise  # it runs, but not there
+            self.close(); self._arrive(place, wish)        # it has died meanwhile
         return self.shot[1], self._info(self.game.wait(self.start), True)
 
+    def _arrive(self, place, wish):
+        if self.game is None: self.game, self.running = Game(wish["world"], *self.size), wish["world"]
+        self.biome = self.game.spawn(place, wish["biome"], wish["time_of_day"])
+        self.shot = self.game.grab(self.game.wait(self.game.latest + 1)["frame"])
+        self.start, self.rest = self.shot[0], np.zeros(2)
+
     def _info(self, state, in_step):
-        return {"position": state["position"], "yaw": state["yaw"], "pitch": state["pitch"], "hotbar": state["hotbar"], "screen_open": self.shot[2], "biome": self.biome, "tick": (state["frame"] - self.start) // self.game.frames_per_tick, "in_step": in_step}
+        return {name: state[name] for name in ("position", "yaw", "pitch", "hotbar")} | {"screen_open": self.shot[2], "biome": self.biome, "tick": (state["frame"] - self.start) // self.game.frames_per_tick, "in_step": in_step}
 
     def step(self, action):
         "Act for a tick: (frame, 0.0, False, whether the game has failed, info)."
         if self.game is None: raise gymnasium.error.ResetNeeded("call reset first: no game is running")
-        action = encode_action(action) if isinstance(action, dict) else np.asarray(action, np.float32)
-        action = np.clip(action, self.action_space.low, self.action_space.high)
-        keys, right, down, wheel, self.rest = to_input(action, self.shot[2], self.rest, self.size[1])
+        action = np.clip(encode_action(action) if isinstance(action, dict) else action, LOW, HIGH)
+        number, _, free, _ = self.shot
+        keys, right, down, wheel, self.rest = to_input(action, free, self.rest, self.size[1])
         try:
-            (number, _, free, _), before = self.shot, self.game.wait(self.shot[0])
+            before, newest = self.game.wait(number), max(number, self.game.latest)
             self.game.send(keys, right, down, wheel)
-            self.shot = self.game.grab(max(number, self.game.latest) + self.game.frames_per_tick)
+            self.shot = self.game.grab(newest + self.game.frames_per_tick)
             after = self.game.wait(self.shot[0])
         except LuantiError as e:
             self.close()
             return self.shot[1], 0.0, False, True, {"failure": str(e), "in_step": False}
-        in_step = self.shot[0] == number + self.game.frames_per_tick and (free or self.shot[2] or did(before, after, keys, right, down))
-        return self.shot[1], 0.0, False, False, self._info(after, in_step)
+        return self.shot[1], 0.0, False, False, self._info(after, self.shot[0] == number + self.game.frames_per_tick and (free or self.shot[2] or did(before, after, keys, right, down)))
 
-    def render(self):
-        "The last frame."
-        return self.shot[1]
+    def render(self): return self.shot[1]
 
     def close(self):
-        "End the game."
         if self.game: self.game.close()
         self.game = None
 
+# %% ../nbs/17_luanti.ipynb #53adf01a
 if "Luanti-v0" not in gymnasium.registry: gymnasium.register("Luanti-v0", entry_point="minecraft_jepa.luanti:LuantiEnv", nondeterministic=True)  # clouds move, water flows

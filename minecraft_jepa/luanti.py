@@ -440,7 +440,7 @@ def _checked(options, allowed):
     if not 0 <= options.get("time_of_day", 0.5) <= 1: raise ValueError(f"time_of_day={options['time_of_day']!r}: from 0, midnight, over 0.5, noon, to 1")
     return options
 
-# %% ../nbs/17_luanti.ipynb #e1ffafff
+# %% ../nbs/17_luanti.ipynb #b8a13745
 class LuantiEnv(gymnasium.Env):
     "A world to act in, 20 ticks a second of real time. Actions are the 28 numbers, or a dict with the `mouse` and `keyboard` of a VPT line; there is no reward."
     metadata = {"render_modes": ["rgb_array"], "render_fps": TICKS_PER_SECOND}
@@ -478,7 +478,7 @@ class LuantiEnv(gymnasium.Env):
         self.start, self.rest = self.shot[0], np.zeros(2)
 
     def _info(self, state, in_step):
-        return {name: state[name] for name in ("position", "yaw", "pitch", "hotbar")} | {"screen_open": self.shot[2], "biome": self.biome, "tick": (state["frame"] - self.start) // self.game.frames_per_tick, "in_step": in_step}
+        return {name: state[name] for name in ("position", "yaw", "pitch", "hotbar")} | {"screen_open": self.shot[2], "biome": self.biome, "tick": (state["frame"] - self.start) // self.game.frames_per_tick, "in_step": bool(in_step)}
 
     def step(self, action):
         "Act for a tick: (frame, 0.0, False, whether the game has failed, info)."

@@ -92,6 +92,12 @@ def test_without_the_game_the_error_tells_how_to_get_it(monkeypatch, tmp_path, c
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("package", ["gymnasium", "Xlib"])
+def test_without_a_package_the_error_tells_how_to_get_it(package):
+    done = python(f"import sys; sys.modules['{package}'] = None\ntry: import minecraft_jepa.recorder\nexcept ImportError as e: print(e)")
+    assert f"{package} is needed to play Luanti: pip install 'minecraft_jepa[luanti]'" in done.communicate()[0]
+
+
 def test_step_before_reset_is_refused():
     import gymnasium
     with pytest.raises(gymnasium.error.ResetNeeded, match="reset first"): LuantiEnv().step(NOOP)

@@ -440,11 +440,10 @@ def _checked(options, allowed):
     if not 0 <= options.get("time_of_day", 0.5) <= 1: raise ValueError(f"time_of_day={options['time_of_day']!r}: from 0, midnight, over 0.5, noon, to 1")
     return options
 
-# %% ../nbs/17_luanti.ipynb #b8a13745
+# %% ../nbs/17_luanti.ipynb #eb3f9478
 class LuantiEnv(gymnasium.Env):
     "A world to act in, 20 ticks a second of real time. Actions are the 28 numbers, or a dict with the `mouse` and `keyboard` of a VPT line; there is no reward."
     metadata = {"render_modes": ["rgb_array"], "render_fps": TICKS_PER_SECOND}
-
     def __init__(self,
         world=0,            # seed of the world; `reset` takes another as an option, and then starts the game anew
         biome="any",        # of the spawn points, or one of BIOMES

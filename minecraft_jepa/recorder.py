@@ -149,7 +149,7 @@ class Player:
             action[[_AT["dx"], _AT["dy"]]] = self.gaze.look(self.mode, state["pitch"], self.senses.plain > 15)
         return action
 
-# %% ../nbs/18_recorder.ipynb #b6389b62
+# %% ../nbs/18_recorder.ipynb #0f840f5b
 FAR = 3.0  # blocks in a tick that nobody walks or falls
 _SCREEN = "key.keyboard.e", "key.keyboard.escape"  # written where a screen opens or closes
 _UNTOLD = {k for k in KEYS if k not in (*HELD, *_SCREEN)}
@@ -173,7 +173,7 @@ def write_line(
     elif free or free_then: dx, dy = 0, 0
     else: dx, dy = ((then["yaw"] - now["yaw"] + 180) % 360 - 180) / DEGREES_PER_PIXEL, (then["pitch"] - now["pitch"]) / DEGREES_PER_PIXEL
     pressed, buttons = [k for k in KEYS if k in keys], [b for b in range(3) if b in keys]
-    old_keys, old_buttons = (before["keyboard"]["keys"], before["mouse"]["buttons"]) if before else ([], [])
+    old_keys, old_buttons = (before["keyboard"]["keys"], before["mouse"]["buttons"]) if before else (pressed, buttons)  # an attack new in the first line would count as stuck
     px, py, pz = now["position"]
     return {"mouse": {"x": round(x, 1), "y": round(y, 1), "dx": round(dx, 1), "dy": round(dy, 1), "dwheel": wheel, "buttons": buttons, "newButtons": [b for b in buttons if b not in old_buttons]},
             "keyboard": {"keys": pressed, "newKeys": [k for k in pressed if k not in old_keys], "chars": ""}, "isGuiOpen": free, "isGuiInventory": free, "hotbar": then["hotbar"],

@@ -50,7 +50,7 @@ def find_programs() -> dict[str, str]:
     if missing: raise LuantiError(f"{' and '.join(missing)} not found: {APT}")
     return found
 
-# %% ../nbs/17_luanti.ipynb #5bbdf9a1
+# %% ../nbs/17_luanti.ipynb #8d6c0d2f
 CLIENT_MOD = """
 local bits, ids, n = @BITS@, {}, 0
 local keys = {"up", "left", "down", "right", "jump", "sneak", "aux1", "dig", "place"}
@@ -59,8 +59,9 @@ minetest.register_globalstep(function()
   local player, camera = minetest.localplayer, minetest.camera
   if not (player and camera) then return end
   n = n + 1
+  local code = n % 2^bits  -- counted round: the code of the last number is a bit away from that of the first
   for k = -2, bits - 1 do  -- two blocks to compare with, white and black, then the number's bits
-    local white = k == -2 or (k >= 0 and math.floor((n + 2^k) / 2^(k + 1)) % 2 == 1)
+    local white = k == -2 or (k >= 0 and math.floor((code + 2^k) / 2^(k + 1)) % 2 == 1)
     if ids[k] then player:hud_change(ids[k], "text", shade(white))
     else ids[k] = player:hud_add({hud_elem_type = "image", position = {x = (k + 2) / (bits + 2), y = 0}, alignment = {x = 1, y = 1}, offset = {x = 0, y = 0}, scale = {x = -100 / (bits + 2), y = -100 * @ROWS@}, text = shade(white), z_index = 1000}) end
   end

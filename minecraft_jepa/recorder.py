@@ -208,7 +208,7 @@ class PairWriter:
             for part in self.parts: os.replace(part, part.with_suffix(""))
         for part in self.parts: part.unlink(missing_ok=True)
 
-# %% ../nbs/18_recorder.ipynb #bf48fcf9
+# %% ../nbs/18_recorder.ipynb #1669bd18
 LIVELY = [b for b in BIOMES if b not in ("icesheet", "rainforest")]  # the first is bare white; the second is dark, and too much to draw in time on one core
 
 def _spawn(game, seed, biome):
@@ -246,12 +246,12 @@ def record(
                 game.send(keys, right, down, wheel)  # at once, before the picture is out: so it acts from the next frame on, for a whole tick
                 shot = game.grab(state["frame"])
                 now = game.wait(shot[0])
-                if held:
+                if held:  # its line had to wait for the state after it
                     then = game.states[held["state"]["frame"] + 1]
-                    line = write_line(held["state"], now | {"hotbar": then["hotbar"]}, held["keys"], held["wheel"], (held["shot"][2:], shot[2:]), line, ticks)
+                    passed = max(now["frame"] - held["state"]["frame"], round((now["micros"] - held["state"]["micros"]) / 1e6 * TICKS_PER_SECOND))
+                    line = write_line(held["state"], (now if passed < 5 else then) | {"hotbar": then["hotbar"]}, held["keys"], held["wheel"], (held["shot"][2:], shot[2:]), line, ticks)
                     line["teleported"] = bool(np.linalg.norm(np.subtract(now["position"], held["state"]["position"])) > FAR)
                     pair.write(held["shot"][1], line)
-                    passed = max(now["frame"] - held["state"]["frame"], round((now["micros"] - held["state"]["micros"]) / 1e6 * TICKS_PER_SECOND))
                     seconds += (now["micros"] - held["state"]["micros"]) / 1e6 * (passed < 5)
                     ticks += passed
                     counts["frames"] += 1; counts["gaps"] += passed > 1; counts["late"] += not (held["shot"][2] or shot[2] or did(held["state"], then, held["keys"], *held["pixels"]))

@@ -131,14 +131,16 @@ def packages(requirements): return {re.match(r"[\w.-]+", r)[0].replace("_", "-")
 
 def needed(paths):
     "Packages, as pip names them, that files import and Python does not bring."
-    pip_name = {"PIL": "pillow", "skimage": "scikit-image", "IPython": "ipykernel", "nbclient": "papermill", "nbformat": "papermill", "traitlets": "papermill"}
+    pip_name = {"PIL": "pillow", "skimage": "scikit-image", "IPython": "ipykernel", "Xlib": "python-xlib", "nbclient": "papermill", "nbformat": "papermill", "traitlets": "papermill"}
     tops = {name.split(".")[0] for p in paths for name in imported(code(p))} - set(sys.stdlib_module_names) - {"minecraft_jepa"}
     return {pip_name.get(top, top).replace("_", "-").lower() for top in tops}
 
 
 def test_dependencies_are_those_imported():
     runtime, dev = packages(PROJECT["dependencies"]), packages(PROJECT["optional-dependencies"]["dev"])
-    modules = [p for p in MODULES if p.stem != "study"]  # the runner needs papermill, and is for a clone with `dev`
+    game = [p for p in MODULES if p.stem in ("luanti", "recorder")]
+    modules = [p for p in MODULES if p.stem != "study" and p not in game]  # the runner needs papermill, and is for a clone with `dev`
+    assert needed(game) - runtime == packages(PROJECT["optional-dependencies"]["luanti"])
     assert not needed(modules) - runtime, "imported, not declared"
     assert not runtime - needed(modules), "declared, imported nowhere"
     assert not needed([*NOTEBOOKS, *MODULES, *(ROOT / "tests").glob("*.py")]) - runtime - dev, "imported, not declared"

@@ -324,6 +324,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'minecraft_jepa.luanti.Screen': ('luanti.html#screen', 'minecraft_jepa/luanti.py'),
                                        'minecraft_jepa.luanti.Screen.__init__': ('luanti.html#screen.__init__', 'minecraft_jepa/luanti.py'),
                                        'minecraft_jepa.luanti.Screen._image': ('luanti.html#screen._image', 'minecraft_jepa/luanti.py'),
+                                       'minecraft_jepa.luanti.Screen._press': ('luanti.html#screen._press', 'minecraft_jepa/luanti.py'),
                                        'minecraft_jepa.luanti.Screen.close': ('luanti.html#screen.close', 'minecraft_jepa/luanti.py'),
                                        'minecraft_jepa.luanti.Screen.grab': ('luanti.html#screen.grab', 'minecraft_jepa/luanti.py'),
                                        'minecraft_jepa.luanti.Screen.send': ('luanti.html#screen.send', 'minecraft_jepa/luanti.py'),

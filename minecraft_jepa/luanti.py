@@ -214,9 +214,10 @@ def ahead(
     half = 2 ** (CODE_BITS - 1)
     return (code - number + half) % (2 * half) - half
 
-# %% ../nbs/17_luanti.ipynb #d3558bf9
+# %% ../nbs/17_luanti.ipynb #cc333837
 _KEYSYMS = {"key.keyboard.space": "space", "key.keyboard.left.shift": "Shift_L", "key.keyboard.left.control": "Control_L", "key.keyboard.escape": "Escape"}
 
+# %% ../nbs/17_luanti.ipynb #4226652c
 class Screen:
     "The X display the game is drawn on: takes pictures, moves keys and mouse."
     def __init__(self,
@@ -224,7 +225,7 @@ class Screen:
         width,   # pixels of the picture
         height,
     ):
-        self.width, self.height, self.pressed = width, height, set()
+        self.width, self.height, self.pressed, self.free, self.forgotten = width, height, set(), False, False
         self.display = Display(f":{number}")
         self.root = self.display.screen().root
         for window in self.root.query_tree().children:  # without a window manager nobody else gives it the keys
@@ -250,8 +251,14 @@ class Screen:
             time.sleep(0.0015)
         image = self._image(self.height + CODE_ROWS)
         at, pointer = self.root.query_pointer(), self.display.xfixes_get_cursor_image(self.root)
+        free = any(pointer.cursor_image)  # while the mouse is caught, the cursor is blank
+        self.free, self.forgotten = free, self.forgotten or self.free and not free
         place = at.root_x / self.width, min(max((at.root_y - CODE_ROWS) / self.height, 0), 1)
-        return number + ahead(read_code(image[0, :, 0]), number), image[CODE_ROWS:, :, 2::-1].copy(), any(pointer.cursor_image), place  # while the mouse is caught, the cursor is blank
+        return number + ahead(read_code(image[0, :, 0]), number), image[CODE_ROWS:, :, 2::-1].copy(), free, place
+
+    def _press(self, key, down):
+        if isinstance(key, int): xtest.fake_input(self.display, X.ButtonPress if down else X.ButtonRelease, (1, 3, 2)[key])
+        else: xtest.fake_input(self.display, X.KeyPress if down else X.KeyRelease, self.codes[key])
 
     def send(self,
         keys,     # to be held from now on, others not: names in KEYS, buttons as 0, 1, 2
@@ -260,10 +267,10 @@ class Screen:
         wheel=0,  # notches, up is positive
     ):
         "Press, release and move what is needed."
-        for key in self.pressed ^ keys:
-            if isinstance(key, int): xtest.fake_input(self.display, X.ButtonPress if key in keys else X.ButtonRelease, (1, 3, 2)[key])
-            else: xtest.fake_input(self.display, X.KeyPress if key in keys else X.KeyRelease, self.codes[key])
-        self.pressed = set(keys)
+        again = self.pressed & keys if self.forgotten else set()  # a screen that closes leaves the game with no key held
+        for key in again: self._press(key, False)
+        for key in self.pressed ^ keys | again: self._press(key, key in keys)
+        self.pressed, self.forgotten = set(keys), False
         if right or down: xtest.fake_input(self.display, X.MotionNotify, True, x=right, y=down)
         for event in (X.ButtonPress, X.ButtonRelease) * abs(wheel): xtest.fake_input(self.display, event, 4 if wheel > 0 else 5)
         self.display.flush()
@@ -441,7 +448,7 @@ def _checked(options, allowed):
     if not 0 <= options.get("time_of_day", 0.5) <= 1: raise ValueError(f"time_of_day={options['time_of_day']!r}: from 0, midnight, over 0.5, noon, to 1")
     return options
 
-# %% ../nbs/17_luanti.ipynb #eb3f9478
+# %% ../nbs/17_luanti.ipynb #0f2d6c40
 class LuantiEnv(gymnasium.Env):
     "A world to act in, 20 ticks a second of real time. Actions are the 28 numbers, or a dict with the `mouse` and `keyboard` of a VPT line; there is no reward."
     metadata = {"render_modes": ["rgb_array"], "render_fps": TICKS_PER_SECOND}
@@ -487,14 +494,14 @@ class LuantiEnv(gymnasium.Env):
         number, _, free, _ = self.shot
         keys, right, down, wheel, self.rest = to_input(action, free, self.rest, self.size[1])
         try:
-            before, newest = self.game.wait(number), max(number, self.game.latest)
+            before, tick, newest = self.game.wait(number), self.game.frames_per_tick, self.game.latest
             self.game.send(keys, right, down, wheel)
-            self.shot = self.game.grab(newest + self.game.frames_per_tick)
+            self.shot = self.game.grab((newest if newest >= number + tick else number) + tick)
             after = self.game.wait(self.shot[0])
         except LuantiError as e:
             self.close()
             return self.shot[1], 0.0, False, True, {"failure": str(e), "in_step": False}
-        return self.shot[1], 0.0, False, False, self._info(after, self.shot[0] == number + self.game.frames_per_tick and (free or self.shot[2] or did(before, after, keys, right, down)))
+        return self.shot[1], 0.0, False, False, self._info(after, self.shot[0] == number + tick and (free or self.shot[2] or did(before, after, keys, right, down)))
 
     def render(self): return self.shot[1]
 

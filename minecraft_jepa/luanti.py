@@ -217,7 +217,7 @@ def ahead(
 # %% ../nbs/17_luanti.ipynb #cc333837
 _KEYSYMS = {"key.keyboard.space": "space", "key.keyboard.left.shift": "Shift_L", "key.keyboard.left.control": "Control_L", "key.keyboard.escape": "Escape"}
 
-# %% ../nbs/17_luanti.ipynb #4226652c
+# %% ../nbs/17_luanti.ipynb #2740d6da
 class Screen:
     "The X display the game is drawn on: takes pictures, moves keys and mouse."
     def __init__(self,
@@ -253,8 +253,7 @@ class Screen:
         at, pointer = self.root.query_pointer(), self.display.xfixes_get_cursor_image(self.root)
         free = any(pointer.cursor_image)  # while the mouse is caught, the cursor is blank
         self.free, self.forgotten = free, self.forgotten or self.free and not free
-        place = at.root_x / self.width, min(max((at.root_y - CODE_ROWS) / self.height, 0), 1)
-        return number + ahead(read_code(image[0, :, 0]), number), image[CODE_ROWS:, :, 2::-1].copy(), free, place
+        return number + ahead(read_code(image[0, :, 0]), number), image[CODE_ROWS:, :, 2::-1].copy(), free, (at.root_x / self.width, min(max((at.root_y - CODE_ROWS) / self.height, 0), 1))
 
     def _press(self, key, down):
         if isinstance(key, int): xtest.fake_input(self.display, X.ButtonPress if down else X.ButtonRelease, (1, 3, 2)[key])

@@ -176,6 +176,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                         'minecraft_jepa.drawing._write_caps': ('drawing.html#_write_caps', 'minecraft_jepa/drawing.py'),
                                         'minecraft_jepa.drawing.action_boxes': ('drawing.html#action_boxes', 'minecraft_jepa/drawing.py'),
                                         'minecraft_jepa.drawing.colours': ('drawing.html#colours', 'minecraft_jepa/drawing.py'),
+                                        'minecraft_jepa.drawing.compare_plot': ('drawing.html#compare_plot', 'minecraft_jepa/drawing.py'),
                                         'minecraft_jepa.drawing.curves_plot': ('drawing.html#curves_plot', 'minecraft_jepa/drawing.py'),
                                         'minecraft_jepa.drawing.draw_action': ('drawing.html#draw_action', 'minecraft_jepa/drawing.py'),
                                         'minecraft_jepa.drawing.enlarge': ('drawing.html#enlarge', 'minecraft_jepa/drawing.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'LABELS', 'MARKERS', 'TICKS_PER_SECOND', 'DPI', 'style', 'colours', 'save_figure', 'enlarge',
            'action_boxes', 'draw_action', 'tick_caption', 'side_by_side', 'save_gif', 'filmstrip', 'horizon_plot',
-           'curves_plot']
+           'curves_plot', 'compare_plot']
 
 # %% ../nbs/15_drawing.ipynb #64e13741
 import io
@@ -24,16 +24,16 @@ from PIL import Image, ImageDraw, ImageFont
 from .actions import ACTION_DIM, ACTION_NAMES
 from .config import write_json
 
-# %% ../nbs/15_drawing.ipynb #a7b3000d
+# %% ../nbs/15_drawing.ipynb #2216c507
 COLOURS = {  # by method, the same in every figure
-    "model": "#0173b2", "copy_last": "#de8f05", "noop": "#029e73", "other_actions": "#cc78bc", "linear": "#949494",
+    "model": "#0173b2", "copy_last": "#de8f05", "noop": "#029e73", "other_actions": "#cc78bc", "linear": "#949494", "no_history": "#8c564b",
     "real": "#222222", "imagined": "#0173b2", "dit": "#d55e00", "head": "#56b4e9", "train": "#949494", "validation": "#0173b2",
 }
 LABELS = {   # what the legends say
     "model": "world model", "copy_last": "copy the last frame", "noop": "no-op actions", "other_actions": "actions of another clip",
-    "linear": "linear extrapolation", "dit": "diffusion transformer", "head": "regression head",
+    "linear": "linear extrapolation", "no_history": "its history struck out", "dit": "diffusion transformer", "head": "regression head",
 }
-MARKERS = {"model": "o", "copy_last": "s", "noop": "^", "other_actions": "v", "linear": "D", "dit": "P", "head": "X"}
+MARKERS = {"model": "o", "copy_last": "s", "noop": "^", "other_actions": "v", "linear": "D", "no_history": "<", "dit": "P", "head": "X"}
 TICKS_PER_SECOND = 20  # Minecraft's clock
 DPI = 150              # of every saved figure
 _OF_TRUTH = "_of_truth"  # a decoder fed with true latents: its own colour, dashed
@@ -403,3 +403,25 @@ def _running_mean(values, rows):
     rows = min(rows, len(values))
     window = np.ones(rows)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")  # fewer at both ends
+
+# %% ../nbs/15_drawing.ipynb #1b58af95
+def compare_plot(
+    compared,                   # of `evaluation.compare`: quantity -> (first, second, whether the second is better)
+    names=("first", "second"),  # what the runs are called
+):
+    "A dot for each run, a panel for each kind of quantity; gives figure and axes."
+    kinds = {}
+    for quantity in compared: kinds.setdefault(quantity.split(",")[0].split(" of ")[0], []).append(quantity)
+    if not kinds: raise ValueError("nothing to compare: the two reports share no quantity; evaluate both with the same version")
+    fig, axes = plt.subplots(1, len(kinds), figsize=(3.8 * len(kinds), 0.8 + 0.32 * max(map(len, kinds.values()))), squeeze=False, layout="constrained")
+    for ax, (kind, quantities) in zip(axes[0], kinds.items()):
+        for y, quantity in enumerate(quantities):
+            first, second, better = compared[quantity]
+            ax.plot([first, second], [y, y], color=COLOURS["model" if better else "linear"], linewidth=2, zorder=1)
+        first, second, better = zip(*(compared[q] for q in quantities))
+        ax.scatter(first, range(len(quantities)), s=36, facecolor="white", edgecolor="#222222", label=names[0])
+        ax.scatter(second, range(len(quantities)), s=44, color=[COLOURS["model" if b else "linear"] for b in better], label=names[1])
+        ax.set_yticks(range(len(quantities)), [q.removeprefix(kind).lstrip(", ").removeprefix("of ").replace("_", " ") for q in quantities])
+        ax.invert_yaxis(); ax.set_title(kind, fontsize=10)
+    axes[0, -1].legend()
+    return fig, axes[0]

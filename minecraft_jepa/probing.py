@@ -233,18 +233,20 @@ def fit_reader(
             optimizer.zero_grad(); loss.backward(); optimizer.step()
     return reader.eval()
 
-# %% ../nbs/16_probing.ipynb #0f589905
+# %% ../nbs/16_probing.ipynb #7defab8f
 def reading_scores(
     said,    # (keys, camera) of a reader
     actions, # (b, gap, 28), done
 ):
-    "F1 of each key that was used (None where it was not), their mean, camera error in degrees (mean absolute) and R2 of the turn to the right."
+    "F1 of each key that was used (None where it was not), their mean, that of saying always yes, camera error in degrees (mean absolute), that of saying no turn, and R2 of the turn to the right."
     keys, camera = done_between(actions)
     guess = said[0] > 0
     hits, wrong, missed = ((guess & (keys > 0)).sum(0), (guess & (keys == 0)).sum(0), (~guess & (keys > 0)).sum(0))
     f1 = {ACTION_NAMES[i]: float(2 * h / (2 * h + w + m)) if h + m else None for i, h, w, m in zip(TOLD, hits, wrong, missed)}
     used = [v for v in f1.values() if v is not None]
-    return {"f1": f1, "mean_f1": float(np.mean(used)) if used else None, "camera_degrees": float((said[1] - camera).abs().mean()), "turn_r2": r2(said[1][:, :1], camera[:, :1])[0]}
+    always = [float(2 * p / (1 + p)) for p in keys.mean(0) if p > 0]  # F1 of who has seen nothing; without it a key held most of the time looks well read
+    return {"f1": f1, "mean_f1": float(np.mean(used)) if used else None, "always_f1": float(np.mean(always)) if always else None,
+            "camera_degrees": float((said[1] - camera).abs().mean()), "still_degrees": float(camera.abs().mean()), "turn_r2": r2(said[1][:, :1], camera[:, :1])[0]}
 
 # %% ../nbs/16_probing.ipynb #5591555e
 @torch.no_grad()

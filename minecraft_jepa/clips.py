@@ -36,7 +36,7 @@ from .config import PRESETS, preset, write_json
 from .recordings import RecordingError, find_recordings, group_of, open_recording, pair_of, split_recordings
 
 # %% ../nbs/04_clips.ipynb #6fe0c5cb
-FORMAT = 3  # of a clip on disk: raise it whenever the same files would give other numbers
+FORMAT = 4  # of a clip on disk: raise it whenever the same files would give other numbers
 
 @dataclass(frozen=True)
 class Clip:
@@ -44,7 +44,7 @@ class Clip:
     frames: np.ndarray      # (T, 3, H, W) uint8
     actions: np.ndarray     # (T, 28) float32
     teleported: np.ndarray  # (T,) bool
-    state: dict             # yaw, pitch, xpos, ypos, zpos -> (T,) where recorded
+    state: dict             # yaw, pitch, xpos, ypos, zpos, hotbar, isGuiOpen -> (T,) where recorded
 
 def runs_of(
     moved,  # (T,) bool, a gap between this tick and the next

@@ -41,7 +41,7 @@ class RecordingError(ValueError):
     "What is wrong with a recording: file, line and remedy."
 
 _AGAIN = "download it again or leave the recording out"
-STATE = "yaw", "pitch", "xpos", "ypos", "zpos"
+STATE = "yaw", "pitch", "xpos", "ypos", "zpos", "hotbar", "isGuiOpen"
 
 def _clock(lines, name):
     "Differences of a field that counts time, (T-1,); None where a line lacks it."
@@ -73,7 +73,7 @@ class Recording:
         self.group = group_of(self.name)
         self.teleported = _moved(lines)  # (T,)
         self.spare_lines = 0             # lines beyond the last frame, dropped
-        self.state = {k: np.array([line[k] for line in lines], float) for k in STATE if all(type(line.get(k)) in (int, float) for line in lines)}
+        self.state = {k: np.array([line[k] for line in lines], float) for k in STATE if all(type(line.get(k)) in (int, float, bool) for line in lines)}
 
     def __len__(self): return len(self.lines)
 
@@ -201,7 +201,7 @@ def check_recording(
     for clock in ("tick", "milli"):
         steps = _clock(lines, clock)
         if steps is not None and (steps < 0).any(): say(f"{clock} goes back after line {int(np.argmax(steps < 0)) + 1}; no window crosses it")
-    lacking = [k for k in (*STATE, "tick") if not all(type(line.get(k)) in (int, float) for line in lines)]
+    lacking = [k for k in (*STATE, "tick") if not all(type(line.get(k)) in (int, float, bool) for line in lines)]
     if lacking: say(f"lines without {', '.join(lacking)}")
     return row | {"frames": len(recording), "lines": len(recording) + recording.spare_lines, "gaps": int(recording.teleported.sum()), "gui": float(np.mean([bool(l.get("isGuiOpen")) for l in lines]))}
 

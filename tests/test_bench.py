@@ -29,5 +29,8 @@ def test_training():
     assert set(found["step_seconds"]) >= {"seed_way", "ours"} and set(found["peak_bytes"]) >= {"seed_way", "ours"}
     if found["device"] == "cpu": assert found["peak_share"] is None and found["paper_peak_bytes_gpu"] is None
     assert found["share_of_time_waiting_for_data"] < 0.05
+    seed, ours = ([found[k][who] for k in ("step_seconds", "peak_bytes")] for who in ("seed_way", "ours"))
+    if found["preset"] == "paper": assert seed[0] >= 2 * ours[0] and 2 * ours[1] <= seed[1]
+    for what in ("attention written out", "optimizer and EMA one by one", "other precision", "activations computed twice", "batch in two parts"): assert found["choices"]["runs"][what]["step_seconds"] > 0
     for value in (found["step_seconds"]["seed_way"], found["step_seconds"]["ours"]): assert f"{value:.1f} s" in README
     for value in (found["peak_bytes"]["seed_way"], found["peak_bytes"]["ours"]): assert f"{value / 2**30:.1f} GiB" in README

@@ -110,7 +110,7 @@ def store_of(
 ) -> Path:
     "The store in the cache that belongs to a folder and a size."
     folder = Path(folder).resolve()
-    return cache_dir() / f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}-{frame.height}x{frame.width}"
+    return cache_dir() / f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}-{frame.height}x{frame.width}-{FORMAT}"  # one of an older format is not in the way
 
 class _OpenFiles:
     "Frames and actions of the clips read last, so that few files are open at a time."

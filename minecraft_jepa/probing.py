@@ -137,7 +137,7 @@ def probe_examples(
         if "yaw" in s: found["yaw_change"] = (s["yaw"][t + gap] - s["yaw"][t] + 180) % 360 - 180
         if {"xpos", "zpos"} <= set(s): found["speed"] = np.hypot(s["xpos"][t + gap] - s["xpos"][t], s["zpos"][t + gap] - s["zpos"][t]) * 20 / gap
         if "ypos" in s: found["climb"] = s["ypos"][t + gap] - s["ypos"][t]
-        if "hotbar" in s: found["slot"] = s["hotbar"][t - 1]  # a line tells what the action has chosen, which the next frame shows
+        if "hotbar" in s: found["slot"] = s["hotbar"][t]
         if "isGuiOpen" in s: found["menu"] = s["isGuiOpen"][t]
         labels.append(found)
     shared = [k for k in labels[0] if all(k in found for found in labels)]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from minecraft_jepa.clips import Clip, Clips, ClipStore, StaleStore, image_shift, lag_correlation, main, runs_of, sample_windows, store_of
+from minecraft_jepa.clips import FORMAT, Clip, Clips, ClipStore, StaleStore, image_shift, lag_correlation, main, runs_of, sample_windows, store_of
 from minecraft_jepa.config import preset
 from minecraft_jepa.recordings import Recording, RecordingError, check_folder, open_recording, split_recordings
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data"
 SPLIT = split_recordings(DATA)
 FRAME = preset("tiny").frame
-SHORT, OTHER = SPLIT["validation"]
+SHORT, OTHER = SPLIT["validation"][:2]
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +109,13 @@ def test_store_holds_what_the_recording_does(store):
 
 def test_store_knows_names_and_groups(store):
     assert sorted(store.names) == sorted(sum(SPLIT.values(), []))
-    assert store.groups["world-201_0837"] == "world-201"
+    assert store.groups["world-301_0680"] == "world-301"
     with pytest.raises(KeyError, match="no clip 'world-1'"): store["world-1"]
 
 
 def test_teleports_of_the_sample_are_avoided(store):
     moved = {n: np.flatnonzero(store[n].teleported) for n in store.names}
-    assert sum(map(len, moved.values())) == 3
+    assert sum(map(len, moved.values())) == 36
     for n, at in moved.items():
         for i in at: assert not any(t - 24 <= i < t + 4 for t in store.starts(n, 25, 4))
         jump = np.hypot(*(np.diff(store[n].state[k]) for k in ("xpos", "zpos")))
@@ -141,7 +141,7 @@ def changed(folder):
     "Changes one half of the recording, so that it still opens."
     def change(suffix):
         path = folder / f"{SHORT}{suffix}"
-        if suffix == ".jsonl": path.write_text(path.read_text().replace('"dwheel":0.0', '"dwheel":1.0'))
+        if suffix == ".jsonl": path.write_text(path.read_text().replace('"dwheel":0,', '"dwheel":1,'))
         else:
             for half in (".mp4", ".jsonl"): shutil.copy(DATA / f"{OTHER}{half}", folder / f"{SHORT}{half}")
     return change
@@ -173,7 +173,7 @@ def test_store_of_another_size_or_format_is_refused(folder, tmp_path):
     with pytest.raises(StaleStore, match="not a clip store"): ClipStore.open(folder, FRAME)
     with pytest.raises(StaleStore, match=f"no clip of {OTHER}"): ClipStore.open(tmp_path / "store", FRAME, names=[OTHER])
     about = tmp_path / "store/store.json"
-    about.write_text(about.read_text().replace('"format": 3', '"format": 2'))
+    about.write_text(about.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT - 1}'))
     with pytest.raises(StaleStore, match=f"rm -r {tmp_path}/store && python -m"): ClipStore.open(tmp_path / "store", FRAME)
     assert ClipStore.build(folder, small, progress=False)[SHORT].frames.shape[2:] == (24, 40)  # in the cache each size has its own
 
@@ -289,11 +289,11 @@ def exact(frame):
 
 
 def test_colours_are_closer_than_by_the_usual_conversion():
-    "Against floating point, shrunk four times: half a grey level. PyAV's rgb24 is off by two, and darker throughout."
+    "Against floating point, shrunk three and four times: half a grey level. PyAV's rgb24 is off by two, and darker throughout."
     recording = open_recording(DATA / SHORT)
     with av.open(str(recording.path)) as video:
-        for frame, ours, one in zip(itertools.islice(video.decode(video=0), 20), recording.frames(36, 64), recording.frames(36, 64, threads=False)):
-            true, usual = exact(frame).reshape(36, 4, 64, 4, 3).mean((1, 3)), frame.to_ndarray(format="rgb24", height=36, width=64, interpolation="AREA")
+        for frame, ours, one in zip(itertools.islice(video.decode(video=0), 20), recording.frames(30, 40), recording.frames(30, 40, threads=False)):
+            true, usual = exact(frame).reshape(30, 3, 40, 4, 3).mean((1, 3)), frame.to_ndarray(format="rgb24", height=30, width=40, interpolation="AREA")
             assert np.array_equal(ours, one) and np.abs(ours - true).mean() < 0.7 and 2 * np.abs(ours - true).mean() < np.abs(usual - true).mean()
             assert np.abs((ours - true).mean((0, 1))).max() < 0.3
 
@@ -325,14 +325,14 @@ def shifts(store): return {n: image_shift(store[n].frames) for n in store.names}
 def test_picture_follows_the_camera_at_its_own_tick(store, shifts):
     "The shift of the picture between t and t+1 belongs to the turn of tick t: over the bundled recordings, no other tick explains it as well."
     by_lag = np.mean([lag_correlation(*shifts[n], store[n].actions[:, 22], LAGS) for n in store.names], 0)
-    assert LAGS[int(by_lag.argmax())] == 0 and by_lag[5] > 0.45
-    assert by_lag[5] > np.delete(by_lag, 5).max() + 0.02
+    assert LAGS[int(by_lag.argmax())] == 0 and by_lag[5] > 0.8
+    assert by_lag[5] > np.delete(by_lag, 5).max() + 0.05
 
 
-@pytest.mark.parametrize("name", ["world-203_2822", "world-204_0808", "world-204_2812", "world-205_0820", "world-205_2809"])
+@pytest.mark.parametrize("name", ["world-301_0680", "world-310_0340", "world-316_1220", "world-331_1040", "world-345_1080"])
 @pytest.mark.parametrize("late", [-1, 0, 2])
 def test_actions_out_of_step_would_show(store, shifts, name, late):
-    "In these recordings the picture turns in the same uneven steps as the lines say, so each of them alone tells a single tick's delay."
+    "Where something far away is seen, each recording alone tells a single tick's delay."
     turn = np.roll(store[name].actions[:, 22], late)
     r = lag_correlation(*shifts[name], turn, LAGS)
     assert LAGS[int(np.argmax(r))] == late

@@ -173,11 +173,12 @@ def test_chance_is_one_in_all_candidates():
 # Probes
 
 def told(frames, later, seed=0):
-    "Examples for `probe` whose labels are in the picture: the brightness, and by how many patches the view moved."
+    "Examples for `probe` whose labels are in the picture: the brightness, and by how many pixels the view moved, fewer than a patch has."
     random = np.random.default_rng(seed)
-    scene = random.integers(0, 200, (frames, 3, 48, 160), dtype=np.uint8)
+    coarse = torch.from_numpy(random.integers(0, 200, (frames, 3, 12, 16))).float()
+    scene = F.interpolate(coarse, (48, 160), mode="bilinear").to(torch.uint8).numpy()  # smooth, as flow by gradients needs it
     pitch, turn = random.integers(0, 50, frames), random.integers(-3, 4, frames)
-    crop = lambda k: np.stack([s[:, :, 40 + 8 * x:120 + 8 * x] for s, x in zip(scene, k)]) + pitch[:, None, None, None].astype(np.uint8)
+    crop = lambda k: np.stack([s[:, :, 40 + x:120 + x] for s, x in zip(scene, k)]) + pitch[:, None, None, None].astype(np.uint8)
     return torch.from_numpy(crop(0 * turn)), torch.from_numpy(crop(turn)), {"pitch": pitch.astype(float), "yaw_change": turn.astype(float)}, np.arange(frames) % later
 
 

@@ -19,7 +19,7 @@ from minecraft_jepa.config import preset
 from minecraft_jepa.shards import ShardError, ShardWindows, cut_segments, draw_windows, starts_in, write_shards
 
 DATA = Path(__file__).parent.parent / "data"
-NAMES = ["world-203_2822", "world-206_1478", "world-207_0606"]
+NAMES = ["world-303_0880", "world-319_1320", "world-321_0740"]
 TICKS, ROLLOUT, BATCH = 25, 2, 16
 
 

@@ -224,6 +224,7 @@ def best_threshold(
     cut = int(f1.argmax())
     return float(logits[order[cut:cut + 2]].mean()) if held.any() else 0.0
 
+# %% ../nbs/16_probing.ipynb #07b65a89
 def fit_reader(
     look,       # frames -> latents
     store,      # ClipStore

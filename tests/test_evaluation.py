@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minecraft_jepa import evaluation
 from minecraft_jepa.actions import NOOP
 from minecraft_jepa.config import preset
 from minecraft_jepa.drawing import compare_plot
@@ -300,3 +301,23 @@ def test_a_report_of_another_version_is_refused(tmp_path):
     path = Path(tmp_path) / "evaluate.json"
     path.write_text(json.dumps(a_report() | {"schema": SCHEMA - 1}))
     with pytest.raises(ValueError, match="evaluate again"): read_report(path)
+
+
+def test_learned_metrics_where_their_networks_are(tmp_path, monkeypatch):
+    "With networks of random weights in torch's cache: equal pictures are at no distance, others are."
+    pytest.importorskip("torchmetrics")
+    torchvision, inception = pytest.importorskip("torchvision"), pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(evaluation, "_is_what_it_says", lambda path: True)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), tmp_path / "checkpoints" / evaluation.LEARNED["lpips"])
+    with monkeypatch.context() as m:
+        m.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        m.setattr(inception, "load_state_dict_from_url", lambda *a, **k: None)
+        torch.save(inception.FeatureExtractorInceptionV3("x", ["2048"]).state_dict(), tmp_path / "checkpoints" / evaluation.LEARNED["fid"])
+    found, lacking = evaluation.learned_metrics()
+    assert set(found) == {"lpips", "fid"} and set(lacking) == {"fvd"}
+    a, b = torch.randint(0, 256, (4, 3, 48, 80), dtype=torch.uint8), torch.full((4, 3, 48, 80), 100, dtype=torch.uint8)
+    assert found["lpips"](a, a).tolist() == [0] * 4 and found["lpips"](a, b).shape == (4,) and (found["lpips"](a, b) > 0).all()
+    assert found["fid"](a, b) > 10 * abs(found["fid"](a, a))

@@ -1,5 +1,6 @@
 "The study end to end, in small: every notebook in order with two steps, and what the runner does when one fails."
 import json
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -7,6 +8,7 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
+from minecraft_jepa.evaluation import read_report
 from minecraft_jepa.study import HOURS, main, run_notebook, study_notebooks
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +45,17 @@ def test_wrong_parameter_is_told_with_its_remedy(wrong, told, folder, tmp_path):
     values = {"preset_name": "tiny", "data_dir": DATA, "out_dir": tmp_path / "out", "weights": folder / "weights", "steps": 2, "seed": 0, "device": "cpu"}
     with pytest.raises(PapermillExecutionError) as stop: run_notebook(ROOT / "nbs/study/3_evaluate.ipynb", tmp_path / "copy.ipynb", values | wrong)
     assert told in str(stop.value)
+
+
+@pytest.mark.parametrize("pieces, judged", [(("321", "345"), False), (("321", "321", "322", "322"), True)], ids=["two recordings", "two worlds"])
+def test_a_folder_of_few_worlds_is_judged_as_far_as_it_goes(pieces, judged, folder, tmp_path):
+    "No split.json; with fewer than three recordings nothing is left to learn probes from."
+    for i, world in enumerate(pieces):
+        for suffix in (".mp4", ".jsonl"): shutil.copy(next(DATA.glob(f"world-{world}_*{suffix}")), tmp_path / f"world-{world}_{i}{suffix}")
+    run_notebook(ROOT / "nbs/study/3_evaluate.ipynb", tmp_path / "copy.ipynb", {"preset_name": "tiny", "data_dir": tmp_path, "out_dir": tmp_path / "out", "weights": folder / "weights", "steps": 1, "seed": 0, "device": "cpu"})
+    found = read_report(tmp_path / "out/evaluate.json")
+    assert len(found["recordings"]) == len(pieces) and bool(found["probes"]["model"]) == bool(found["actions"]) == judged
+    assert [b["number"] is not None for b in found["bars"] if b["bar"].endswith("_r2")] == [judged] * 2
 
 
 def toy(folder, name, source):

@@ -167,9 +167,10 @@ def probe(
     "R2 of each label on the unseen examples, kappa of `KINDS`: {label: number}. A label that never changes on either side is left out."
     see = lambda frames: torch.cat([look(f).float().cpu() for f in frames.split(64)])
     pairs = [(see(e[0]), see(e[1])) for e in (examples, unseen)]
-    alone, between = [z.flatten(1) for z, _ in pairs], [flow_field(z, w, grid) for z, w in pairs]
+    whole, rows = [z.flatten(1) for z, _ in pairs], [z.unflatten(1, grid).mean(2).flatten(1) for z, _ in pairs]
+    between = [flow_field(z, w, grid) for z, w in pairs]
     found, known = {}, [k for k in examples[2] if k in unseen[2] and all(np.ptp(e[2][k]) > 0 for e in (examples, unseen))]
-    for features, chosen in ((alone, [k for k in known if k not in (*BETWEEN, *KINDS)]), (between, [k for k in known if k in BETWEEN])):
+    for features, chosen in ((rows, [k for k in known if k not in (*BETWEEN, *KINDS)]), (between, [k for k in known if k in BETWEEN])):
         if not chosen: continue
         stack = lambda e: np.stack([e[2][k] for k in chosen], 1)
         mean, spread = stack(examples).mean(0), stack(examples).std(0).clip(1e-9)  # one penalty for all of them
@@ -177,7 +178,7 @@ def probe(
         found |= dict(zip(chosen, r2(said, (stack(unseen) - mean) / spread)))
     for k in (k for k in known if k in KINDS):
         kinds = np.unique(examples[2][k])
-        said = ridge(alone[0], (examples[2][k][:, None] == kinds).astype(float), validation)(alone[1])
+        said = ridge(whole[0], (examples[2][k][:, None] == kinds).astype(float), validation)(whole[1])
         found[k] = kappa(kinds[said.argmax(1).numpy()], unseen[2][k])
     return found
 

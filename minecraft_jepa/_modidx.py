@@ -592,6 +592,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                          'minecraft_jepa.training.check_memory': ( 'training.html#check_memory',
                                                                                    'minecraft_jepa/training.py'),
                                          'minecraft_jepa.training.descend': ('training.html#descend', 'minecraft_jepa/training.py'),
+                                         'minecraft_jepa.training.error_over_copying': ( 'training.html#error_over_copying',
+                                                                                         'minecraft_jepa/training.py'),
                                          'minecraft_jepa.training.find_checkpoint': ( 'training.html#find_checkpoint',
                                                                                       'minecraft_jepa/training.py'),
                                          'minecraft_jepa.training.fit': ('training.html#fit', 'minecraft_jepa/training.py'),

@@ -115,7 +115,7 @@ def write_card(
     folder = Path(folder)
     told, config = json.loads((folder / "training.json").read_text()), json.loads((folder / "config.json").read_text())
     command, data = command or told.get("command", f"python -m minecraft_jepa.training --data RECORDINGS --out {folder.name} --preset {told['preset']}"), data or told.get("data", "")
-    lines = [f"# Weights of `{told['preset']}`", "", data, "" if data else None, f"- trained on {len(told['train'])} recordings: {', '.join(told['train'][:24])}", f"- chosen by the error at 2 ticks on {', '.join(told['validation'][:24])}",
+    lines = [f"# Weights of `{told['preset']}`", "", data, "" if data else None, f"- trained on {len(told['train'])} recordings: {', '.join(told['train'][:24])}", f"- chosen by the error at 2 ticks over that of copying on {', '.join(told['validation'][:24])}",
              f"- {told['steps']} steps of {config['train']['batch']} windows, {told['seconds']['world_model'] / 60:.0f} minutes; decoders {told['decoder_steps']} steps of {config['train']['decoder_batch']}, {told['seconds']['decoders'] / 60:.0f} minutes; on {told['device']}", f"- seed {told['seed']}, frames {config['frame']['height']}x{config['frame']['width']}, anti-collapse {config['jepa']['anti_collapse']}", "", "```", command, "```", ""]
     if (folder / "evaluate.json").is_file():
         found = json.loads((folder / "evaluate.json").read_text())

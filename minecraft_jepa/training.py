@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['make_optimizer', 'lr_at', 'autocast', 'make_accelerator', 'blocks_of', 'lighten', 'Prefetched', 'Log', 'Progress',
            'save_checkpoint', 'find_checkpoint', 'load_checkpoint', 'Job', 'descend', 'fit', 'CollapseError',
-           'shards_wanted', 'validate', 'nearest_strip', 'train_world_model', 'Decoders', 'train_decoders',
-           'plan_memory', 'MemoryPlanError', 'check_memory', 'train_all', 'main']
+           'shards_wanted', 'validate', 'error_over_copying', 'nearest_strip', 'train_world_model', 'Decoders',
+           'train_decoders', 'plan_memory', 'MemoryPlanError', 'check_memory', 'train_all', 'main']
 
 # %% ../nbs/13_training.ipynb #8ce854cd
 import argparse
@@ -422,6 +422,12 @@ def validate(
     numbers = {"model": errors.mean(0).tolist(), "copy_last": copies.mean(0).tolist(), **collapse_metrics(z[:, 0])}
     return numbers, (z, rows[0][3][0])
 
+def error_over_copying(
+    row,  # of `validate`
+):
+    "What the best model is chosen by: its error at 2 ticks over that of copying. In the first steps latents hardly differ from each other, and every error is small."
+    return row["model"][1] / row["copy_last"][1]
+
 def nearest_strip(
     frames,  # (B, 1+K, 3, H, W) uint8
     z,       # (B, 1+K, n, d), their latents
@@ -451,7 +457,7 @@ def train_world_model(
     folder=None,    # weights, log and checkpoints; a run that was killed goes on from there
     minutes=None,   # time; the schedule is made to fit into it
 ):
-    "Train. Gives (the model with the smallest held-out error at 2 ticks, history): rows with step, loss, lr, and at each evaluation the numbers of `validate` and `alarm`. CollapseError when the latents collapse."
+    "Train. Gives (the model with the smallest held-out error at 2 ticks over that of copying, history): rows with step, loss, lr, and at each evaluation the numbers of `validate` and `alarm`. CollapseError when the latents collapse."
     both = set(names) & set(held_out)
     if both: raise ValueError(f"recordings on both sides of the split: {', '.join(sorted(both))}")
     t, j, ticks, steps = config.train, config.jepa, config.conditioner.ticks, steps or config.train.steps
@@ -467,7 +473,7 @@ def train_world_model(
         return numbers | {"alarm": collapse_alarm(numbers, config), "told": f"error at 2 ticks {numbers['model'][1]:.3f} (copy {numbers['copy_last'][1]:.3f})  rank {numbers['rank']:.0f}"}
     parts = {model.encoder: t.encoder_lr, model.conditioner: 1.0, model.predictor: 1.0} | ({model.inverse: 1.0} if j.inverse else {})
     job = Job("world_model", model, parts, lambda step, rank, world: _windows(data, names, ticks, j.rollout, t.batch, seed, step, rank, world), t.batch, t.lr, steps,
-              _run_of(config, names, held_out, seed, t.batch, "world_model", steps), after, evaluate, lambda row: row["model"][1], lambda model: _save_on_main(model, folder))
+              _run_of(config, names, held_out, seed, t.batch, "world_model", steps), after, evaluate, error_over_copying, lambda model: _save_on_main(model, folder))
     model, history = fit(job, t, seed, device, folder, minutes)
     engine.wait_for_everyone()
     if folder: model = WorldModel.from_pretrained(folder).to(next(model.parameters()).device)

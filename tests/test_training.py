@@ -19,7 +19,7 @@ from minecraft_jepa.config import preset
 from minecraft_jepa.jepa import WorldModel
 from minecraft_jepa.recordings import split_recordings
 from minecraft_jepa.shards import write_shards
-from minecraft_jepa.training import CollapseError, blocks_of, find_checkpoint, fit, lighten, train_decoders, train_world_model
+from minecraft_jepa.training import error_over_copying, CollapseError, blocks_of, find_checkpoint, fit, lighten, train_decoders, train_world_model
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data"
@@ -258,3 +258,9 @@ def test_command_line_trains_and_goes_on(store, tmp_path):
     assert again.returncode == 0 and "trained already" in again.stdout
     wrong = subprocess.run([*words, "stpes=4"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode and "did you mean 'steps'" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_best_is_not_the_one_whose_latents_are_all_alike():
+    "The first evaluations of a run with a slow teacher: every error is tiny, copying's too."
+    early, late = ({"model": [0, e], "copy_last": [0, c]} for e, c in ((0.023, 0.027), (0.072, 0.126)))
+    assert min((early, late), key=error_over_copying) is late

@@ -222,8 +222,8 @@ def learned_metrics(
     found, lacking = {}, {"fvd": "its network is no file of weights"}
     for name, file in LEARNED.items():
         path = Path(torch.hub.get_dir()) / "checkpoints" / file
-        if not path.is_file(): lacking[name] = f"{path} is not there"; continue
-        if not _is_what_it_says(path): lacking[name] = f"{path} is not the file of that name: its SHA-256 begins otherwise"; continue  # these libraries unpickle
+        if not path.is_file(): lacking[name] = f"{file} is not in the folder checkpoints of torch.hub.get_dir()"; continue
+        if not _is_what_it_says(path): lacking[name] = f"{file} in torch.hub.get_dir() is another file than its name says: its SHA-256 begins otherwise"; continue  # these libraries unpickle
         try: lpip, fid, _ = (importlib.import_module(m) for m in ("torchmetrics.image.lpip", "torchmetrics.image.fid", "torch_fidelity"))
         except ImportError as e: lacking[name] = f"{e}: pip install torchmetrics torch-fidelity"; continue
         if name == "lpips":

@@ -380,6 +380,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                         'minecraft_jepa.probing.kappa': ('probing.html#kappa', 'minecraft_jepa/probing.py'),
                                         'minecraft_jepa.probing.latent_changes': ( 'probing.html#latent_changes',
                                                                                    'minecraft_jepa/probing.py'),
+                                        'minecraft_jepa.probing.likeness': ('probing.html#likeness', 'minecraft_jepa/probing.py'),
                                         'minecraft_jepa.probing.pixels_of': ('probing.html#pixels_of', 'minecraft_jepa/probing.py'),
                                         'minecraft_jepa.probing.probe': ('probing.html#probe', 'minecraft_jepa/probing.py'),
                                         'minecraft_jepa.probing.probe_examples': ( 'probing.html#probe_examples',

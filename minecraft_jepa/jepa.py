@@ -195,7 +195,7 @@ def collapse_metrics(
     correlation = (flat.T @ flat / (len(flat) * spread[:, None] * spread)).fill_diagonal_(0)
     return {"rank": rankme(flat), "std": float(z.flatten(1).std(0).mean()), "correlation": float(correlation.abs().sum() / (len(spread) * (len(spread) - 1)))}
 
-_ADVICE = {"ema": "Try a smaller lr, a larger ema_start, anti_collapse='sigreg', inverse=0.1", "sigreg": "Try a larger sigreg, or a larger batch", "vicreg": "Try a larger vicreg_std, or a larger batch"}
+_ADVICE = {"ema": "Try a smaller lr, a larger ema_start, anti_collapse='sigreg', a smaller inverse", "sigreg": "Try a larger sigreg, or a larger batch", "vicreg": "Try a larger vicreg_std, or a larger batch"}
 
 def collapse_alarm(
     metrics,  # of `collapse_metrics`

@@ -211,7 +211,7 @@ def test_a_constant_encoder_is_caught():
 
 class Exact(ActionReader):
     "Reads the turn off the pixels of two views, by trying all of them."
-    def __init__(self): super().__init__(60, 192, 4, 1, 1)
+    def __init__(self): super().__init__(GRID, 192, 4, 1, 1)
     def forward(self, z, later):
         a, b = (x.unflatten(1, GRID) for x in (z, later))
         miss = torch.stack([(a[:, :, k:] - b[:, :, :10 - k]).square().mean((1, 2, 3)) for k in range(4)], 1)

@@ -1,6 +1,6 @@
 # make study    the whole study: environment, training, evaluation, figures
 # make bench    the benchmarks, side by side on this machine; their figures too
-# make ablations  one thing changed at a time, two seeds each: an hour on two cores
+# make ablations  one thing changed at a time, two seeds each: two hours on two cores
 # make test     every check: modules in step with notebooks, notebooks, tests
 # make export   after editing notebooks: write the modules, drop outputs and stray metadata
 

@@ -86,9 +86,25 @@ def test_what_the_readme_says_the_shipped_weights_know():
     found = json.loads((ROOT / "data/weights/tiny/evaluate.json").read_text())
     section = (ROOT / "README.md").read_text().split("### What does it know?")[1].split("###")[0]
     model = found["probes"]["model"]
+    def read(gap, what): return "| {:.2f}, {:.2f} |".format(*(found["actions"][gap][kind]["8"][what] for kind in ("real", "imagined")))
     for number in (f"| {', '.join(str(len(found['ticks_apart'][r])) for r in ('copy_last', 'other_actions', 'noop'))} |", f"| {found['ratio']['8']['mean']:.2f} |", f"| {found['retrieval']['top1']['4']['model']['mean']:.2f} |",
-                   f"| {model['pitch']:.2f}, {model['yaw_change']:.2f} |", f"| {found['horizons']['8']['no_history']['mean']:.3f} |"): assert number in section
+                   f"| {model['pitch']:.2f}, {model['yaw_change']:.2f} |", f"| {found['horizons']['8']['no_history']['mean']:.3f} |", read("1", "turn_r2"), read("4", "mean_f1")): assert number in section
     assert found["leak"] == 0 and bars(found) == found["bars"]
+
+
+def test_what_the_readme_says_of_the_ablations():
+    found = numbers("ablations")
+    assert len(found["seeds"]) >= 2 and not set(found["judged_on"]) & set(split_recordings(ROOT / "data")["test"])
+    lines = (ROOT / "README.md").read_text().split("### What of the recipe matters?")[1].split("###")[0].splitlines()
+    def mean(factor, variant, what): return sum(of := found["table"][factor][variant][what]) / len(of)
+    error, heed, turn = "error / copying, 4 ticks", "other / true actions, 8 ticks", "R2 of turn"
+    for start, factor, variant, what, digits in (
+            ("Conditioning", "conditioning", "adaLN", error, 3), ("Against", "against collapse", "EMA", error, 3), ("Against", "against collapse", "SIGReg", error, 3), ("Against", "against collapse", "VICReg", error, 3),
+            ("Against", "against collapse", "SIGReg", turn, 2), ("Ticks", "ticks in the loss", "1", error, 3), ("Ticks", "ticks in the loss", "1", heed, 2), ("History", "history", "1 tick", error, 3),
+            ("Predictor", "predictor blocks", "6", error, 3), ("Predictor", "predictor blocks", "1", heed, 2), ("Pixels", "pixels", "72 x 120", error, 3), ("Pixels", "pixels", "72 x 120", turn, 2),
+            ("Inverse", "inverse dynamics", "0.0", heed, 2), ("Inverse", "inverse dynamics", "0.02", error, 3)):
+        line, = (k for k in lines if k.startswith(f"- **{start}"))
+        assert f"{mean(factor, variant, what):.{digits}f}" in line, (factor, variant, what)
 
 
 def test_frames_and_actions_of_the_game_are_in_step():

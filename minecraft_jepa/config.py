@@ -59,13 +59,20 @@ class Jepa:
     ema_end: float = 1.0           # and at the last step
     rollout: int = 2               # K: ticks the loss feeds its own prediction back
     anti_collapse: str = "ema"     # or "sigreg" or "vicreg": then the encoder is its own teacher, and is kept from collapse by a loss on its latents
+    floor: float = 0.0             # weight, beside `ema`, of a floor under the spread of each feature: VICReg's variance alone, as C-JEPA (arXiv 2410.19560) keeps it beside I-JEPA; 0: none
+    spread: float = 0.5            # that floor; 1 is all that the layer norm leaves, places included
     sigreg: float = 0.05           # weight, LeJEPA sec. 6
     slices: int = 1024             # random directions that SIGReg looks along
     vicreg_std: float = 1.0        # weights, VICReg sec. 4.1, as shares of the prediction's
     vicreg_cov: float = 0.04
     inverse: float = 0.0           # weight of the inverse-dynamics head, which names the action between two frames and is used in training alone; 0: there is none
+    tilt: float = 0.0              # weight of its second task: the mouse's way up and down over `reach` ticks as the difference of two numbers, each read off one frame
+    reach: int = 16                # ticks
     rank_alarm: float = 0.08       # alarm when RankMe / width falls below
     std_alarm: float = 0.05        # alarm when the mean std of a feature over frames falls below
+
+    @property
+    def ahead(self): return max(self.rollout, self.reach if self.inverse and self.tilt else 0)  # ticks of frames after t that a window for training holds
 
 @dataclass(frozen=True)
 class Dit:
@@ -94,7 +101,7 @@ class Train:
     warmup: float = 0.05           # share of the steps
     weight_decay: float = 0.05     # matrices only
     clip: float = 1.0              # gradient norm
-    accumulate: int = 1            # parts a batch is cut into, one after the other: less memory, the same step
+    accumulate: int = 1            # parts a batch is cut into, one after the other: less memory, the same step, but for losses on the spread of a batch
     checkpoint_activations: bool = False  # compute each block twice rather than keep what it saw
     compile: bool = False          # torch.compile each block, on a GPU
     evaluate_every: int = 130
@@ -139,14 +146,14 @@ def _check(config):
                                ("predictor", config.encoder.width, config.predictor.heads),
                                ("dit", config.dit.width, config.dit.heads)):
         if width % (4 * heads): raise ValueError(f"{name}: width {width} must be a multiple of 4 x {heads} heads")
-    for section, leaf in (("jepa", "rollout"), ("train", "steps"), ("train", "batch"), ("train", "accumulate"), ("train", "save_every"), ("train", "keep"), ("conditioner", "ticks")):
+    for section, leaf in (("jepa", "rollout"), ("jepa", "reach"), ("train", "steps"), ("train", "batch"), ("train", "accumulate"), ("train", "save_every"), ("train", "keep"), ("conditioner", "ticks")):
         value = getattr(getattr(config, section), leaf)
         if value < 1: raise ValueError(f"{section}.{leaf}={value} must be at least 1")
     return config
 
 # %% ../nbs/00_config.ipynb #01bd218f
 PRESETS = {
-    "tiny": Config(jepa=Jepa(inverse=0.02)),  # heeds the actions sooner (LOG.md)
+    "tiny": Config(jepa=Jepa(inverse=0.05, tilt=0.1, floor=0.3)),  # heeds the actions sooner (LOG.md)
     "small": Config(
         name="small", frame=Frame(128, 224, 16), encoder=Encoder(256, 5, 8),
         conditioner=Conditioner(depth=2, heads=8), predictor=Predictor(depth=6, heads=8, dropout=0.1),

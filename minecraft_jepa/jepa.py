@@ -7,6 +7,8 @@ __all__ = ['Taught', 'across', 'between_frames', 'sigreg', 'vicreg', 'spread_los
            'collapse_metrics', 'collapse_alarm']
 
 # %% ../nbs/11_jepa.ipynb #183e00a2
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional
@@ -17,7 +19,7 @@ from .actions import ACTION_DIM
 from .conditioner import make_conditioner
 from .ema import ema_update, frozen_copy
 from .encoder import Encoder
-from .layers import Pretrained, layer_norm
+from .layers import Matching, Pretrained, layer_norm, read_weights
 from .predictor import Predictor
 
 # %% ../nbs/11_jepa.ipynb #052620a1
@@ -36,6 +38,12 @@ class Taught(Pretrained):
         super().train(mode)
         self.teacher.eval()
         return self
+
+    def start_from(self, folder):
+        "Take over what another run of the same architecture learned; of its inverse-dynamics head, which is used in training alone, what fits. ValueError as for `from_pretrained`."
+        head = {k: v for k, v in self.state_dict().items() if k.startswith("inverse.")}
+        state = {k: v for k, v in read_weights(folder, self.file, self.config).items() if not k.startswith("inverse.") or (k in head and head[k].shape == v.shape)}
+        self._load_saved(head | state, Path(folder) / self.file)
 
     def save_adopted(self, folder):
         "`save_pretrained` with the teacher in the encoder's place, as `adopt_teacher` leaves it; this network stays as it is."
@@ -83,38 +91,60 @@ def sigreg(
     return torch.trapezoid(((real - gauss)**2 + imaginary**2) * gauss, t).mul(2).mean()
 
 def vicreg(
-    z,  # (b, n, d), of `between_frames`
+    z,       # (b, n, d), of `between_frames`
+    least=1, # std that a feature should have
 ):
-    "(variance, covariance): how far each feature's std stays below 1, and the mean square of the covariances of different features."
+    "(variance, covariance): how far each feature's std stays below `least`, and the mean square of the covariances of different features."
     covariance = across(torch.einsum("bni,bnj->ij", z, z) / (z.shape[0] * z.shape[1]))
     variance = covariance.diagonal()
     others = covariance - torch.diag(variance)
-    return F.relu(1 - (variance + 1e-4).sqrt()).mean(), others.square().sum() / z.shape[-1]
+    return F.relu(least - (variance + 1e-4).sqrt()).mean(), others.square().sum() / z.shape[-1]
 
 def spread_loss(
     settings,  # config.jepa
-    latents,   # of frames t .. t+K, each (b, n, d)
+    latents,   # that hear gradients, each (b, n, d): of frames t .. t+K, or beside a slow copy of frame t
     seed=0,    # for SIGReg's directions
 ):
-    "What keeps latents apart where no slow copy does; 0 where one does."
-    if settings.anti_collapse == "ema": return 0
+    "What keeps latents apart; 0 where the slow copy alone does."
+    if settings.anti_collapse == "ema" and not settings.floor: return 0
     z = between_frames(torch.cat(latents))
+    if settings.anti_collapse == "ema": return settings.floor * vicreg(z, settings.spread)[0]
     if settings.anti_collapse == "sigreg": return settings.sigreg * len(z) * _processes() * sigreg(z, settings.slices, seed)  # the statistic grows with the number of samples
     std, covariance = vicreg(z)
     return settings.vicreg_std * std + settings.vicreg_cov * covariance
 
 # %% ../nbs/11_jepa.ipynb #2e4c382f
 class InverseDynamics(nn.Module):
-    "Two latents (b, n, d) -> the loss of naming the action between them (b, 28)."
-    def __init__(self, width):
+    "Losses of naming, from two latents (b, n, d), what was done between them."
+    def __init__(self,
+        grid,   # patches high and wide
+        width,  # of the tokens
+    ):
         super().__init__()
-        self.pair, self.out = nn.Linear(2 * width, width), nn.Linear(width, ACTION_DIM)
+        self.grid, self.match = grid, Matching(grid, width)
+        self.pair, self.moved, self.out = nn.Linear(2 * width, width), nn.Linear(self.match.width, width), nn.Linear(2 * width, ACTION_DIM)
+        self.height = nn.Linear(grid[0] * width, 1)
+
+    def say(self, z, later):
+        "What was done between a frame and the next, (b, 28): logits of keys and buttons, the turn in units of three degrees; nothing of cursor and wheel."
+        seen = F.gelu(self.pair(torch.cat([z, later - z], -1))).mean(1), F.gelu(self.moved(self.match(z, later)))
+        return self.out(torch.cat(seen, -1)).float()
 
     def forward(self, z, later, action):
-        said = self.out(F.gelu(self.pair(torch.cat([z, later - z], -1))).mean(1)).float()  # (b, 28)
+        "The action (b, 28) between a frame and the next."
+        said = self.say(z, later)                                                          # (b, 28)
         switches = [i for i in range(ACTION_DIM) if not 20 <= i < 25]
-        turn = F.smooth_l1_loss(said[:, 22:24], action[:, 22:24] / 10)                     # ten degrees: 1
+        turn = F.smooth_l1_loss(said[:, 22:24], action[:, 22:24] / 3)
         return F.binary_cross_entropy_with_logits(said[:, switches], action[:, switches].clamp(0, 1)) + turn
+
+    def level(self, z):
+        "One number for each latent, (b,)."
+        return self.height(z.unflatten(1, self.grid).mean(2).flatten(1))[:, 0]
+
+    def tilt(self, z, later, actions):
+        "How far the mouse went down in all actions (b, k, 28) between two frames. With a screen open it moves the cursor, and does not count."
+        free = (actions[..., 20:22] == 0.5).all(-1)                                        # (b, k)
+        return F.smooth_l1_loss((self.level(later) - self.level(z)).float(), (actions[..., 23] * free).sum(1) / 10)
 
 # %% ../nbs/11_jepa.ipynb #c9bcc123
 class WorldModel(Taught):
@@ -130,7 +160,7 @@ class WorldModel(Taught):
         self.teacher = frozen_copy(self.encoder)
         self.conditioner = make_conditioner(config)
         self.predictor = Predictor(config)
-        if config.jepa.inverse: self.inverse = InverseDynamics(config.encoder.width)
+        if config.jepa.inverse: self.inverse = InverseDynamics(config.frame.grid, config.encoder.width)
 
     def encode(self, frames):
         "Frames (B, 3, H, W), uint8 or float in 0..1 -> latents (B, N, D)."
@@ -157,19 +187,20 @@ class WorldModel(Taught):
         return torch.stack(seen, 1)  # (B, K, N, D)
 
     def forward(self, frames, actions, seed=0):
-        "Rollout loss: frames (B, 1+K, 3, H, W), actions (B, 24+K, 28) -> dict with `loss`, latent `errors` (K,) and targets `z` (B, N, D). `seed` is for SIGReg's directions."
+        "Rollout loss over the first `jepa.rollout` of K ticks: frames (B, 1+K, 3, H, W), actions (B, 24+K, 28) -> dict with `loss`, latent `errors` (ticks,) and targets `z` (B, N, D). `seed` is for SIGReg's directions."
         j, ticks, losses, errors = self.config.jepa, self.config.conditioner.ticks, [], []
         look = self.target if j.anti_collapse == "ema" else self.encode
         z = first = self.encode(frames[:, 0])
         truths = [self.target(frames[:, 0]) if j.anti_collapse == "ema" else first]
         start = truths[0]
-        for k in range(frames.shape[1] - 1):
+        for k in range(min(j.rollout, frames.shape[1] - 1)):
             z = start = self._advance(z, actions[:, k:k + ticks], start)
             truths.append(look(frames[:, k + 1]))
             losses.append(F.smooth_l1_loss(z.float(), truths[-1].float()))
             errors.append(F.mse_loss(z.detach().float(), truths[-1].detach().float()))
-        loss = torch.stack(losses).mean() + spread_loss(j, truths, seed)
+        loss = torch.stack(losses).mean() + spread_loss(j, [first] if j.anti_collapse == "ema" else truths, seed)
         if j.inverse: loss = loss + j.inverse * self.inverse(first, self.encode(frames[:, 1]), actions[:, ticks - 1])
+        if j.inverse and j.tilt: loss = loss + j.tilt * self.inverse.tilt(first, self.encode(frames[:, -1]), actions[:, ticks - 1:])
         return {"loss": loss, "errors": torch.stack(errors), "z": truths[-1].detach()}
 
     def _advance(self, z, actions, start):

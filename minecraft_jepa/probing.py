@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BETWEEN', 'KINDS', 'TOLD', 'rank_of_truth', 'retrieval', 'ridge', 'r2', 'flow_field', 'likeness', 'probe_examples',
-           'kappa', 'probe', 'pixels_of', 'done_between', 'ActionReader', 'best_threshold', 'fit_reader',
-           'reading_scores', 'read_back', 'held_actions', 'sensitivity', 'drift', 'future_leak', 'latent_changes']
+           'kappa', 'probe', 'pixels_of', 'done_between', 'ActionReader', 'best_threshold', 'real_pairs', 'tuned',
+           'fit_reader', 'OwnReader', 'reading_scores', 'read_back', 'held_actions', 'sensitivity', 'drift',
+           'future_leak', 'latent_changes']
 
 # %% ../nbs/16_probing.ipynb #4a3e6a06
 import numpy as np
@@ -76,24 +77,26 @@ def ridge(
     validation,  # (b,) bool: examples that choose the penalty, of other recordings
     penalties=tuple(10.0**p for p in range(-2, 7)),
 ):
-    "Ridge regression in closed form; gives a function from (b, features) to (b, targets). Hastie et al., sec. 3.4.1 and 18.3.5 (by the examples' products, since there are more features than examples)."
+    "Ridge regression in closed form; gives a function from (b, features) to (b, targets). Hastie et al., sec. 3.4.1, and 18.3.5 where there are more features than examples."
     x, y, validation = torch.as_tensor(x).double(), torch.as_tensor(y).double(), torch.as_tensor(validation)
     if validation.all() or not validation.any(): raise ValueError("the penalty is chosen on other examples than the fit is made of: give some of both")
     middle, scale = x.mean(0), x.std().clamp_min(1e-12)
     x = (x - middle) / scale
-    products = x @ x.T
 
-    def solve(chosen, penalty):
-        level = y[chosen].mean(0)
-        factor = torch.linalg.cholesky(products[chosen][:, chosen] + penalty * torch.eye(int(chosen.sum()), dtype=x.dtype))
-        return torch.cholesky_solve(y[chosen] - level, factor), level
+    def solver(x, y):
+        "penalty -> direction (features, targets)"
+        wide = x.shape[1] > x.shape[0]
+        products, aim = (x @ x.T, y) if wide else (x.T @ x, x.T @ y)
+        def solve(penalty):
+            found = torch.cholesky_solve(aim, torch.linalg.cholesky(products + penalty * torch.eye(len(products), dtype=x.dtype)))
+            return x.T @ found if wide else found
+        return solve
 
-    def missed(penalty):
-        weights, level = solve(~validation, penalty)
-        return float(((products[validation][:, ~validation] @ weights + level - y[validation]) ** 2).mean())
-
-    weights, level = solve(torch.ones_like(validation), min(penalties, key=missed))
-    direction = x.T @ weights  # (features, targets)
+    level = y[~validation].mean(0)
+    trial = solver(x[~validation], y[~validation] - level)
+    best = min(penalties, key=lambda p: float(((x[validation] @ trial(p) + level - y[validation]) ** 2).mean()))
+    level = y.mean(0)
+    direction = solver(x, y - level)(best)
     return lambda new: (torch.as_tensor(new).double() - middle) / scale @ direction + level
 
 def r2(
@@ -241,6 +244,35 @@ def best_threshold(
     return float(logits[order[cut:cut + 2]].mean()) if held.any() else 0.0
 
 # %% ../nbs/16_probing.ipynb #07b65a89
+@torch.no_grad()
+def real_pairs(
+    look,    # frames -> latents
+    store,   # ClipStore
+    names,   # recordings
+    gap,     # ticks between the two
+    most,    # pairs at most
+    random,  # numpy generator that draws them
+):
+    "Latents of frames t and t+gap, keys and camera between them (`done_between`): encoded once, to be learned from again and again."
+    starts = [(n, t) for n in names for t in store.starts(n, 1, gap)]
+    starts = [starts[i] for i in sorted(random.permutation(len(starts))[:most])]
+    z, later = (torch.cat([look(torch.from_numpy(np.stack([store[n].frames[t + k] for n, t in starts[i:i + 64]]))) for i in range(0, len(starts), 64)]) for k in (0, gap))
+    return z, later, *(x.to(z.device) for x in done_between(torch.from_numpy(np.stack([store[n].actions[t:t + gap] for n, t in starts]))))
+
+@torch.no_grad()
+def tuned(
+    reader,  # changed: its `threshold`
+    look, store,
+    names,   # recordings that it did not learn from
+    random,
+    pairs=1000,
+):
+    "The reader, with the thresholds that these recordings ask for."
+    z, later, keys, _ = real_pairs(look, store, names, reader.gap, pairs, random)
+    said = torch.cat([reader(a, b)[0] for a, b in zip(z.split(64), later.split(64))])
+    reader.threshold = torch.tensor([best_threshold(s, k) for s, k in zip(said.T, keys.T)], device=z.device)
+    return reader
+
 def fit_reader(
     look,       # frames -> latents
     store,      # ClipStore
@@ -252,20 +284,11 @@ def fit_reader(
     batch=64,
     seed=0,
     lr=1e-3,
-    pairs=6000,  # encoded once and learned from again and again
+    pairs=6000,
 ):
     "An ActionReader of real pairs, in eval mode."
     random = np.random.default_rng(seed)
-
-    @torch.no_grad()
-    def learn_from(names, most):
-        "Latents of both frames, keys and camera between them, of at most so many pairs."
-        starts = [(n, t) for n in names for t in store.starts(n, 1, gap)]
-        starts = [starts[i] for i in sorted(random.permutation(len(starts))[:most])]
-        z, later = (torch.cat([look(torch.from_numpy(np.stack([store[n].frames[t + k] for n, t in starts[i:i + 64]]))) for i in range(0, len(starts), 64)]) for k in (0, gap))
-        return z, later, *(x.to(z.device) for x in done_between(torch.from_numpy(np.stack([store[n].actions[t:t + gap] for n, t in starts]))))
-
-    z, later, keys, camera = learn_from(names, min(pairs, steps * batch))
+    z, later, keys, camera = real_pairs(look, store, names, gap, min(pairs, steps * batch), random)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         reader = ActionReader(grid, z.shape[-1], gap=gap).to(z.device)
@@ -276,10 +299,16 @@ def fit_reader(
             said, turned = reader(z[chosen], later[chosen])
             loss = F.binary_cross_entropy_with_logits(said, keys[chosen]) + F.smooth_l1_loss(turned / (5 * gap), camera[chosen] / (5 * gap))
             optimizer.zero_grad(); loss.backward(); optimizer.step()
-    z, later, keys, _ = learn_from(tune, 1000)
-    with torch.no_grad(): said = torch.cat([reader.eval()(a, b)[0] for a, b in zip(z.split(64), later.split(64))])
-    reader.threshold = torch.tensor([best_threshold(s, k) for s, k in zip(said.T, keys.T)], device=z.device)
-    return reader
+    return tuned(reader.eval(), look, store, tune, random)
+
+class OwnReader:
+    "The inverse-dynamics head that the world model was trained with, as a reader of actions one tick apart."
+    gap = 1
+    def __init__(self, model): self.say, self.threshold = model.inverse.say, 0.0
+
+    def __call__(self, z, later):
+        said = self.say(z, later)
+        return said[:, TOLD] - self.threshold, said[:, _CAMERA] * 3  # its unit is three degrees
 
 # %% ../nbs/16_probing.ipynb #7defab8f
 def reading_scores(

@@ -446,6 +446,8 @@ def _run_of(config, names, held_out, seed, batch, kind, steps):
     listed = hashlib.sha256(json.dumps([sorted(names), sorted(held_out)]).encode()).hexdigest()[:12]
     return {"kind": kind, "seed": seed, "steps": steps, "batch": batch, "recordings": listed, **leaves}
 
+def _digest(module): return hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in module.parameters())).hexdigest()[:16]
+
 def train_world_model(
     config,         # minecraft_jepa.config.Config
     data,           # ClipStore, or the URL of shards
@@ -456,6 +458,7 @@ def train_world_model(
     device="cpu",   # or 'cuda'
     folder=None,    # weights, log and checkpoints; a run that was killed goes on from there
     minutes=None,   # time; the schedule is made to fit into it
+    start=None,     # folder of weights of the same architecture to start from; None: from nothing
 ):
     "Train. Gives (the model with the smallest held-out error at 2 ticks over that of copying, history): rows with step, loss, lr, and at each evaluation the numbers of `validate` and `alarm`. CollapseError when the latents collapse."
     both = set(names) & set(held_out)
@@ -465,6 +468,7 @@ def train_world_model(
     engine = make_accelerator(device)
     if device == "cuda" or config.encoder.width > 256: check_memory(config, device, processes=engine.num_processes, sharded=shards_wanted())
     model = WorldModel(config)
+    if start: model.start_from(start)
     check = next(_windows(data, held_out, ticks, 8, 128, seed, 0))
     def after(model, step, steps): model.update_teacher(momentum_at(step, steps, j.ema_start, j.ema_end) if j.anti_collapse == "ema" else 0.0)
     def evaluate(model, step, log):
@@ -472,8 +476,8 @@ def train_world_model(
         if log: log.picture("world_model", nearest_strip(check[0], z, future), step)
         return numbers | {"alarm": collapse_alarm(numbers, config), "told": f"error at 2 ticks {numbers['model'][1]:.3f} (copy {numbers['copy_last'][1]:.3f})  rank {numbers['rank']:.0f}"}
     parts = {model.encoder: t.encoder_lr, model.conditioner: 1.0, model.predictor: 1.0} | ({model.inverse: 1.0} if j.inverse else {})
-    job = Job("world_model", model, parts, lambda step, rank, world: _windows(data, names, ticks, j.rollout, t.batch, seed, step, rank, world), t.batch, t.lr, steps,
-              _run_of(config, names, held_out, seed, t.batch, "world_model", steps), after, evaluate, error_over_copying, lambda model: _save_on_main(model, folder))
+    job = Job("world_model", model, parts, lambda step, rank, world: _windows(data, names, ticks, j.ahead, t.batch, seed, step, rank, world), t.batch, t.lr, steps,
+              _run_of(config, names, held_out, seed, t.batch, "world_model", steps) | ({"start": _digest(model.encoder)} if start else {}), after, evaluate, error_over_copying, lambda model: _save_on_main(model, folder))
     model, history = fit(job, t, seed, device, folder, minutes)
     engine.wait_for_everyone()
     if folder: model = WorldModel.from_pretrained(folder).to(next(model.parameters()).device)
@@ -519,7 +523,7 @@ def train_decoders(
             frames = frames[:, 0].to(next(model.parameters()).device)
             with autocast(device): yield model.target(frames).float(), frames
     def after(m, step, steps): ema_update(m.slow, m.dit, min(config.dit.ema, (1 + step) / (10 + step)))  # a short run must not average in its random start
-    run = _run_of(config, names, [], seed, t.decoder_batch, "decoders", steps) | {"model": hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in model.encoder.parameters())).hexdigest()[:16]}
+    run = _run_of(config, names, [], seed, t.decoder_batch, "decoders", steps) | {"model": _digest(model.encoder)}
     look = next(_windows(data, names, 1, 1, 6, seed + 1, 0))[0][:, 0]
     def evaluate(m, step, log):
         strip = _decoded_strip(model, m, look, device)  # by all processes, for shards are gathered
@@ -546,9 +550,9 @@ def _kept_by(config, batch, half):
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = lighten(model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype)).train(), config.train, "cpu")
         own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
-        frames = torch.empty(batch, 1 + config.jepa.rollout, 3, config.frame.height, config.frame.width, dtype=torch.uint8)
+        frames = torch.empty(batch, 1 + config.jepa.ahead, 3, config.frame.height, config.frame.width, dtype=torch.uint8)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=half):
-            out = model(frames, torch.empty(batch, config.conditioner.ticks - 1 + config.jepa.rollout, 28))
+            out = model(frames, torch.empty(batch, config.conditioner.ticks - 1 + config.jepa.ahead, 28))
     del out
     return sum(t.untyped_storage().nbytes() for k, t in found.items() if k not in own)
 
@@ -605,6 +609,7 @@ def train_all(
     config, data, out,
     seed=0, device="cpu",
     minutes=None,  # for both; the decoders get three tenths
+    start=None,    # weights that the world model starts from
 ) -> dict:
     "World model, then decoders, with what they were trained on in `training.json`. A run that was killed goes on."
     out = Path(out)
@@ -621,7 +626,7 @@ def train_all(
         data = ClipStore.build(data, config.frame, names=split["train"] + split["validation"])
         if PartialState().is_main_process: print(f"store ready after {time.monotonic() - begin:.0f} s")
     begin = time.monotonic()
-    model, history = _world_model_or_done(config, data, split, seed, device, out, minutes and 0.7 * minutes)
+    model, history = _world_model_or_done(config, data, split, seed, device, out, minutes and 0.7 * minutes, start)
     took = time.monotonic() - begin
     _, _, decoded = train_decoders(model, data, split["train"], seed=seed, device=device, folder=out, minutes=minutes and max(minutes - took / 60, 0.3 * minutes))
     told = {"preset": config.name, "steps": len(history), "decoder_steps": len(decoded), "seed": seed, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -629,11 +634,11 @@ def train_all(
     if PartialState().is_main_process: write_json(out / "training.json", told)
     return told
 
-def _world_model_or_done(config, data, split, seed, device, out, minutes):
+def _world_model_or_done(config, data, split, seed, device, out, minutes, start):
     "The finished world model of a run whose decoders were killed, else train it."
     done = out / "world_model.done"
     if done.is_file(): return WorldModel.from_pretrained(out, config), [json.loads(l) for l in (out / "world_model.jsonl").read_text().splitlines()]
-    found = train_world_model(config, data, split["train"], split["validation"], seed=seed, device=device, folder=out, minutes=minutes)
+    found = train_world_model(config, data, split["train"], split["validation"], seed=seed, device=device, folder=out, minutes=minutes, start=start)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process: done.touch()
     return found
@@ -650,13 +655,14 @@ def main(
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     p.add_argument("--minutes", type=float, help="stop cleanly after these (default: the preset's steps)")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--start", metavar="WEIGHTS", help="folder of weights that the world model starts from, say of other recordings")
     p.add_argument("changes", nargs="*", help="leaves of the config, NAME=VALUE")
     a = p.parse_args(argv)
     try:
         changes = dict(c.split("=", 1) for c in a.changes)
         config = preset(a.preset, **{k: json.loads(v) if re.match(r"[-\d.]|true|false", v) else v for k, v in changes.items()})
         make_accelerator(a.device)
-        told = train_all(config, a.data, a.out, a.seed, a.device, a.minutes)
+        told = train_all(config, a.data, a.out, a.seed, a.device, a.minutes, a.start)
     except (ValueError, OSError, CollapseError) as e: sys.exit(f"{p.prog}: {e}")
     if PartialState().is_main_process: print(json.dumps({k: told[k] for k in ("preset", "steps", "decoder_steps", "seconds")}))
 

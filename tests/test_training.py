@@ -97,7 +97,7 @@ def test_killed_twenty_times_it_ends_with_the_same_bits(store, source, tmp_path)
 
 
 @pytest.mark.parametrize("sharded", ["false", "true"], ids=["ddp", "fsdp2"])
-@pytest.mark.parametrize("changes", [{}, {"anti_collapse": "sigreg", "slices": 64}, {"anti_collapse": "vicreg"}, {"inverse": 0.1, "accumulate": 2}], ids=lambda c: "-".join(map(str, c.values())) or "ema")
+@pytest.mark.parametrize("changes", [{}, {"anti_collapse": "sigreg", "slices": 64}, {"anti_collapse": "vicreg"}, {"inverse": 0.1, "accumulate": 2, "floor": 0.0}], ids=lambda c: "-".join(map(str, c.values())) or "ema")
 def test_two_processes_do_what_one_does(store, source, tmp_path, changes, sharded, monkeypatch):
     "The same global batch over gloo: losses and weights to float tolerance."
     folder, alarms = next(iter(store.folders.values())).parent, {"rank_alarm": 0.0, "std_alarm": 0.0}
@@ -114,7 +114,7 @@ def test_two_processes_do_what_one_does(store, source, tmp_path, changes, sharde
 
 
 def test_parts_of_a_batch_give_the_whole_batchs_step(store):
-    config = preset("tiny", **SMALL, steps=3, evaluate_every=3)
+    config = preset("tiny", **SMALL, steps=3, evaluate_every=3, floor=0.0)  # the spread of a part is not that of the batch
     parts = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=4))
     whole, cut = (train_world_model(c, store, TRAIN, HELD_OUT)[1] for c in (config, parts))
     assert np.allclose([r["loss"] for r in whole], [r["loss"] for r in cut], rtol=1e-4)
@@ -136,10 +136,10 @@ def test_collapse_stops_the_run_with_advice(store, tmp_path):
 def test_constant_encoder_is_kept_from_collapse_by_each_loss(store):
     "Without slow copy and without any of these losses, a few steps at a large rate empty the latents; each loss keeps them apart."
     std = {}
-    for name, change in {"none": {"anti_collapse": "vicreg", "vicreg_std": 0.0, "vicreg_cov": 0.0}, "sigreg": {"anti_collapse": "sigreg", "slices": 128, "sigreg": 1.0}, "vicreg": {"anti_collapse": "vicreg"}}.items():
+    for name, change in {"none": {"anti_collapse": "vicreg", "vicreg_std": 0.0, "vicreg_cov": 0.0}, "sigreg": {"anti_collapse": "sigreg", "slices": 128, "sigreg": 1.0}, "vicreg": {"anti_collapse": "vicreg"}, "floor": {"floor": 1.0, "ema_start": 0.0, "ema_end": 0.0}}.items():
         config = preset("tiny", **SMALL, steps=60, evaluate_every=60, lr=3e-3, encoder_lr=1.0, rank_alarm=0.0, std_alarm=0.0, **change)
         std[name] = train_world_model(config, store, TRAIN, HELD_OUT)[1][-1]["std"]
-    assert std["none"] < 0.7 * min(std["sigreg"], std["vicreg"]), std
+    assert std["none"] < 0.7 * min(std["sigreg"], std["vicreg"], std["floor"]), std
 
 
 def test_checkpoint_of_another_run_is_refused(store, tmp_path):
@@ -147,6 +147,17 @@ def test_checkpoint_of_another_run_is_refused(store, tmp_path):
     with pytest.raises(CollapseError): train_world_model(config, store, TRAIN, HELD_OUT, folder=tmp_path)
     with pytest.raises(ValueError, match="another run .*train.lr was 0.0008, is 0.001.*give another folder"): train_world_model(preset("tiny", **SMALL, steps=20, evaluate_every=4, rank_alarm=2.0, lr=1e-3), store, TRAIN, HELD_OUT, folder=tmp_path)
     with pytest.raises(ValueError, match="recordings was"): train_world_model(config, store, TRAIN[:1], HELD_OUT, folder=tmp_path)
+
+
+def test_a_run_may_start_from_the_weights_of_another(store, tmp_path):
+    changes = SMALL | {"steps": 2, "evaluate_every": 2, "rank_alarm": 0.0}
+    first, _ = train_world_model(preset("tiny", **changes, inverse=0.0), store, TRAIN, HELD_OUT, folder=tmp_path / "first")  # without the head that the next one has
+    frames = torch.randint(0, 256, (2, 3, 48, 80), dtype=torch.uint8)
+    still = preset("tiny", **changes, lr=1e-12)
+    second, _ = train_world_model(still, store, TRAIN, HELD_OUT, folder=tmp_path / "second", start=tmp_path / "first")
+    anew, _ = train_world_model(still, store, TRAIN, HELD_OUT, seed=1, folder=tmp_path / "anew")
+    assert torch.allclose(second.encode(frames), first.encode(frames), atol=1e-4) and not torch.allclose(anew.encode(frames), first.encode(frames), atol=1e-2)
+    with pytest.raises(ValueError, match="no such folder"): train_world_model(still, store, TRAIN, HELD_OUT, start=tmp_path / "nowhere")
 
 
 def test_half_written_checkpoints_are_passed_over(store, tmp_path):

@@ -273,6 +273,7 @@ def tuned(
     reader.threshold = torch.tensor([best_threshold(s, k) for s, k in zip(said.T, keys.T)], device=z.device)
     return reader
 
+# %% ../nbs/16_probing.ipynb #2f8e61d3
 def fit_reader(
     look,       # frames -> latents
     store,      # ClipStore

@@ -263,7 +263,7 @@ def test_frames_are_rgb_and_area_averaged():
 @pytest.mark.parametrize("name", NAMES)
 def test_bundled_recordings_are_whole(name):
     recording = open_recording(DATA / name)
-    assert len(recording) == 600 and set(recording.state) == {"yaw", "pitch", "xpos", "ypos", "zpos", "hotbar", "isGuiOpen"}
+    assert len(recording) == (600 if int(name[6:9]) <= 348 else 240) and set(recording.state) == {"yaw", "pitch", "xpos", "ypos", "zpos", "hotbar", "isGuiOpen"}
     assert (DATA / f"{name}.jsonl").read_bytes().count(b"\n") == len(recording)
     turned = (np.diff(recording.state["yaw"]) + 180) % 360 - 180
     plain = ~recording.teleported[:-1] & ~recording.state["isGuiOpen"].astype(bool)[:-1] & ~recording.state["isGuiOpen"].astype(bool)[1:]  # on a screen the mouse moves the cursor

@@ -115,7 +115,7 @@ def test_store_knows_names_and_groups(store):
 
 def test_teleports_of_the_sample_are_avoided(store):
     moved = {n: np.flatnonzero(store[n].teleported) for n in store.names}
-    assert sum(map(len, moved.values())) == 36
+    assert sum(map(len, moved.values())) == 58
     for n, at in moved.items():
         for i in at: assert not any(t - 24 <= i < t + 4 for t in store.starts(n, 25, 4))
         jump = np.hypot(*(np.diff(store[n].state[k]) for k in ("xpos", "zpos")))

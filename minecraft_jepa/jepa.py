@@ -116,6 +116,8 @@ def spread_loss(
 # %% ../nbs/11_jepa.ipynb #2e4c382f
 class InverseDynamics(nn.Module):
     "Losses of naming, from two latents (b, n, d), what was done between them."
+    unit = 3  # degrees of a turn that count as 1
+
     def __init__(self,
         grid,   # patches high and wide
         width,  # of the tokens
@@ -126,7 +128,7 @@ class InverseDynamics(nn.Module):
         self.height = nn.Linear(grid[0] * width, 1)
 
     def say(self, z, later):
-        "What was done between a frame and the next, (b, 28): logits of keys and buttons, the turn in units of three degrees; nothing of cursor and wheel."
+        "What was done between a frame and the next, (b, 28): logits of keys and buttons, the turn in `unit` degrees; nothing of cursor and wheel."
         seen = F.gelu(self.pair(torch.cat([z, later - z], -1))).mean(1), F.gelu(self.moved(self.match(z, later)))
         return self.out(torch.cat(seen, -1)).float()
 
@@ -134,7 +136,7 @@ class InverseDynamics(nn.Module):
         "The action (b, 28) between a frame and the next."
         said = self.say(z, later)                                                          # (b, 28)
         switches = [i for i in range(ACTION_DIM) if not 20 <= i < 25]
-        turn = F.smooth_l1_loss(said[:, 22:24], action[:, 22:24] / 3)
+        turn = F.smooth_l1_loss(said[:, 22:24], action[:, 22:24] / self.unit)
         return F.binary_cross_entropy_with_logits(said[:, switches], action[:, switches].clamp(0, 1)) + turn
 
     def level(self, z):

@@ -305,11 +305,11 @@ def fit_reader(
 class OwnReader:
     "The inverse-dynamics head that the world model was trained with, as a reader of actions one tick apart."
     gap = 1
-    def __init__(self, model): self.say, self.threshold = model.inverse.say, 0.0
+    def __init__(self, model): self.head, self.threshold = model.inverse, 0.0
 
     def __call__(self, z, later):
-        said = self.say(z, later)
-        return said[:, TOLD] - self.threshold, said[:, _CAMERA] * 3  # its unit is three degrees
+        said = self.head.say(z, later)
+        return said[:, TOLD] - self.threshold, said[:, _CAMERA] * self.head.unit
 
 # %% ../nbs/16_probing.ipynb #7defab8f
 def reading_scores(

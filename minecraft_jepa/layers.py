@@ -117,7 +117,7 @@ def rows_alike(
 ):
     "Cosine of each row with that of the later frame moved to the right by -reach .. reach patches, what all tokens share taken off both: (b, rows heads (2 reach + 1)), -1 to 1."
     shared = (z + later).mean(1, keepdim=True) / 2  # it tells no place
-    a, b = (F.normalize(rearrange(x - shared, "b (r c) (h d) -> b r c h d", r=grid[0], h=heads), dim=-1) for x in (z, later))
+    a, b = (F.normalize(rearrange(x - shared, "b (r c) (h d) -> b r c h d", r=grid[0], h=heads), dim=-1, eps=1e-3) for x in (z, later))  # where all is the same, rounding is not a likeness
     wide = F.pad(b, (0, 0, 0, 0, reach, reach))
     alike = [(a * wide[:, :, i:i + grid[1]]).sum(-1).mean(2) for i in range(2 * reach + 1)]  # each (b, r, h)
     return torch.stack(alike, -1).flatten(1)

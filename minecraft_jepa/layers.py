@@ -109,34 +109,39 @@ class Attention(nn.Module):
 
 # %% ../nbs/06_layers.ipynb #5b7d9e14
 def rows_alike(
-    z,        # (b, n, d)
-    later,    # (b, n, d)
-    grid,     # patches high and wide
-    heads,    # parts that the features are cut into, each looked at by itself
-    reach=3,  # patches
+    now,      # (b, rows, columns, heads, d)
+    later,    # the same
+    reach,    # columns
+    parts=2,  # that each row is cut into, side by side
 ):
-    "Cosine of each row with that of the later frame moved to the right by -reach .. reach patches, what all tokens share taken off both: (b, rows heads (2 reach + 1)), -1 to 1."
-    shared = (z + later).mean(1, keepdim=True) / 2  # it tells no place
-    a, b = (F.normalize(rearrange(x - shared, "b (r c) (h d) -> b r c h d", r=grid[0], h=heads), dim=-1, eps=1e-3) for x in (z, later))  # where all is the same, rounding is not a likeness
-    wide = F.pad(b, (0, 0, 0, 0, reach, reach))
-    alike = [(a * wide[:, :, i:i + grid[1]]).sum(-1).mean(2) for i in range(2 * reach + 1)]  # each (b, r, h)
-    return torch.stack(alike, -1).flatten(1)
+    "Cosine of each part of a row with what the later frame shows -reach .. reach columns to its right, what all places share taken off both: (b, parts rows heads (2 reach + 1)), -1 to 1."
+    shared, columns = (now + later).mean((1, 2), keepdim=True) / 2, now.shape[2]  # it tells no place
+    a, b = (F.normalize((x - shared).transpose(2, 3), dim=-1, eps=1e-3) for x in (now, later))  # (b, r, h, c, d); where all is the same, rounding is not a likeness
+    alike = a @ F.pad(b, (0, 0, reach, reach)).transpose(-1, -2)                       # (b, r, h, c, c + 2 reach)
+    alike = F.pad(alike.flatten(-2), (0, columns)).unflatten(-1, (columns, -1))[..., :2 * reach + 1]  # each row one further to the left: (b, r, h, c, 2 reach + 1)
+    seen = (torch.arange(columns, device=a.device)[:, None] + torch.arange(-reach, reach + 1, device=a.device)).clamp(-1, columns).remainder(columns + 1) < columns
+    return torch.cat([part.sum(-2) / inside.sum(0).clamp_min(1) for part, inside in zip(alike.chunk(parts, -2), seen.chunk(parts))], 1).flatten(1)
 
 class Matching(nn.Module):
     "`rows_alike` in features that are learned for it: (b, n, d), (b, n, d) -> (b, width)"
     def __init__(self,
-        grid,      # patches high and wide
-        width,     # of the tokens
-        heads=8,   # ways of looking
-        head_width=16,
-        reach=3,   # patches
+        grid,        # patches high and wide
+        width,       # of the tokens
+        heads=8,     # ways of looking
+        head_width=8,
+        fine=4,      # columns within a patch
+        reach=6,     # of them
     ):
         super().__init__()
-        self.grid, self.heads, self.reach = grid, heads, reach
-        self.look = nn.Linear(width, heads * head_width, bias=False)
-        self.width = grid[0] * heads * (2 * reach + 1)
+        self.grid, self.shape, self.reach = grid, (fine, heads, head_width), reach
+        self.look = nn.Linear(width, fine * heads * head_width, bias=False)
+        self.width = 2 * grid[0] * heads * (2 * reach + 1)
 
-    def forward(self, z, later): return rows_alike(self.look(z), self.look(later), self.grid, self.heads, self.reach)
+    def lay_out(self, z):
+        "(b, n, d) -> (b, rows, columns, heads, head_width), the columns those within patches."
+        return self.look(z).unflatten(-1, self.shape).unflatten(1, self.grid).flatten(2, 3)
+
+    def forward(self, z, later): return rows_alike(self.lay_out(z), self.lay_out(later), self.reach)
 
 # %% ../nbs/06_layers.ipynb #cab63903
 class SwiGLU(nn.Module):

@@ -105,7 +105,7 @@ def write_shards(
     length=200,       # starts in a segment: ten seconds
     per_shard=100,    # segments in a tar
     history=25,       # longest action history
-    reach=8,          # longest rollout
+    reach=16,         # longest rollout
     quality=95,       # of the JPEG, not subsampled; None: lossless WebP, three times as large
     workers=None,     # shards written side by side; None: one a core
     progress=True,    # show a bar

@@ -129,11 +129,12 @@ class InverseDynamics(nn.Module):
 
     def say(self, z, later):
         "What was done between a frame and the next, (b, 28): logits of keys and buttons, the turn in `unit` degrees; nothing of cursor and wheel."
-        said, back = (self._tell(*pair).float() for pair in ((z, later), (later, z)))
-        return torch.cat([said[:, :22], said[:, 22:24] - back[:, 22:24], said[:, 24:]], 1)  # seen the other way round, a turn is the opposite one
+        said, back = self.out(self.compare(z, later)).float(), self.out(self.compare(later, z)).float()
+        return torch.cat([said[:, :22], said[:, 22:24] - back[:, 22:24], said[:, 24:]], 1)  # the other way round a turn is the opposite one
 
-    def _tell(self, z, later):
-        return self.out(torch.cat([F.gelu(self.pair(torch.cat([z, later - z], -1))).mean(1), F.gelu(self.moved(self.match(z, later)))], -1))
+    def compare(self, z, later):
+        "What `say` draws its answer from by one linear map, (b, 2 width)."
+        return torch.cat([F.gelu(self.pair(torch.cat([z, later - z], -1))).mean(1), F.gelu(self.moved(self.match(z, later)))], -1)
 
     def forward(self, z, later, action):
         "The action (b, 28) between a frame and the next."

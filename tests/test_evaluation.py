@@ -17,7 +17,8 @@ from minecraft_jepa.drawing import compare_plot
 from minecraft_jepa.evaluation import (SCHEMA, bars, by_horizon, compare, horizon_errors, interval, latent_futures, level, pixel_scores,
                                        psnr, ratio, read_report, ssim, ticks_apart, evaluation_windows)
 from minecraft_jepa.jepa import collapse_alarm, collapse_metrics
-from minecraft_jepa.probing import (ActionReader, drift, future_leak, pixels_of, probe, rank_of_truth, read_back, reading_scores,
+from minecraft_jepa.layers import rows_alike
+from minecraft_jepa.probing import (ActionReader, drift, future_leak, pixels_compare, pixels_of, probe, rank_of_truth, read_back, reading_scores,
                                     retrieval, sensitivity)
 
 CONFIG, GRID, HORIZONS, DEGREES = preset("tiny"), (6, 10), [1, 2, 4, 8, 15], 5.0
@@ -173,21 +174,29 @@ def test_chance_is_one_in_all_candidates():
 
 # Probes
 
-def told(frames, later, seed=0):
-    "Examples for `probe` whose labels are in the picture: the brightness, and by how many pixels the view moved, fewer than a patch has."
+def told(frames, later, seed=0, far=3, grain=10):
+    "Examples for `probe` whose labels are in the picture: the brightness, and by how many pixels the view moved, `far` at most; what is to be seen is `grain` pixels wide."
     random = np.random.default_rng(seed)
-    coarse = torch.from_numpy(random.integers(0, 200, (frames, 3, 12, 16))).float()
+    coarse = torch.from_numpy(random.integers(0, 200, (frames, 3, 12, 160 // grain))).float()
     scene = F.interpolate(coarse, (48, 160), mode="bilinear").to(torch.uint8).numpy()  # smooth, as flow by gradients needs it
-    pitch, turn = random.integers(0, 50, frames), random.integers(-3, 4, frames)
+    pitch, turn = random.integers(0, 50, frames), random.integers(-far, far + 1, frames)
     crop = lambda k: np.stack([s[:, :, 40 + x:120 + x] for s, x in zip(scene, k)]) + pitch[:, None, None, None].astype(np.uint8)
     return torch.from_numpy(crop(0 * turn)), torch.from_numpy(crop(turn)), {"pitch": pitch.astype(float), "yaw_change": turn.astype(float)}, np.arange(frames) % later
 
 
-def probed(look, examples=None, unseen=None): return probe(look, examples or told(240, 4), unseen or told(80, 4, seed=1), np.arange(240) % 4 == 3, GRID)
+def probed(look, examples=None, unseen=None, compare=None): return probe(look, examples or told(240, 4), unseen or told(80, 4, seed=1), np.arange(240) % 4 == 3, GRID, compare)
 
 
 def test_probes_find_what_is_in_the_picture():
     assert min(probed(pixels_of(8)).values()) > 0.8
+
+
+def test_a_turn_of_more_than_half_a_patch_is_found_by_matching():
+    far = told(240, 4, far=10, grain=5), told(80, 4, seed=1, far=10, grain=5)
+    flow, matched = (probed(pixels_of(8), *far, compare)["yaw_change"] for compare in (None, pixels_compare(8, GRID)))
+    assert matched > 0.8 and flow < matched - 0.05, (flow, matched)
+    noise = lambda z, w: torch.from_numpy(np.random.default_rng(len(z)).standard_normal((len(z), 500)).astype(np.float32))
+    assert abs(probed(pixels_of(8), *far, noise)["yaw_change"] - flow) < 1e-9  # a comparison that tells nothing is not chosen
 
 
 def shuffled(examples, random): return (*examples[:2], {k: random.permutation(v) for k, v in examples[2].items()}, examples[3])
@@ -198,11 +207,12 @@ def test_shuffled_labels_take_probes_to_chance():
     assert max(probed(pixels_of(8), shuffled(told(240, 4), random), shuffled(told(80, 4, seed=1), random)).values()) < 0.1
     learned = [probed(pixels_of(8), shuffled(told(240, 4), random)) for _ in range(6)]  # judged on true labels; a shuffle keeps some order by luck
     for label in ("pitch", "yaw_change"): assert np.mean([r[label] for r in learned]) < 0.15
+    assert probed(pixels_of(8), shuffled(told(240, 4), random), shuffled(told(80, 4, seed=1), random), pixels_compare(8, GRID))["yaw_change"] < 0.15
 
 
 def test_a_constant_encoder_is_caught():
     blind = lambda frames: torch.ones(len(frames), 60, 128)
-    assert max(probed(blind).values()) < 0.05
+    assert max(probed(blind).values()) < 0.05 and probed(blind, compare=lambda z, w: rows_alike(*(x.unflatten(1, GRID).unsqueeze(3) for x in (z, w)), 6))["yaw_change"] < 0.05
     assert "collapsing" in collapse_alarm(collapse_metrics(blind(torch.zeros(64, 3, 48, 80))), CONFIG)
     assert collapse_alarm(collapse_metrics(torch.randn(64, 60, 128)), CONFIG) is None
 

@@ -205,7 +205,11 @@ class WorldModel(Taught):
             losses.append(F.smooth_l1_loss(z.float(), truths[-1].float()))
             errors.append(F.mse_loss(z.detach().float(), truths[-1].detach().float()))
         loss = torch.stack(losses).mean() + spread_loss(j, [first] if j.anti_collapse == "ema" else truths, seed)
-        if j.inverse: loss = loss + j.inverse * self.inverse(first, self.encode(frames[:, 1]), actions[:, ticks - 1])
+        if j.inverse:
+            later = self.encode(frames[:, 1])
+            named = [self.inverse(first, later, actions[:, ticks - 1])]
+            if len(truths) > 2: named.append(self.inverse(later, truths[2], actions[:, ticks]))  # a second pair, for which no frame has to be encoded
+            loss = loss + j.inverse * torch.stack(named).mean()
         if j.inverse and j.tilt: loss = loss + j.tilt * self.inverse.tilt(first, self.encode(frames[:, -1]), actions[:, ticks - 1:])
         return {"loss": loss, "errors": torch.stack(errors), "z": truths[-1].detach()}
 

@@ -235,15 +235,17 @@ class ActionReader(nn.Module):
         self.grid, self.gap, self.place = grid, gap, nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], width))
         self.enter, self.blocks = nn.Linear(2 * width + 2, width), nn.ModuleList(Block(width, heads, 0.1) for _ in range(depth))
         self.match = Matching(grid, width, reach=6 * min(gap, 2))
-        self.moved, self.norm, self.out = nn.Linear(self.match.width, width), nn.LayerNorm(width), nn.Linear(2 * width, len(TOLD) + 2)
+        self.moved, self.norm = nn.Linear(self.match.width, width), nn.LayerNorm(width)
+        self.keys, self.camera = nn.Linear(2 * width, len(TOLD)), nn.Linear(2 * width, 2)
         self.register_buffer("threshold", torch.zeros(len(TOLD)))    # a rare key is said to be held before it is more likely than not
         init_weights(self)
 
     def forward(self, z, later):
         x = self.enter(torch.cat([z, later, 4 * flow_field(z, later, self.grid)], -1)) + self.place  # (b, n, d)
         for block in self.blocks: x = block(x)
-        said = self.out(torch.cat([self.norm(x).mean(1), F.gelu(self.moved(self.match(z, later)))], -1))  # (b, 11)
-        return said[:, :len(TOLD)] - self.threshold, said[:, len(TOLD):] * 5 * self.gap  # a turn of five degrees a tick: 1
+        x, seen, back = self.norm(x).mean(1), *(F.gelu(self.moved(self.match(*pair))) for pair in ((z, later), (later, z)))  # (b, d) each
+        keys, camera = self.keys(torch.cat([x, seen], -1)), self.camera(torch.cat([x, seen - back], -1))  # the other way round a turn is the opposite one
+        return keys - self.threshold, camera * 5 * self.gap         # a turn of five degrees a tick: 1
 
 def best_threshold(
     logits,  # (b,)

@@ -146,6 +146,16 @@ def test_loss_is_the_mean_smooth_l1_of_the_rollout():
     assert torch.allclose(model(frames, actions)["loss"], sum(losses) / 2, atol=1e-6)
 
 
+def test_the_head_names_the_actions_of_two_pairs():
+    model = perturbed(WorldModel(smallest(dropout=0.0, inverse=0.5, tilt=0.0)))
+    perturbed(model.teacher)
+    frames, actions = windows(model.config, ticks=2)
+    loss = model(frames, actions)["loss"]
+    named = model.inverse(model.encode(frames[:, 0]), model.encode(frames[:, 1]), actions[:, 24]), model.inverse(model.encode(frames[:, 1]), model.target(frames[:, 2]), actions[:, 25])
+    model.config = smallest(dropout=0.0, inverse=0.0, tilt=0.0)
+    assert torch.allclose(loss - model(frames, actions)["loss"], 0.5 * sum(named) / 2, atol=1e-6) and named[0] != named[1]
+
+
 def test_gradients_reach_all_but_the_teacher():
     model = perturbed(WorldModel(smallest())).train()
     model(*windows(model.config))["loss"].backward()

@@ -240,6 +240,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                       'minecraft_jepa/jepa.py'),
                                      'minecraft_jepa.jepa.InverseDynamics.level': ( 'jepa.html#inversedynamics.level',
                                                                                     'minecraft_jepa/jepa.py'),
+                                     'minecraft_jepa.jepa.InverseDynamics.losses': ( 'jepa.html#inversedynamics.losses',
+                                                                                     'minecraft_jepa/jepa.py'),
                                      'minecraft_jepa.jepa.InverseDynamics.say': ('jepa.html#inversedynamics.say', 'minecraft_jepa/jepa.py'),
                                      'minecraft_jepa.jepa.InverseDynamics.tilt': ( 'jepa.html#inversedynamics.tilt',
                                                                                    'minecraft_jepa/jepa.py'),

@@ -225,7 +225,7 @@ class Study:
     device: str      # 'cpu' or 'cuda'
 
 # %% ../nbs/00_config.ipynb #c5c13747
-_PARAMETERS = ("preset_name", "data_dir", "out_dir", "weights", "steps", "seed", "device", "factors")
+_PARAMETERS = ("preset_name", "data_dir", "out_dir", "weights", "steps", "seed", "device")
 
 def study_parameters(
     names: dict,  # `globals()` of the notebook

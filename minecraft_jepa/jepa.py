@@ -152,6 +152,11 @@ class InverseDynamics(nn.Module):
         free = (actions[..., 20:22] == 0.5).all(-1)                                        # (b, k)
         return F.smooth_l1_loss((self.level(later) - self.level(z)).float(), (actions[..., 23] * free).sum(1) / 10)
 
+    def losses(self, settings, near, last, actions):
+        "All that training asks, in the weights of config.jepa: the action between each of the latents `near`, one tick apart, and the next, and the tilt from the first to `last` over all actions (b, k, 28)."
+        loss = settings.inverse * torch.stack([self(a, b, actions[:, i]) for i, (a, b) in enumerate(zip(near, near[1:]))]).mean()
+        return loss + settings.tilt * self.tilt(near[0], last, actions) if settings.tilt else loss
+
 # %% ../nbs/11_jepa.ipynb #c9bcc123
 class WorldModel(Taught):
     "Encoder, teacher, conditioner and predictor, composed."
@@ -206,11 +211,8 @@ class WorldModel(Taught):
             errors.append(F.mse_loss(z.detach().float(), truths[-1].detach().float()))
         loss = torch.stack(losses).mean() + spread_loss(j, [first] if j.anti_collapse == "ema" else truths, seed)
         if j.inverse:
-            later = self.encode(frames[:, 1])
-            named = [self.inverse(first, later, actions[:, ticks - 1])]
-            if len(truths) > 2: named.append(self.inverse(later, truths[2], actions[:, ticks]))  # a second pair, for which no frame has to be encoded
-            loss = loss + j.inverse * torch.stack(named).mean()
-        if j.inverse and j.tilt: loss = loss + j.tilt * self.inverse.tilt(first, self.encode(frames[:, -1]), actions[:, ticks - 1:])
+            near = [first, self.encode(frames[:, 1]), *truths[2:3]]  # the third makes a second pair, and has been encoded already
+            loss = loss + self.inverse.losses(j, near, self.encode(frames[:, -1]) if j.tilt else None, actions[:, ticks - 1:])
         return {"loss": loss, "errors": torch.stack(errors), "z": truths[-1].detach()}
 
     def _advance(self, z, actions, start):

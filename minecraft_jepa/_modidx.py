@@ -294,6 +294,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'minecraft_jepa/layers.py'),
                                        'minecraft_jepa.layers.Matching.lay_out': ( 'layers.html#matching.lay_out',
                                                                                    'minecraft_jepa/layers.py'),
+                                       'minecraft_jepa.layers.Matching.other_way_round': ( 'layers.html#matching.other_way_round',
+                                                                                           'minecraft_jepa/layers.py'),
                                        'minecraft_jepa.layers.ModulatedBlock': ('layers.html#modulatedblock', 'minecraft_jepa/layers.py'),
                                        'minecraft_jepa.layers.ModulatedBlock.__init__': ( 'layers.html#modulatedblock.__init__',
                                                                                           'minecraft_jepa/layers.py'),

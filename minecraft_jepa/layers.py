@@ -143,6 +143,10 @@ class Matching(nn.Module):
 
     def forward(self, z, later): return rows_alike(self.lay_out(z), self.lay_out(later), self.reach)
 
+    def other_way_round(self, alike):
+        "What it gives of (later, z), from what it gave of (z, later); off a little at the seam between the halves."
+        return alike.unflatten(-1, (-1, 2 * self.reach + 1)).flip(-1).flatten(-2)
+
 # %% ../nbs/06_layers.ipynb #cab63903
 class SwiGLU(nn.Module):
     "Gated feed-forward with the parameter count of a 4x MLP. Shazeer, GLU Variants, sec. 2."

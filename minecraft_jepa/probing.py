@@ -230,7 +230,7 @@ def done_between(
 
 class ActionReader(nn.Module):
     "Latents (b, n, d) of two frames, their `flow_field` and `Matching` -> logits of keys (b, 9) and degrees of the camera (b, 2). VPT, app. D: an inverse-dynamics model, here of latents."
-    def __init__(self, grid, width, heads=4, depth=2, gap=1):
+    def __init__(self, grid, width, heads=4, depth=1, gap=1):
         super().__init__()
         self.grid, self.gap, self.place = grid, gap, nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], width))
         self.enter, self.blocks = nn.Linear(2 * width + 2, width), nn.ModuleList(Block(width, heads, 0.1) for _ in range(depth))
@@ -243,7 +243,8 @@ class ActionReader(nn.Module):
     def forward(self, z, later):
         x = self.enter(torch.cat([z, later, 4 * flow_field(z, later, self.grid)], -1)) + self.place  # (b, n, d)
         for block in self.blocks: x = block(x)
-        x, seen, back = self.norm(x).mean(1), *(F.gelu(self.moved(self.match(*pair))) for pair in ((z, later), (later, z)))  # (b, d) each
+        alike = self.match(z, later)
+        x, seen, back = self.norm(x).mean(1), *(F.gelu(self.moved(a)) for a in (alike, self.match.other_way_round(alike)))  # (b, d) each
         keys, camera = self.keys(torch.cat([x, seen], -1)), self.camera(torch.cat([x, seen - back], -1))  # the other way round a turn is the opposite one
         return keys - self.threshold, camera * 5 * self.gap         # a turn of five degrees a tick: 1
 

@@ -242,5 +242,5 @@ def test_damaged_and_missing_shards_are_named(written, tmp_path):
     with pytest.raises(ShardError, match="clips-000000.tar: no such shard"): drawn(windows(tmp_path / "bad"), 0)
     with pytest.raises(ShardError, match="no shards.json"): windows(tmp_path)
     with pytest.raises(ShardError, match="no segment can be cut"): write_shards(ClipStore({}, {}), tmp_path, progress=False)
-    for wrong in ({"ticks": 26}, {"rollout": 9}, {"ticks": 0}):
+    for wrong in ({"ticks": 26}, {"rollout": 17}, {"ticks": 0}):
         with pytest.raises(ShardError, match="cut for 1 to"): ShardWindows(written, **wrong)

@@ -128,7 +128,6 @@ def flow_field(
         found.append(F.pad(moved, (1, 1) if axis == 2 else (0, 0, 1, 1)))
     return torch.stack(found, -1).flatten(1, 2)
 
-
 # %% ../nbs/16_probing.ipynb #054c3e14
 def probe_examples(
     store,      # ClipStore

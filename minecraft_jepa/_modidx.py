@@ -630,6 +630,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                          'minecraft_jepa.training.find_checkpoint': ( 'training.html#find_checkpoint',
                                                                                       'minecraft_jepa/training.py'),
                                          'minecraft_jepa.training.fit': ('training.html#fit', 'minecraft_jepa/training.py'),
+                                         'minecraft_jepa.training.leave_processes': ( 'training.html#leave_processes',
+                                                                                      'minecraft_jepa/training.py'),
                                          'minecraft_jepa.training.lighten': ('training.html#lighten', 'minecraft_jepa/training.py'),
                                          'minecraft_jepa.training.load_checkpoint': ( 'training.html#load_checkpoint',
                                                                                       'minecraft_jepa/training.py'),

@@ -43,11 +43,12 @@ import sys, json
 from pathlib import Path
 from minecraft_jepa.clips import ClipStore
 from minecraft_jepa.config import preset
-from minecraft_jepa.training import train_decoders, train_world_model
+from minecraft_jepa.training import leave_processes, train_decoders, train_world_model
 store, out, changes, decoders = ClipStore.open(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), sys.argv[4] == "decoders"
 config = preset("tiny", **changes)
 model, _ = train_world_model(config, store, {TRAIN!r}, {HELD_OUT!r}, folder=out)
 if decoders: train_decoders(model, store, {TRAIN!r}, folder=out)
+leave_processes()
 """
 
 

@@ -90,7 +90,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'minecraft_jepa.config.Frame.grid': ('config.html#frame.grid', 'minecraft_jepa/config.py'),
                                        'minecraft_jepa.config.Frame.patches': ('config.html#frame.patches', 'minecraft_jepa/config.py'),
                                        'minecraft_jepa.config.Jepa': ('config.html#jepa', 'minecraft_jepa/config.py'),
-                                       'minecraft_jepa.config.Jepa.ahead': ('config.html#jepa.ahead', 'minecraft_jepa/config.py'),
+                                       'minecraft_jepa.config.Jepa.far': ('config.html#jepa.far', 'minecraft_jepa/config.py'),
                                        'minecraft_jepa.config.Predictor': ('config.html#predictor', 'minecraft_jepa/config.py'),
                                        'minecraft_jepa.config.Study': ('config.html#study', 'minecraft_jepa/config.py'),
                                        'minecraft_jepa.config.Train': ('config.html#train', 'minecraft_jepa/config.py'),

@@ -158,19 +158,21 @@ class Clips:
         "All t of `runs`."
         return np.concatenate([np.arange(0), *(np.arange(*run) for run in self.runs(name, ticks, rollout))])
 
-    def read(self, picks, ticks=25, rollout=1):
-        "Windows at [(name, t)]: frames t .. t+K (B, 1+K, 3, H, W) uint8 and actions t-ticks+1 .. t+K-1 (B, ticks-1+K, 28) float32."
+    def read(self, picks, ticks=25, rollout=1, far=0):
+        "Windows at [(name, t)]: frames t .. t+K (B, 1+K, 3, H, W) uint8 and actions t-ticks+1 .. t+K-1 (B, ticks-1+K, 28) float32. With `far` beyond K: frame t+far after the others, and the actions up to it."
         about, files = self.about[picks[0][0]], self._here.__dict__.setdefault("files", _OpenFiles())
-        frames = np.empty((len(picks), 1 + rollout, 3, about["height"], about["width"]), np.uint8)
-        actions = np.empty((len(picks), ticks - 1 + rollout, 28), np.float32)
+        last, extra = max(rollout, far), far > rollout
+        frames = np.empty((len(picks), 1 + rollout + extra, 3, about["height"], about["width"]), np.uint8)
+        actions = np.empty((len(picks), ticks - 1 + last, 28), np.float32)
         pixels, frame, preadv, known = memoryview(frames).cast("B"), frames[0, 0].nbytes, os.preadv, files.clips
         long, at, got = (1 + rollout) * frame, 0, 0
         for i, (name, t) in enumerate(picks):
             f, begin, play = known.get(name) or files.get(name, self.folders[name])
             got += preadv(f, (pixels[at:at + long],), begin + t * frame)
-            actions[i] = play[t - ticks + 1:t + rollout]
+            actions[i] = play[t - ticks + 1:t + last]
             at += long
-        if got < at: raise StaleStore(f"{self._cut(picks, rollout, frame)}: its frames are cut short; delete this folder and build the store again")
+            if extra: got += preadv(f, (pixels[at:at + frame],), begin + (t + far) * frame); at += frame
+        if got < at: raise StaleStore(f"{self._cut(picks, last, frame)}: its frames are cut short; delete this folder and build the store again")
         return torch.from_numpy(frames), torch.from_numpy(actions)
 
     def _cut(self, picks, rollout, frame):
@@ -317,11 +319,12 @@ def sample_windows(
     start_step=0,  # go on from here: the same as skipping that many batches
     rank=0,        # of several processes: each reads its own part of the batch
     world=1,       # number of processes
+    far=0,         # beyond K: a further frame t+far, and the actions up to it
 ):
-    "Endless batches: frames (B, 1+K, 3, H, W) uint8 and actions (B, ticks-1+K, 28), of which each process gets its `B / world`. Every start of every recording is equally likely."
+    "Endless batches: frames (B, 1+K, 3, H, W) uint8 and actions (B, ticks-1+K, 28), of which each process gets its `B / world`. Every start of every recording is equally likely. With `far` frames are (B, 2+K, 3, H, W), actions (B, ticks-1+far, 28)."
     if batch % world: raise ValueError(f"batch={batch} can't be shared by {world} processes; choose a multiple of {world}")
-    runs = [(n, a, b) for n in names for a, b in store.runs(n, ticks, rollout)]
-    if not runs: raise ValueError(f"no window of {ticks} ticks of history and {rollout} ahead fits into {', '.join(names) or 'no recordings'}; use longer recordings")
+    runs = [(n, a, b) for n in names for a, b in store.runs(n, ticks, max(rollout, far))]
+    if not runs: raise ValueError(f"no window of {ticks} ticks of history and {max(rollout, far)} ahead fits into {', '.join(names) or 'no recordings'}; use longer recordings")
     of, last = [n for n, _, _ in runs], np.array([b for _, _, b in runs])
     ends, block = np.cumsum([b - a for _, a, b in runs]), 64  # steps drawn at a time: a generator costs more than a window
     for first in itertools.count(start_step // block * block, block):
@@ -329,7 +332,7 @@ def sample_windows(
         which = np.searchsorted(ends, picks, "right")
         for step, (runs_drawn, ticks_drawn) in enumerate(zip(which.tolist(), (last[which] + picks - ends[which]).tolist()), first):
             mine = slice(rank * batch // world, (rank + 1) * batch // world)
-            if step >= start_step: yield store.read([(of[r], t) for r, t in zip(runs_drawn[mine], ticks_drawn[mine])], ticks, rollout)
+            if step >= start_step: yield store.read([(of[r], t) for r, t in zip(runs_drawn[mine], ticks_drawn[mine])], ticks, rollout, far)
 
 # %% ../nbs/04_clips.ipynb #adafe3ae
 def image_shift(

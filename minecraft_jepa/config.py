@@ -72,7 +72,7 @@ class Jepa:
     std_alarm: float = 0.05        # alarm when the mean std of a feature over frames falls below
 
     @property
-    def ahead(self): return max(self.rollout, self.reach if self.inverse and self.tilt else 0)  # ticks of frames after t that a window for training holds
+    def far(self): return self.reach if self.inverse and self.tilt else 0  # ticks from t to the frame that a window for training holds beside t .. t+K; 0: none
 
 @dataclass(frozen=True)
 class Dit:
@@ -94,7 +94,7 @@ class Dit:
 @dataclass(frozen=True)
 class Train:
     "Both trainings: the world model, then the decoders on its frozen latents."
-    steps: int = 1300
+    steps: int = 800
     batch: int = 16
     lr: float = 8e-4
     encoder_lr: float = 0.5        # share of lr for the encoder: targets that move slowly can be learned, and keep detail (LOG.md)
@@ -104,10 +104,10 @@ class Train:
     accumulate: int = 1            # parts a batch is cut into, one after the other: less memory, the same step, but for losses on the spread of a batch
     checkpoint_activations: bool = False  # compute each block twice rather than keep what it saw
     compile: bool = False          # torch.compile each block, on a GPU
-    evaluate_every: int = 130
+    evaluate_every: int = 100
     save_every: int = 100          # steps between checkpoints
     keep: int = 2                  # checkpoints kept
-    decoder_steps: int = 700
+    decoder_steps: int = 500
     decoder_batch: int = 16
     decoder_lr: float = 6e-4
 
@@ -157,7 +157,7 @@ PRESETS = {
     "small": Config(
         name="small", frame=Frame(128, 224, 16), encoder=Encoder(256, 5, 8),
         conditioner=Conditioner(depth=2, heads=8), predictor=Predictor(depth=6, heads=8, dropout=0.1),
-        jepa=Jepa(ema_start=0.996, rollout=4), dit=Dit(width=256, depth=3, heads=8, bottleneck=96, ema=0.9995, sample_steps=20),
+        jepa=Jepa(ema_start=0.996, rollout=4, inverse=0.05, tilt=0.1, floor=0.3), dit=Dit(width=256, depth=3, heads=8, bottleneck=96, ema=0.9995, sample_steps=20),
         train=Train(steps=20000, batch=64, lr=5e-4, compile=True, evaluate_every=1000, save_every=500, decoder_steps=20000, decoder_batch=64, decoder_lr=3e-4)),
     "paper": Config(
         name="paper", frame=Frame(224, 224, 16), encoder=Encoder(768, 16, 12),

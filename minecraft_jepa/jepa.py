@@ -198,7 +198,7 @@ class WorldModel(Taught):
         return torch.stack(seen, 1)  # (B, K, N, D)
 
     def forward(self, frames, actions, seed=0):
-        "Rollout loss over the first `jepa.rollout` of K ticks: frames (B, 1+K, 3, H, W), actions (B, 24+K, 28) -> dict with `loss`, latent `errors` (ticks,) and targets `z` (B, N, D). `seed` is for SIGReg's directions."
+        "Rollout loss over the first `jepa.rollout` of K ticks: frames (B, 1+K, 3, H, W), actions (B, 24+K, 28) -> dict with `loss`, latent `errors` (ticks,) and targets `z` (B, N, D). Of frames after those the last alone is looked at, for `tilt`. `seed` is for SIGReg's directions."
         j, ticks, losses, errors = self.config.jepa, self.config.conditioner.ticks, [], []
         look = self.target if j.anti_collapse == "ema" else self.encode
         z = first = self.encode(frames[:, 0])

@@ -130,12 +130,12 @@ class Matching(nn.Module):
         heads=8,     # ways of looking
         head_width=8,
         fine=4,      # columns within a patch
-        reach=6,     # of them
+        reach=0.15,  # of the width, to either side: a turn of 20 degrees, where 100 are seen
     ):
         super().__init__()
-        self.grid, self.shape, self.reach = grid, (fine, heads, head_width), reach
+        self.grid, self.shape, self.reach = grid, (fine, heads, head_width), round(reach * grid[1] * fine)
         self.look = nn.Linear(width, fine * heads * head_width, bias=False)
-        self.width = 2 * grid[0] * heads * (2 * reach + 1)
+        self.width = 2 * grid[0] * heads * (2 * self.reach + 1)
 
     def lay_out(self, z):
         "(b, n, d) -> (b, rows, columns, heads, head_width), the columns those within patches."

@@ -186,7 +186,7 @@ def probe(
         fits = [(ridge(x, truth, validation), new) for x, new in (between if k in BETWEEN else [rows])]
         best, new = min(fits, key=lambda fit: fit[0].error)
         found[k] = r2(best(new), asked)[0]
-    few = slice(None, None, -(-len(validation) // 3200))  # whole latents are as wide as this: the time of a fit grows with the cube
+    few = slice(None, None, -(-len(validation) // 1600))  # whole latents are as wide as this: the time of a fit grows with the cube
     for k in (k for k in known if k in KINDS):
         kinds = np.unique(examples[2][k])
         said = ridge(whole[0][few], (examples[2][k][few, None] == kinds).astype(float), validation[few])(whole[1])
@@ -235,7 +235,7 @@ class ActionReader(nn.Module):
         super().__init__()
         self.grid, self.gap, self.place = grid, gap, nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], width))
         self.enter, self.blocks = nn.Linear(2 * width + 2, width), nn.ModuleList(Block(width, heads, 0.1) for _ in range(depth))
-        self.match = Matching(grid, width, reach=6 * min(gap, 2))
+        self.match = Matching(grid, width, reach=0.15 * min(gap, 2))
         self.moved, self.norm = nn.Linear(self.match.width, width), nn.LayerNorm(width)
         self.keys, self.camera = nn.Linear(2 * width, len(TOLD)), nn.Linear(2 * width, 2)
         self.register_buffer("threshold", torch.zeros(len(TOLD)))    # a rare key is said to be held before it is more likely than not

@@ -238,23 +238,25 @@ class ShardPlan:
         buffer=32,     # decoded segments that windows are drawn from
         rank=None,     # None: as torch.distributed or torchrun say
         world=None,
+        far=0,         # beyond K: a further frame t+far, and the actions up to it
         **storage,     # for fsspec
     ):
         self.url, self.storage, self.ticks, self.rollout, self.batch, self.seed, self.even, self.buffer = str(url), storage, ticks, rollout, batch, seed, even, buffer
+        self.far, self.ahead = far, max(rollout, far)
         place = _place()
         self.rank, self.world = place[0] if rank is None else rank, place[1] if world is None else world
         self.about = self._read_about()
         self.segments = [{"file": s["file"], **g} for s in self.about["shards"] for g in s["segments"] if names is None or g["name"] in set(names)]
-        self.starts = [starts_in(g, ticks, rollout) for g in self.segments]
-        if not sum(map(len, self.starts)): raise ShardError(f"{url}: no window of {ticks} ticks and {rollout} ahead in {'these recordings' if names is not None else 'the shards'}; choose others")
+        self.starts = [starts_in(g, ticks, self.ahead) for g in self.segments]
+        if not sum(map(len, self.starts)): raise ShardError(f"{url}: no window of {ticks} ticks and {self.ahead} ahead in {'these recordings' if names is not None else 'the shards'}; choose others")
         self.epoch = self.taken = 0
 
     def _read_about(self):
         fs, root = _open_storage(self.url, self.storage)
         try: about = json.loads(fs.cat_file(f"{root}/shards.json"))
         except FileNotFoundError: raise ShardError(f"{self.url}: no shards.json there; write_shards writes it last, so run it again to finish") from None
-        for what, most in (("ticks", about["history"]), ("rollout", about["reach"])):
-            if not 1 <= getattr(self, what) <= most: raise ShardError(f"{self.url}: {what}={getattr(self, what)}, the shards were cut for 1 to {most}; write them with a larger {'history' if what == 'ticks' else 'reach'}")
+        for what, asked, most in (("ticks", self.ticks, "history"), ("rollout", self.rollout, "reach"), ("far", self.ahead, "reach")):
+            if not 1 <= asked <= about[most]: raise ShardError(f"{self.url}: {what}={asked}, the shards were cut for 1 to {about[most]}; write them with a larger {most}")
         return about
 
     def resume(self, epoch, batches=0):
@@ -275,7 +277,7 @@ class ShardPlan:
 
 # %% ../nbs/05_shards.ipynb #ac143830
 class ShardWindows(ShardPlan, torch.utils.data.IterableDataset):
-    "Batches of windows for `DataLoader(windows, batch_size=None, num_workers=W)`: frames (B, 1+K, 3, H, W) uint8 and actions (B, ticks-1+K, 28)."
+    "Batches of windows for `DataLoader(windows, batch_size=None, num_workers=W)`: frames (B, 1+K, 3, H, W) uint8 and actions (B, ticks-1+K, 28). With `far` (B, 2+K, 3, H, W) and (B, ticks-1+far, 28)."
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         w, workers = (info.id, info.num_workers) if info else (0, 1)
@@ -304,4 +306,5 @@ class ShardWindows(ShardPlan, torch.utils.data.IterableDataset):
         about, t = self.segments[i], self.starts[i][k]
         frames, actions, _ = segment
         f, a = t - about["first"], t - self.ticks + 1 - about["actions"]
-        return frames[f:f + 1 + self.rollout], actions[a:a + self.ticks - 1 + self.rollout]
+        shown = [*range(f, f + 1 + self.rollout), *([f + self.far] if self.far > self.rollout else [])]
+        return frames[shown], actions[a:a + self.ticks - 1 + self.ahead]

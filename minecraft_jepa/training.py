@@ -139,13 +139,13 @@ class Prefetched:
         self.thread.join(10)
 
 # %% ../nbs/13_training.ipynb #f25dbd56
-def _windows(data, names, ticks, rollout, batch, seed, step, rank=0, world=1):
+def _windows(data, names, ticks, rollout, batch, seed, step, rank=0, world=1, far=0):
     "Endless batches from step `step` on, of a clip store or of shards at a URL."
-    if not isinstance(data, (str, os.PathLike)): return sample_windows(data, names, ticks, rollout, batch, seed, step, rank, world)
-    return _shard_windows(data, names, ticks, rollout, batch, seed, step, rank, world)
+    if not isinstance(data, (str, os.PathLike)): return sample_windows(data, names, ticks, rollout, batch, seed, step, rank, world, far)
+    return _shard_windows(data, names, ticks, rollout, batch, seed, step, rank, world, far)
 
-def _shard_windows(url, names, ticks, rollout, batch, seed, step, rank, world):
-    windows = ShardWindows(url, ticks, rollout, batch // world, seed, names, rank=rank, world=world)
+def _shard_windows(url, names, ticks, rollout, batch, seed, step, rank, world, far):
+    windows = ShardWindows(url, ticks, rollout, batch // world, seed, names, rank=rank, world=world, far=far)
     per_epoch = windows.batches()[0]
     if not per_epoch: raise ValueError(f"{url}: the shards do not hold one batch of {batch}; take a smaller batch")
     while True:
@@ -480,7 +480,7 @@ def train_world_model(
         if log: log.picture("world_model", nearest_strip(check[0], z, future), step)
         return numbers | {"alarm": collapse_alarm(numbers, config), "told": f"error at 2 ticks {numbers['model'][1]:.3f} (copy {numbers['copy_last'][1]:.3f})  rank {numbers['rank']:.0f}"}
     parts = {model.encoder: t.encoder_lr, model.conditioner: 1.0, model.predictor: 1.0} | ({model.inverse: 1.0} if j.inverse else {})
-    job = Job("world_model", model, parts, lambda step, rank, world: _windows(data, names, ticks, j.ahead, t.batch, seed, step, rank, world), t.batch, t.lr, steps,
+    job = Job("world_model", model, parts, lambda step, rank, world: _windows(data, names, ticks, j.rollout, t.batch, seed, step, rank, world, j.far), t.batch, t.lr, steps,
               _run_of(config, names, held_out, seed, t.batch, "world_model", steps) | ({"start": _digest(model.encoder)} if start else {}), after, evaluate, error_over_copying, lambda model: _save_on_main(model, folder))
     model, history = fit(job, t, seed, device, folder, minutes)
     engine.wait_for_everyone()
@@ -554,9 +554,10 @@ def _kept_by(config, batch, half):
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = lighten(model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype)).train(), config.train, "cpu")
         own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
-        frames = torch.empty(batch, 1 + config.jepa.ahead, 3, config.frame.height, config.frame.width, dtype=torch.uint8)
+        j = config.jepa
+        frames = torch.empty(batch, 1 + j.rollout + (j.far > j.rollout), 3, config.frame.height, config.frame.width, dtype=torch.uint8)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=half):
-            out = model(frames, torch.empty(batch, config.conditioner.ticks - 1 + config.jepa.ahead, 28))
+            out = model(frames, torch.empty(batch, config.conditioner.ticks - 1 + max(j.rollout, j.far), 28))
     del out
     return sum(t.untyped_storage().nbytes() for k, t in found.items() if k not in own)
 

@@ -15,7 +15,7 @@ import torch.distributed.nn.functional
 import torch.nn.functional as F
 from torch import nn
 
-from .actions import ACTION_DIM
+from .actions import ACTION_DIM, CURSOR, MOUSE, SWITCHES
 from .conditioner import make_conditioner
 from .ema import ema_update, frozen_copy
 from .encoder import Encoder
@@ -130,7 +130,7 @@ class InverseDynamics(nn.Module):
     def say(self, z, later):
         "What was done between a frame and the next, (b, 28): logits of keys and buttons, the turn in `unit` degrees; nothing of cursor and wheel."
         said, back = self.out(self.compare(z, later)).float(), self.out(self.compare(later, z)).float()
-        return torch.cat([said[:, :22], said[:, 22:24] - back[:, 22:24], said[:, 24:]], 1)  # the other way round a turn is the opposite one
+        return torch.cat([said[:, :MOUSE.start], said[:, MOUSE] - back[:, MOUSE], said[:, MOUSE.stop:]], 1)  # the other way round a turn is the opposite one
 
     def compare(self, z, later):
         "What `say` draws its answer from by one linear map, (b, 2 width)."
@@ -139,9 +139,8 @@ class InverseDynamics(nn.Module):
     def forward(self, z, later, action):
         "The action (b, 28) between a frame and the next."
         said = self.say(z, later)                                                          # (b, 28)
-        switches = [i for i in range(ACTION_DIM) if not 20 <= i < 25]
-        turn = F.smooth_l1_loss(said[:, 22:24], action[:, 22:24] / self.unit)
-        return F.binary_cross_entropy_with_logits(said[:, switches], action[:, switches].clamp(0, 1)) + turn
+        turn = F.smooth_l1_loss(said[:, MOUSE], action[:, MOUSE] / self.unit)
+        return F.binary_cross_entropy_with_logits(said[:, SWITCHES], action[:, SWITCHES].clamp(0, 1)) + turn
 
     def level(self, z):
         "One number for each latent, (b,)."
@@ -149,8 +148,8 @@ class InverseDynamics(nn.Module):
 
     def tilt(self, z, later, actions):
         "How far the mouse went down in all actions (b, k, 28) between two frames. With a screen open it moves the cursor, and does not count."
-        free = (actions[..., 20:22] == 0.5).all(-1)                                        # (b, k)
-        return F.smooth_l1_loss((self.level(later) - self.level(z)).float(), (actions[..., 23] * free).sum(1) / 10)
+        free = (actions[..., CURSOR] == 0.5).all(-1)                                        # (b, k)
+        return F.smooth_l1_loss((self.level(later) - self.level(z)).float(), (actions[..., MOUSE][..., 1] * free).sum(1) / 10)
 
     def losses(self, settings, near, last, actions):
         "All that training asks, in the weights of config.jepa: the action between each of the latents `near`, one tick apart, and the next, and the tilt from the first to `last` over all actions (b, k, 28)."

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from .actions import ACTION_NAMES, NOOP
+from .actions import ACTION_NAMES, MOUSE, NOOP
 from .evaluation import evaluation_windows, window_starts
 from .layers import Block, Matching, init_weights, rows_alike
 
@@ -221,13 +221,12 @@ def pixels_compare(
 
 # %% ../nbs/16_probing.ipynb #689bfa61
 TOLD = [ACTION_NAMES.index(n) for n in ("w", "a", "s", "d", "space", "left.shift", "left.control", "attack", "use")]  # what can be seen between two frames
-_CAMERA = [ACTION_NAMES.index("dx"), ACTION_NAMES.index("dy")]
 
 def done_between(
     actions,  # (b, gap, 28)
 ):
     "(keys held for at least half of the ticks (b, 9), camera degrees in all (b, 2))."
-    return (actions[..., TOLD].mean(1) >= 0.5).float(), actions[..., _CAMERA].sum(1)
+    return (actions[..., TOLD].mean(1) >= 0.5).float(), actions[..., MOUSE].sum(1)
 
 class ActionReader(nn.Module):
     "Latents (b, n, d) of two frames, their `flow_field` and `Matching` -> logits of keys (b, 9) and degrees of the camera (b, 2). VPT, app. D: an inverse-dynamics model, here of latents."
@@ -326,7 +325,7 @@ class OwnReader:
 
     def __call__(self, z, later):
         said = self.head.say(z, later)
-        return said[:, TOLD] - self.threshold, said[:, _CAMERA] * self.head.unit
+        return said[:, TOLD] - self.threshold, said[:, MOUSE] * self.head.unit
 
 # %% ../nbs/16_probing.ipynb #7defab8f
 def reading_scores(

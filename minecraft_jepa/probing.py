@@ -172,14 +172,17 @@ def probe(
     unseen,      # of `probe_examples`, of other worlds
     validation,  # (b,) bool: those of `examples` that choose the penalty
     grid,        # patches high and wide
-    compare=None,# tokens of two frames, (b, n, d) each -> (b, features); beside `flow_field` for what lies between them, and the validation examples choose
+    compare=None,# tokens of two frames, (b, n, d) each -> (b, features); beside `flow_field` for what lies between them, both ways round or the difference of the two, as the validation examples choose
 ):
     "R2 of each label on the unseen examples, kappa of `KINDS`: {label: number}. A label that never changes on either side is left out."
     see = lambda frames: torch.cat([look(f).float().cpu() for f in frames.split(64)])
     pairs = [(see(e[0]), see(e[1])) for e in (examples, unseen)]
     whole, rows = [z.flatten(1) for z, _ in pairs], [z.unflatten(1, grid).mean(2).flatten(1) for z, _ in pairs]
-    ways = [lambda z, w: flow_field(z, w, grid).flatten(1), *([compare] if compare else [])]
-    between = [[torch.cat([way(*part) for part in zip(z.split(64), w.split(64))]) for z, w in pairs] for way in ways]
+    each = lambda way, pairs: [torch.cat([way(*part) for part in zip(z.split(64), w.split(64))]) for z, w in pairs]
+    between = [each(lambda z, w: flow_field(z, w, grid).flatten(1), pairs)]
+    if compare:
+        there, back = each(compare, pairs), each(compare, [(w, z) for z, w in pairs])
+        between += [[torch.cat(x, 1) for x in zip(there, back)], [a - b for a, b in zip(there, back)]]  # a turn is the opposite one the other way round
     found, known = {}, [k for k in examples[2] if k in unseen[2] and all(np.ptp(e[2][k]) > 0 for e in (examples, unseen))]
     for k in (k for k in known if k not in KINDS):
         truth, asked = (e[2][k].astype(float)[:, None] for e in (examples, unseen))
@@ -197,13 +200,10 @@ def probe(
 def head_compares(
     model,  # WorldModel
 ):
-    "What its inverse-dynamics head draws its answer from, of two latents in both orders: `compare` of `probe`; None without that head."
+    "What its inverse-dynamics head draws its answer from: `compare` of `probe`; None without that head."
     if not model.config.jepa.inverse: return None
-    device, see = next(model.parameters()).device, model.inverse.compare
-    def compare(z, later):
-        a, b = z.to(device), later.to(device)
-        return torch.cat([see(a, b), see(b, a)], 1).float().cpu()
-    return compare
+    device = next(model.parameters()).device
+    return lambda z, later: model.inverse.compare(z.to(device), later.to(device)).float().cpu()
 
 def pixels_of(
     patch,  # pixels a side

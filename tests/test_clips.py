@@ -46,7 +46,7 @@ class Numbered(Clips):
         self._here.files = self
 
     def __getitem__(self, name): return self.clips[name]
-    def read(self, picks, ticks=25, rollout=1):
+    def read(self, picks, ticks=25, rollout=1, far=0):
         cut = [(self.clips[n].frames[t:t + rollout + 1], self.clips[n].actions[t - ticks + 1:t + rollout]) for n, t in picks]
         return tuple(torch.from_numpy(np.stack(x)) for x in zip(*cut))
 

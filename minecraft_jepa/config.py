@@ -94,7 +94,7 @@ class Dit:
 @dataclass(frozen=True)
 class Train:
     "Both trainings: the world model, then the decoders on its frozen latents."
-    steps: int = 800
+    steps: int = 600
     batch: int = 16
     lr: float = 8e-4
     encoder_lr: float = 0.5        # share of lr for the encoder: targets that move slowly can be learned, and keep detail (LOG.md)
@@ -107,7 +107,7 @@ class Train:
     evaluate_every: int = 100
     save_every: int = 100          # steps between checkpoints
     keep: int = 2                  # checkpoints kept
-    decoder_steps: int = 500
+    decoder_steps: int = 450
     decoder_batch: int = 16
     decoder_lr: float = 6e-4
 

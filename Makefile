@@ -1,15 +1,18 @@
-# make study    the whole study: environment, training, evaluation, figures
-# make bench    the benchmarks, side by side on this machine; their figures too
+# make demo       one minute: a frame, one second imagined beside reality, a table of errors
+# make study      the whole study: environment, training, evaluation, figures
+# make bench      the benchmarks, side by side on this machine; their figures too
 # make ablations  one thing changed at a time, two seeds each: two hours on two cores
-# make test     every check: modules in step with notebooks, notebooks, tests
-# make export   after editing notebooks: write the modules, drop outputs and stray metadata
+# make test       every check: modules in step with notebooks, notebooks, tests
+# make soak       the tests again, with the full counts of what repeats: kills, mutations, game steps
+# make lowest     the quick tests with the oldest versions of the dependencies that are allowed
+# make export     after editing notebooks: write the modules, drop outputs and stray metadata
 
 PRESET = tiny
 STEPS  = 0
 SEED   = 0
 DEVICE = cpu
 DATA   = data
-OUT    = figures
+OUT    = _runs/figures
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 # Make would pass over a misspelt variable in silence
@@ -17,35 +20,63 @@ KNOWN = PRESET STEPS SEED DEVICE DATA OUT PYTHON
 $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(if $(filter $v,$(KNOWN) MAKEFLAGS -%),,$(error unknown variable $v; known: $(KNOWN)))))
 
 BIN = .venv/bin
+STUDY = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m minecraft_jepa.study
+SETTINGS = --preset '$(PRESET)' --steps '$(STEPS)' --seed '$(SEED)' --device '$(DEVICE)' \
+	--data '$(DATA)' --out '$(OUT)'
+# One test process a core, each with one thread that does not spin
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n auto --maxprocesses 8 \
+	--dist loadgroup
 
-.PHONY: help study bench ablations test export
+.PHONY: help demo study bench ablations test soak lowest export
 help:
 	@grep '^# make' Makefile | cut -c3-
 
+demo: .venv/installed
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m minecraft_jepa.demo
+
 study: .venv/installed
-	$(BIN)/python -m minecraft_jepa.study --preset '$(PRESET)' --steps '$(STEPS)' --seed '$(SEED)' --device '$(DEVICE)' --data '$(DATA)' --out '$(OUT)'
+	$(STUDY) $(SETTINGS)
 
 bench: .venv/installed
-	$(BIN)/python -m minecraft_jepa.study --notebooks nbs/bench --preset '$(PRESET)' --steps '$(STEPS)' --seed '$(SEED)' --device '$(DEVICE)' --data '$(DATA)' --out '$(OUT)'
+	$(STUDY) --notebooks nbs/bench $(SETTINGS)
 
 ablations: .venv/installed
-	$(BIN)/python -m minecraft_jepa.study --notebooks nbs/study/8_ablations.ipynb --preset '$(PRESET)' --steps '$(STEPS)' --seed '$(SEED)' --device '$(DEVICE)' --data '$(DATA)' --out '$(OUT)'
+	$(STUDY) --notebooks nbs/study/8_ablations.ipynb $(SETTINGS)
 
 test: .venv/installed
-	$(BIN)/pytest -q tests/test_repo.py
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	$(PYTEST)
+
+soak: .venv/installed
+	SOAK=1 $(PYTEST)
+
+# Tests that take seconds and touch every direct dependency of the package
+lowest: .venv/installed
+	$(BIN)/python -m venv --clear .venv-lowest
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e .
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python pytest hypothesis imageio
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q tests/test_actions.py \
+		tests/test_recordings.py tests/test_clips.py tests/test_model.py tests/test_drawing.py
 
 export: .venv/installed
 	$(BIN)/nbdev_export
 	$(BIN)/jupyter nbconvert --log-level WARN --clear-output --inplace nbs/*.ipynb nbs/study/*.ipynb nbs/bench/*.ipynb
 	$(BIN)/nbdev_clean
 
+# uv takes one minute where pip takes five; where it can't be had, pip does it
 .venv/installed: pyproject.toml | $(BIN)/pip
-	$(BIN)/python -m pip install -e '.[dev]'
-	touch $@
+	@echo 'Installing into .venv, without further output: about a minute, five where uv is missing.'
+	@$(BIN)/python -m pip install --quiet uv \
+		&& $(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]' \
+		|| { echo 'uv did not do it, so pip does: about five minutes.'; \
+			$(BIN)/python -m pip install --quiet -e '.[dev]'; }
+	@touch $@
 
 $(BIN)/pip:
-	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo 'Python 3.11 or newer is needed. Debian 12, Ubuntu 24.04 and later: sudo apt install python3 python3-venv. Ubuntu 22.04: sudo apt install python3.11 python3.11-venv' >&2; exit 1; }
-	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { '$(PYTHON)' -c 'import sys; print("$(PYTHON) cannot make environments: sudo apt install python%d.%d-venv (or python3-venv)" % sys.version_info[:2])' >&2; exit 1; }
-	'$(PYTHON)' -m venv .venv
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo 'Python 3.11 or newer is needed. Debian 12, Ubuntu 24.04 and later:' \
+			'sudo apt install python3 python3-venv. Ubuntu 22.04:' \
+			'sudo apt install python3.11 python3.11-venv' >&2; exit 1; }
+	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { \
+		'$(PYTHON)' -c 'import sys; print("$(PYTHON) cannot make environments: sudo apt install python%d.%d-venv (or python3-venv)" % sys.version_info[:2])' >&2; \
+		exit 1; }
+	@'$(PYTHON)' -m venv .venv

@@ -211,3 +211,33 @@ def test_make_names_the_remedy(make, tmp_path, breaks, remedy):
 def test_make_refuses_a_misspelt_variable(make):
     done = make("study", "PRSET=small", breaks="nothing")
     assert done.returncode and "PRSET" in done.stderr and "PRESET" in done.stderr
+
+
+def test_a_study_leaves_the_tracked_figures_alone(make):
+    recipe = make("-n", "study", breaks="nothing").stdout
+    out = re.search(r"--out '([^']+)'", recipe)[1]
+    ignored = subprocess.run(["git", "-C", ROOT, "check-ignore", "-q", out])
+    assert out == "_runs/figures"
+    if (ROOT / ".git").exists():
+        assert ignored.returncode == 0
+
+
+@pytest.mark.parametrize("uv", ["works", "is missing", "fails"])
+def test_pip_installs_where_uv_does_not(make, tmp_path, uv):
+    folder = tmp_path / ".venv/bin"
+    folder.mkdir(parents=True)
+    programs = {
+        "pip": "exit 0",
+        "python": 'echo "python $*" >> calls; case "$*" in *uv) exit %d;; esac' % (uv == "is missing"),
+        "uv": 'echo "uv $*" >> calls; exit %d' % (uv == "fails"),
+    }
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    done = make(".venv/installed", breaks="nothing")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    by_pip = [call for call in calls if call.startswith("python -m pip") and ".[dev]" in call]
+    assert done.returncode == 0 and (tmp_path / ".venv/installed").is_file()
+    assert bool(by_pip) == (uv != "works")
+    assert any(call.startswith("uv") for call in calls) == (uv != "is missing")
+    assert len(done.stdout.splitlines()) <= 2, "installing is told in a line"

@@ -455,7 +455,7 @@ def test_killed_decoding_process_is_told_and_the_build_goes_on(tmp_path, monkeyp
     for n in "abcd": pairs.make_pair(tmp_path / "v", n, 4)
     real = module.decode_clip
     def killed(path, *rest):
-        if path.stem == "c": os.kill(os.getpid(), 9)
+        if path.stem in "cd": os.kill(os.getpid(), 9)
         real(path, *rest)
     monkeypatch.setattr(module, "decode_clip", killed)
     words = [str(tmp_path / "v"), str(tmp_path / "store"), "--workers", "2"]

@@ -89,7 +89,7 @@ minetest.register_globalstep(function()
   for k = -2, bits - 1 do  -- two blocks to compare with, white and black, then the number's bits
     local white = k == -2 or (k >= 0 and math.floor((code + 2^k) / 2^(k + 1)) % 2 == 1)
     if ids[k] then player:hud_change(ids[k], "text", shade(white))
-    else ids[k] = player:hud_add({hud_elem_type = "image", position = {x = (k + 2) / (bits + 2), y = 0}, alignment = {x = 1, y = 1}, offset = {x = 0, y = 0}, scale = {x = -100 / (bits + 2), y = -100 * @ROWS@}, text = shade(white), z_index = 1000}) end
+    else ids[k] = player:hud_add({type = "image", hud_elem_type = "image", position = {x = (k + 2) / (bits + 2), y = 0}, alignment = {x = 1, y = 1}, offset = {x = 0, y = 0}, scale = {x = -100 / (bits + 2), y = -100 * @ROWS@}, text = shade(white), z_index = 1000}) end
   end
   local control, at, held = player:get_control(), player:get_pos(), 0
   for i, key in ipairs(keys) do if control[key] then held = held + 2^(i - 1) end end
@@ -189,7 +189,7 @@ def write_home(
     server = SERVER_MOD.replace("@KIT@", ", ".join(f'"{item}"' for item in KIT)).replace("@REACH@", str(REACH))
     for path, content in (
         (root / "minetest.conf", text(_settings(world, mode, width, height, frames_per_tick))),
-        (place / "world.mt", text({"gameid": "minetest", "backend": "sqlite3", "player_backend": "sqlite3", "auth_backend": "sqlite3", "creative_mode": mode == "creative", "enable_damage": mode == "survival"})),
+        (place / "world.mt", text({"gameid": "minetest", "backend": "sqlite3", "player_backend": "sqlite3", "auth_backend": "sqlite3", "mod_storage_backend": "sqlite3", "creative_mode": mode == "creative", "enable_damage": mode == "survival"})),
         (place / "worldmods/vpt_server/init.lua", server), (place / "worldmods/vpt_server/mod.conf", "name = vpt_server\n"),
         (root / "clientmods/vpt_client/init.lua", client), (root / "clientmods/vpt_client/mod.conf", "name = vpt_client\n"),
         (root / "clientmods/mods.conf", "load_mod_vpt_client = true\n")):
@@ -212,8 +212,8 @@ screen = subprocess.Popen([xvfb, "-displayfd", str(write), "-screen", "0", size,
 children.append(screen); os.close(write)
 number = os.read(read, 20).decode().strip()
 if not number: print("Xvfb did not start", flush=True); end()
-ours = {k: v for k, v in os.environ.items() if k not in ("MINETEST_USER_PATH", "LUANTI_USER_PATH")}  # they would lead it away from its home
-env = {**ours, "DISPLAY": ":" + number, "HOME": home, "LIBGL_ALWAYS_SOFTWARE": "1", "LP_NUM_THREADS": "1"}
+user = home + "/.minetest"  # told by name too: a variable of the user's, or a later version, would lead elsewhere
+env = {**os.environ, "DISPLAY": ":" + number, "HOME": home, "MINETEST_USER_PATH": user, "LUANTI_USER_PATH": user, "XDG_CACHE_HOME": home + "/.cache", "LIBGL_ALWAYS_SOFTWARE": "1", "LP_NUM_THREADS": "1"}
 play = subprocess.Popen([game, "--config", home + "/.minetest/minetest.conf", "--go", "--gameid", "minetest", "--worldname", "world", "--name", "player", "--port", port], cwd=home, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, preexec_fn=tied)
 children.append(play)
 print("processes", number, screen.pid, play.pid, flush=True)
@@ -354,6 +354,8 @@ class _Process:
 
     def failure(self, what):
         "A LuantiError that says what happened, with the end of the log."
+        if any("Could not find or load game" in line for line in self.log):
+            what = f"the game that is played in it is missing: {game_package()[1]}"
         return LuantiError(f"{what}; the end of its log:\n" + "\n".join(list(self.log)[-15:]))
 
     def until(self, true, patience, what):

@@ -60,7 +60,8 @@ def _told(folder, names):
     "{name: bytes} of what goes with these recordings: split, manifest and checks as they hold where they arrive."
     found = {}
     if (folder / "split.json").is_file():
-        found["split.json"] = json.dumps(split_recordings(folder), indent=1).encode()
+        split, raw = split_recordings(folder), (folder / "split.json").read_bytes()
+        found["split.json"] = raw if json.loads(raw) == split else json.dumps(split, indent=1).encode()
     if (folder / "manifest.json").is_file():
         found["manifest.json"] = (folder / "manifest.json").read_bytes()
     checks = read_checks(folder)
@@ -96,7 +97,7 @@ def _plain(member):
     member.uid, member.gid, member.uname, member.gname = 0, 0, "", ""
     return member
 
-# %% ../nbs/20_remote.ipynb #506a744a
+# %% ../nbs/20_remote.ipynb #79b88921
 CARRIED = ".mp4", ".jsonl", ".json", ".whl"  # what parts may hold: plain files, side by side
 
 def _listed(parts):

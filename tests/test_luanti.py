@@ -153,6 +153,16 @@ def test_game_is_found_under_either_name(monkeypatch, tmp_path, name):
     assert find_programs() == {"minetest": str(tmp_path / name), "Xvfb": str(tmp_path / "Xvfb")}
 
 
+@needs_game
+def test_missing_game_in_the_program_is_told(tmp_path, monkeypatch):
+    "Debian 13 has what is played in a package of its own, which is only recommended."
+    program = tmp_path / "luanti"
+    program.write_text("#!/bin/sh\necho 'ERROR[Main]: Could not find or load game: minetest'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(luanti, "find_programs", lambda: find_programs() | {"minetest": str(program)})
+    with pytest.raises(LuantiError, match="the game that is played in it is missing: sudo apt-get install"): LuantiEnv().reset(seed=0)
+
+
 def test_step_before_reset_is_refused():
     import gymnasium
     with pytest.raises(gymnasium.error.ResetNeeded, match="reset first"): LuantiEnv().step(NOOP)

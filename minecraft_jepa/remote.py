@@ -97,7 +97,7 @@ def _plain(member):
     member.uid, member.gid, member.uname, member.gname = 0, 0, "", ""
     return member
 
-# %% ../nbs/20_remote.ipynb #79b88921
+# %% ../nbs/20_remote.ipynb #822ba373
 CARRIED = ".mp4", ".jsonl", ".json", ".whl"  # what parts may hold: plain files, side by side
 
 def _listed(parts):
@@ -226,9 +226,10 @@ def _judged(folder):
     if not path.is_file():
         return None
     found = json.loads(path.read_text())
-    if "weights_sha256" in found:
-        theirs = found["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    else:  # a clone or a copy writes both within a minute
+    told = found.get("weights_identity", {}).get("sha256")
+    if told:
+        theirs = told == hashlib.sha256(weights.read_bytes()).hexdigest()
+    else:  # judged by an earlier version; a clone or a copy writes both within a minute
         theirs = path.stat().st_mtime > weights.stat().st_mtime - 60
     if not theirs:
         print(f"{path}: of other weights than those beside it, so the card does not show it; evaluate again")

@@ -259,8 +259,8 @@ def test_the_same_weights_brought_again_keep_their_evaluation(tmp_path):
 def test_card_shows_no_evaluation_of_other_weights(tmp_path, capsys):
     folder = run_of(tmp_path / "weights", "mine")
     mine = hashlib.sha256((folder / "world_model.safetensors").read_bytes()).hexdigest()
-    assert "0.125" in judge(folder, weights_sha256=mine) and not capsys.readouterr().out
-    assert "0.125" not in judge(folder, weights_sha256="0" * 64)
+    assert "0.125" in judge(folder, weights_identity={"sha256": mine}) and not capsys.readouterr().out
+    assert "0.125" not in judge(folder, weights_identity={"sha256": "0" * 64})
     assert "evaluate.json: of other weights" in capsys.readouterr().out
     assert "0.125" in judge(folder)  # an evaluation that names no weights, and is not older than they are
     os.utime(folder / "evaluate.json", (1, 1))

@@ -19,6 +19,7 @@ import importlib
 import io
 import json
 import lzma
+import operator
 import os
 import random
 import re
@@ -72,7 +73,7 @@ def _entry(basedir, relpath, number, where, index):
     if not safe or len(name) > 200: raise DownloadError(f"{where}: relpaths[{number}] is {relpath!r}, which is no path of a recording; do not trust this index")
     return Entry(name, url, index)
 
-# %% ../nbs/03_download.ipynb #f11e809a
+# %% ../nbs/03_download.ipynb #40052fd7
 def _fault_of(address, schemes=("http", "https")):
     "What is wrong with an address; '' where it can be one."
     try:
@@ -101,7 +102,7 @@ def _variable(scheme, value):
     named = [n for n, v in os.environ.items() if n.lower() == f"{scheme}_proxy" and v == value]
     return named[0] if named else f"the system's {scheme} proxy"
 
-# %% ../nbs/03_download.ipynb #9d9a9b51
+# %% ../nbs/03_download.ipynb #249d613c
 _PROXIES = "http", "https", "socks5", "socks5h"  # kinds that httpx knows
 
 def _check_proxies(found):
@@ -140,7 +141,7 @@ def _open_client(**options):
                             " list names and addresses with commas between them, IPv6 without"
                             " brackets") from None
 
-# %% ../nbs/03_download.ipynb #ea1c628e
+# %% ../nbs/03_download.ipynb #22b92342
 def _body(response, most=4096):
     "The beginning of what the server answered, as text."
     got = b""
@@ -232,7 +233,8 @@ def choose(
     "Entries of the chosen sessions. ValueError for what the index does not hold."
     order = lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest()
     known = sorted({e.player for e in entries}, key=order)
-    if isinstance(players, int):
+    if hasattr(players, "__index__"):  # a whole number of any type
+        players = operator.index(players)
         if not 0 < players <= len(known): raise ValueError(f"players={players}: the index has {len(known)}")
         players = known[:players]
     for p in set(players or ()) - set(known): raise ValueError(f"unknown player {p!r}: did you mean {' or '.join(difflib.get_close_matches(p, known, 3, 0.3)) or known[0]}?")
@@ -348,7 +350,7 @@ def _length(response):
     if not told: raise _Cut("a partial answer without Content-Range")
     return int(told[2]), int(told[1])
 
-# %% ../nbs/03_download.ipynb #8a582053
+# %% ../nbs/03_download.ipynb #1c73b7a1
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 
 def _one_of(kind, *modules):
@@ -497,6 +499,7 @@ def _alone(folder):
     with open(folder / ".lock", "w") as lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise DownloadError(f"{folder}: another fetch works here; wait for it or stop it") from None
+        except OSError as e: print(f"{folder}: this disk knows no locks ({e}); see to it yourself that only one fetch works here", file=sys.stderr)
         yield
 
 def _halves(name): return f"{name}.jsonl", f"{name}.mp4"

@@ -97,7 +97,7 @@ def _plain(member):
     member.uid, member.gid, member.uname, member.gname = 0, 0, "", ""
     return member
 
-# %% ../nbs/20_remote.ipynb #822ba373
+# %% ../nbs/20_remote.ipynb #29e0fc5f
 CARRIED = ".mp4", ".jsonl", ".json", ".whl"  # what parts may hold: plain files, side by side
 
 def _listed(parts):
@@ -154,8 +154,10 @@ def cut_weights(
 ):
     "Weights, logs and pictures in parts of at most `limit` bytes, and `parts.json`."
     folder, out = Path(folder), Path(out)
-    if out.is_dir() and not (out / "parts.json").is_file() and any(out.iterdir()):
-        raise ValueError(f"{out}: not empty, and no parts of weights; give another folder for the parts")
+    ours = {"parts.json", "parts.json.part"}
+    for p in out.glob("*"):
+        if p.name not in ours and p.name.rpartition(".")[0] not in KEPT:
+            raise ValueError(f"{p}: no part of weights; give another folder for the parts")
     shutil.rmtree(out, ignore_errors=True); out.mkdir(parents=True)
     listed = {}
     for f in (folder / n for n in KEPT if (folder / n).is_file()):

@@ -1,6 +1,7 @@
 "The downloader against a server that does all that real ones do wrong, and killed at random moments."
 import base64
 import bz2
+import errno
 import gzip
 import hashlib
 import json
@@ -283,6 +284,22 @@ def test_full_disk_is_told_first(server, tmp_path, monkeypatch):
 def test_two_fetches_in_a_folder_are_refused(server, tmp_path):
     write_manifest(tmp_path, offer(server))
     with download._alone(tmp_path), pytest.raises(DownloadError, match="another fetch works here"): get(tmp_path)
+
+
+def test_disk_without_locks_is_no_hindrance(server, tmp_path, monkeypatch, capsys):
+    def flock(*words): raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(download.fcntl, "flock", flock)
+    entries = offer(server)
+    write_manifest(tmp_path, entries)
+    get(tmp_path)
+    same(server, tmp_path, entries)
+    assert f"{tmp_path}: this disk knows no locks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint8])
+def test_number_of_players_may_be_of_any_type(kind):
+    entries = [Entry(f"player{i}-{i:012x}-20220101-000000", "http://a/x.mp4", "test") for i in range(4)]
+    assert len(choose(entries, players=kind(2))) == 2
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/etc/outside", "..\\outside", ".bashrc", "a\0b", "https://elsewhere/x"])

@@ -97,7 +97,7 @@ def _plain(member):
     member.uid, member.gid, member.uname, member.gname = 0, 0, "", ""
     return member
 
-# %% ../nbs/20_remote.ipynb #29e0fc5f
+# %% ../nbs/20_remote.ipynb #77475496
 CARRIED = ".mp4", ".jsonl", ".json", ".whl"  # what parts may hold: plain files, side by side
 
 def _listed(parts):
@@ -115,7 +115,7 @@ def _listed(parts):
             with tarfile.open(part, "r:") as tar: members[part] = tar.getmembers()
         except (tarfile.TarError, EOFError, ValueError) as e:
             raise ValueError(f"{part}: no whole tar file ({e}); bring it again") from None
-        if end != bytes(1024):
+        if end != bytes(1024) or part.stat().st_size % tarfile.RECORDSIZE:
             raise ValueError(f"{part}: no whole tar file, its end is missing; bring it again")
         for m in members[part]:
             alone = Path(m.name).name == m.name and "\\" not in m.name and m.name.isprintable()

@@ -404,6 +404,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'minecraft_jepa.luanti._as_action': ('luanti.html#_as_action', 'minecraft_jepa/luanti.py'),
                                        'minecraft_jepa.luanti._checked': ('luanti.html#_checked', 'minecraft_jepa/luanti.py'),
                                        'minecraft_jepa.luanti._free_port': ('luanti.html#_free_port', 'minecraft_jepa/luanti.py'),
+                                       'minecraft_jepa.luanti._mode': ('luanti.html#_mode', 'minecraft_jepa/luanti.py'),
+                                       'minecraft_jepa.luanti._picture': ('luanti.html#_picture', 'minecraft_jepa/luanti.py'),
                                        'minecraft_jepa.luanti._settings': ('luanti.html#_settings', 'minecraft_jepa/luanti.py'),
                                        'minecraft_jepa.luanti._whole': ('luanti.html#_whole', 'minecraft_jepa/luanti.py'),
                                        'minecraft_jepa.luanti._yield_to_drawing': ( 'luanti.html#_yield_to_drawing',

@@ -73,7 +73,7 @@ def _entry(basedir, relpath, number, where, index):
     if not safe or len(name) > 200: raise DownloadError(f"{where}: relpaths[{number}] is {relpath!r}, which is no path of a recording; do not trust this index")
     return Entry(name, url, index)
 
-# %% ../nbs/03_download.ipynb #40052fd7
+# %% ../nbs/03_download.ipynb #36c9428f
 def _fault_of(address, schemes=("http", "https")):
     "What is wrong with an address; '' where it can be one."
     try:
@@ -102,7 +102,7 @@ def _variable(scheme, value):
     named = [n for n, v in os.environ.items() if n.lower() == f"{scheme}_proxy" and v == value]
     return named[0] if named else f"the system's {scheme} proxy"
 
-# %% ../nbs/03_download.ipynb #249d613c
+# %% ../nbs/03_download.ipynb #0ce3a0cc
 _PROXIES = "http", "https", "socks5", "socks5h"  # kinds that httpx knows
 
 def _check_proxies(found):
@@ -141,7 +141,7 @@ def _open_client(**options):
                             " list names and addresses with commas between them, IPv6 without"
                             " brackets") from None
 
-# %% ../nbs/03_download.ipynb #22b92342
+# %% ../nbs/03_download.ipynb #5a242db2
 def _body(response, most=4096):
     "The beginning of what the server answered, as text."
     got = b""
@@ -350,7 +350,7 @@ def _length(response):
     if not told: raise _Cut("a partial answer without Content-Range")
     return int(told[2]), int(told[1])
 
-# %% ../nbs/03_download.ipynb #1c73b7a1
+# %% ../nbs/03_download.ipynb #e251fe79
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 
 def _one_of(kind, *modules):
@@ -541,6 +541,31 @@ def _fetch_pair(client, folder, name, url, todo, gone, tries, pause, ledger, see
     file = next((f for f in _halves(name) if row["why"].startswith(str(folder / f))), f"{name}.mp4")
     ledger.add(file, "corrupt", row["why"], (folder / file).stat().st_size)
 
+# %% ../nbs/03_download.ipynb #cd980b81
+def _reasons(folder, rows):
+    "[(status, why, files)], the most frequent first; what differs by name alone is one reason."
+    found = {}
+    for file, row in rows.items():
+        if row["status"] == "done":
+            continue
+        why = row["why"].replace(f"{folder}{os.sep}", "").replace(Path(file).stem, "NAME")
+        why = re.sub(r"(?<=line )\d+|(?<=frame )\d+|\d+(?= of \d)|\d+(?= frames)", "N", why)
+        found.setdefault((row["status"], why), []).append(file)
+    return sorted(((*k, files) for k, files in found.items()), key=lambda r: (-len(r[2]), r[0], r[1]))
+
+def _summary(folder, rows, most=5):
+    "How many files came, and why the others did not, in a few lines."
+    counts = Counter(r["status"] for r in rows.values())
+    told = ", ".join(f"{n} files {s}" for s, n in sorted(counts.items()))
+    lines = [f"{folder}: {told}; {LEDGER} has a row for each"]
+    reasons = _reasons(folder, rows)
+    for status, why, files in reasons[:most]:
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        lines.append(f"  {len(files)} {status}: {why} ({', '.join(files[:3])}{more})")
+    if len(reasons) > most:
+        lines.append(f"  and {len(reasons) - most} other reasons")
+    return "\n".join(lines)
+
 # %% ../nbs/03_download.ipynb #7f5a8121
 def fetch(
     folder,             # with a manifest.json
@@ -581,30 +606,6 @@ def fetch(
     if progress:
         print(_summary(folder, rows))
     return rows
-
-def _reasons(folder, rows):
-    "[(status, why, files)], the most frequent first; what differs by name alone is one reason."
-    found = {}
-    for file, row in rows.items():
-        if row["status"] == "done":
-            continue
-        why = row["why"].replace(f"{folder}{os.sep}", "").replace(Path(file).stem, "NAME")
-        why = re.sub(r"(?<=line )\d+|(?<=frame )\d+|\d+(?= of \d)|\d+(?= frames)", "N", why)
-        found.setdefault((row["status"], why), []).append(file)
-    return sorted(((*k, files) for k, files in found.items()), key=lambda r: (-len(r[2]), r[0], r[1]))
-
-def _summary(folder, rows, most=5):
-    "How many files came, and why the others did not, in a few lines."
-    counts = Counter(r["status"] for r in rows.values())
-    told = ", ".join(f"{n} files {s}" for s, n in sorted(counts.items()))
-    lines = [f"{folder}: {told}; {LEDGER} has a row for each"]
-    reasons = _reasons(folder, rows)
-    for status, why, files in reasons[:most]:
-        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-        lines.append(f"  {len(files)} {status}: {why} ({', '.join(files[:3])}{more})")
-    if len(reasons) > most:
-        lines.append(f"  and {len(reasons) - most} other reasons")
-    return "\n".join(lines)
 
 def _all_pairs(pool, names, stopped, one):
     "Run `one` for each name; the first error stops the others at their next block."

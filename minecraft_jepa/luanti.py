@@ -486,6 +486,14 @@ def _whole(name, value):
     if number < 0 or isinstance(value, (bool, np.bool_)): raise ValueError(f"{name}={value!r}: must be a whole number, 0 or more")
     return number
 
+def _mode(render_mode):
+    if render_mode not in (None, "rgb_array"): raise ValueError(f"render_mode={render_mode!r}: choose 'rgb_array' or None")
+    return render_mode
+
+def _picture(shot):
+    if shot is None: raise gymnasium.error.ResetNeeded("call reset first: there is no picture yet")
+    return shot[1]
+
 def _as_action(action):
     "The 28 numbers, within their limits. ValueError names what is wrong with them."
     try: action = encode_action(action) if isinstance(action, dict) else np.asarray(action)
@@ -506,13 +514,11 @@ class LuantiEnv(gymnasium.Env):
         biome="any",        # of the spawn points, or one of BIOMES
         time_of_day=0.5,    # 0 midnight, 0.5 noon; it stands still
         mode="survival",    # or 'creative'
-        width=256,          # pixels
-        height=144,
+        width=256, height=144,  # pixels
         render_mode="rgb_array",
     ):
-        if render_mode not in (None, "rgb_array"): raise ValueError(f"render_mode={render_mode!r}: choose 'rgb_array' or None")
-        width, height = _whole("width", width), _whole("height", height)
-        self.options, self.size, self.render_mode = _checked({"world": world, "biome": biome, "time_of_day": time_of_day}, ("world", "biome", "time_of_day")), (mode, width, height), render_mode
+        width, height, self.render_mode = _whole("width", width), _whole("height", height), _mode(render_mode)
+        self.options, self.size = _checked({"world": world, "biome": biome, "time_of_day": time_of_day}, ("world", "biome", "time_of_day")), (mode, width, height)
         self.observation_space = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
         self.action_space = gymnasium.spaces.Box(LOW, HIGH)
         self.game, self.running, self.shot = None, None, None  # the game, the seed of its world, the last picture
@@ -554,13 +560,9 @@ class LuantiEnv(gymnasium.Env):
             return self.shot[1], 0.0, False, True, {"failure": str(e), "in_step": False}
         return self.shot[1], 0.0, False, False, self._info(after, self.shot[0] == number + tick and (free or self.shot[2] or did(before, after, keys, right, down)))
 
-    def render(self):
-        "The last picture, (H, W, 3) uint8."
-        if self.shot is None: raise gymnasium.error.ResetNeeded("call reset first: there is no picture yet")
-        return self.shot[1]
+    def render(self): return _picture(self.shot)
 
     def close(self):
-        "End the game; once more does no harm."
         game, self.game = self.game, None
         if game: game.close()
 

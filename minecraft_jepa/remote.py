@@ -26,35 +26,8 @@ from .drawing import curves_plot, style
 from .recordings import find_recordings, read_checks, split_recordings
 from .training import CollapseError, make_accelerator, train_all
 
-# %% ../nbs/20_remote.ipynb #5e025e28
+# %% ../nbs/20_remote.ipynb #8023230b
 MIB = 2**20
-
-def pack(
-    folder,          # of recordings
-    out,             # folder for the parts
-    limit=60 * MIB,  # bytes of a part
-    wheel=None,      # e.g. '3.12': also PyAV for that Python, from PyPI
-) -> list[Path]:
-    "Tar files of at most `limit` bytes, each of whole files. ValueError for a file that is larger by itself."
-    folder, out = Path(folder), Path(out)
-    for known, what in (("store.json", "a clip store"), ("shards.json", "a folder of shards")):
-        if (folder / known).is_file():
-            raise ValueError(f"{folder}: {what}, not recordings; pack the folder of recordings that it was made from")
-    recordings = find_recordings(folder)
-    files = [p.with_suffix(s) for p in recordings for s in (".mp4", ".jsonl")]
-    told = _told(folder, [p.stem for p in recordings])
-    out.mkdir(parents=True, exist_ok=True)
-    if wheel:
-        subprocess.run([sys.executable, "-m", "pip", "download", "av>=17", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version", wheel, "--dest", str(out / "wheels")], check=True)
-        files += sorted((out / "wheels").glob("*.whl"))
-    groups, room = [], 0
-    for name, content in [*((f.name, f) for f in files), *told.items()]:
-        size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        size = -(-size // 512) * 512 + 3 * 512  # headers and padding; a long name takes two more
-        if size + 10240 > limit: raise ValueError(f"{folder / name}: {size / MIB:.1f} MiB, larger than a part of {limit / MIB:.1f} MiB; raise limit")
-        if size > room: groups.append([]); room = limit - 10240
-        groups[-1].append((name, content)); room -= size
-    return _write_parts(out, groups)
 
 def _told(folder, names):
     "{name: bytes} of what goes with these recordings: split, manifest and checks as they hold where they arrive."
@@ -97,7 +70,35 @@ def _plain(member):
     member.uid, member.gid, member.uname, member.gname = 0, 0, "", ""
     return member
 
-# %% ../nbs/20_remote.ipynb #77475496
+# %% ../nbs/20_remote.ipynb #5e025e28
+def pack(
+    folder,          # of recordings
+    out,             # folder for the parts
+    limit=60 * MIB,  # bytes of a part
+    wheel=None,      # e.g. '3.12': also PyAV for that Python, from PyPI
+) -> list[Path]:
+    "Tar files of at most `limit` bytes, each of whole files. ValueError for a file that is larger by itself."
+    folder, out = Path(folder), Path(out)
+    for known, what in (("store.json", "a clip store"), ("shards.json", "a folder of shards")):
+        if (folder / known).is_file():
+            raise ValueError(f"{folder}: {what}, not recordings; pack the folder of recordings that it was made from")
+    recordings = find_recordings(folder)
+    files = [p.with_suffix(s) for p in recordings for s in (".mp4", ".jsonl")]
+    told = _told(folder, [p.stem for p in recordings])
+    out.mkdir(parents=True, exist_ok=True)
+    if wheel:
+        subprocess.run([sys.executable, "-m", "pip", "download", "av>=17", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version", wheel, "--dest", str(out / "wheels")], check=True)
+        files += sorted((out / "wheels").glob("*.whl"))
+    groups, room = [], 0
+    for name, content in [*((f.name, f) for f in files), *told.items()]:
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        size = -(-size // 512) * 512 + 3 * 512  # headers and padding; a long name takes two more
+        if size + 10240 > limit: raise ValueError(f"{folder / name}: {size / MIB:.1f} MiB, larger than a part of {limit / MIB:.1f} MiB; raise limit")
+        if size > room: groups.append([]); room = limit - 10240
+        groups[-1].append((name, content)); room -= size
+    return _write_parts(out, groups)
+
+# %% ../nbs/20_remote.ipynb #2fc3e19b
 CARRIED = ".mp4", ".jsonl", ".json", ".whl"  # what parts may hold: plain files, side by side
 
 def _listed(parts):

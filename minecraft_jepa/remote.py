@@ -23,10 +23,10 @@ import torch
 
 from .config import PRESETS, preset, write_json
 from .drawing import curves_plot, style
-from .recordings import find_recordings, read_checks, split_recordings
+from .recordings import CHECKED, _RULES, find_recordings, read_checks, split_recordings
 from .training import CollapseError, make_accelerator, train_all
 
-# %% ../nbs/20_remote.ipynb #8023230b
+# %% ../nbs/20_remote.ipynb #2f1ed0aa
 MIB = 2**20
 
 def _told(folder, names):
@@ -42,8 +42,7 @@ def _told(folder, names):
         packed = [stat and [stat[0], stat[1] // 10**9 * 10**9] for stat in row["files"]]
         checks[name] = row | {"files": packed if name in names else [None, None]}
     if checks:
-        whole = json.loads((folder / "checked.json").read_text())
-        found["checked.json"] = json.dumps(whole | {"recordings": checks}, indent=1).encode()
+        found[CHECKED] = json.dumps({"version": _RULES, "recordings": checks}, indent=1).encode()
     return found
 
 def _write_parts(out, groups):
@@ -98,7 +97,7 @@ def pack(
         groups[-1].append((name, content)); room -= size
     return _write_parts(out, groups)
 
-# %% ../nbs/20_remote.ipynb #2fc3e19b
+# %% ../nbs/20_remote.ipynb #25394472
 CARRIED = ".mp4", ".jsonl", ".json", ".whl"  # what parts may hold: plain files, side by side
 
 def _listed(parts):
@@ -279,7 +278,7 @@ def _refuse_others(folder, parts):
     "ValueError where recordings of other parts stand: they would be trained on too."
     names = {m.name for members in _listed(parts).values() for m in members}
     here = {p.name for p in Path(folder).glob("*") if p.suffix in CARRIED}
-    others = sorted(here - names - {"checked.json"})
+    others = sorted(here - names - {CHECKED})
     if others:
         raise ValueError(f"{folder}: {others[0]} is there, and not in {parts}; give another folder for the run")
 

@@ -4,12 +4,13 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
 
 import pytest
 from contractor import lines_of, name_of, write_pair
 
-from minecraft_jepa import remote
+from minecraft_jepa import recordings, remote
 from minecraft_jepa.recordings import CHECKED, check_folder, find_recordings, read_checks, split_recordings
 from minecraft_jepa.remote import MIB, bring, cut_weights, pack, unpack, write_card
 
@@ -58,6 +59,27 @@ def test_split_holds_when_others_unpack_the_parts(made, tmp_path):
             tar.extractall(tmp_path / "there")
     assert split_recordings(tmp_path / "there") == split_recordings(folder)
     assert set(read_checks(tmp_path / "there")) == set(names)
+
+
+def test_checks_kept_in_the_cache_travel_too(made, tmp_path, monkeypatch):
+    """Of a folder that may only be read they are not beside the recordings."""
+    folder, names = made
+    monkeypatch.setenv("MINECRAFT_JEPA_CACHE", str(tmp_path / "cache"))
+    here = tmp_path / "here"
+    shutil.copytree(folder, here)
+    (here / CHECKED).unlink()
+    write, refused = recordings.write_json, []
+    def refuse(path, value):
+        if path == here / CHECKED:
+            refused.append(path)
+            raise PermissionError(13, "Permission denied")
+        write(path, value)
+    monkeypatch.setattr(recordings, "write_json", refuse)
+    check_folder(here, progress=False)
+    assert refused and not (here / CHECKED).exists()
+    unpack(pack(here, tmp_path / "parts")[0].parent, tmp_path / "there")
+    assert set(read_checks(tmp_path / "there")) == set(names)
+    assert split_recordings(tmp_path / "there") == split_recordings(here)
 
 
 @pytest.mark.parametrize("by", ["manifest", "nothing"])

@@ -9,11 +9,17 @@ __all__ = ['BASE', 'SNAPSHOTS', 'HOURS_EACH', 'LEDGER', 'STALL', 'SLOWEST', 'Dow
 # %% ../nbs/03_download.ipynb #e6efd7c4
 import argparse
 import base64
+import bz2
 import difflib
 import email.utils
 import fcntl
+import gzip
 import hashlib
+import importlib
+import io
 import json
+import lzma
+import operator
 import os
 import random
 import re
@@ -21,17 +27,21 @@ import shutil
 import sys
 import threading
 import time
+import urllib.request
+import zlib
 from collections import Counter
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 import httpx
 from tqdm import tqdm
 
 from .config import write_json
-from .recordings import SIDES, check_folder, check_recording, deal_sides, parse_name
+from .recordings import (
+    SIDES, check_folder, check_recording, deal_sides, parse_name, read_checks)
 
 # %% ../nbs/03_download.ipynb #82c0dc3a
 class DownloadError(RuntimeError):
@@ -56,11 +66,117 @@ class Entry:
 
 def _entry(basedir, relpath, number, where, index):
     if not isinstance(relpath, str): raise DownloadError(f"{where}: relpaths[{number}] is {relpath!r}, expected text; get the index again")
-    url = basedir.rstrip("/") + "/" + relpath.removesuffix(".mp4") + ".mp4"
-    name = relpath.removesuffix(".mp4").rpartition("/")[2]
+    base = re.sub(r"\.(mp4|jsonl)$", "", relpath)
+    url = f"{basedir.rstrip('/')}/{base}.mp4"
+    name = base.rpartition("/")[2]
     safe = re.fullmatch(_NAME, name) and not re.search(r"(^|/)\.\.?(/|$)|[\\?#%\s\x00-\x1f]|^/|://", relpath)
     if not safe or len(name) > 200: raise DownloadError(f"{where}: relpaths[{number}] is {relpath!r}, which is no path of a recording; do not trust this index")
     return Entry(name, url, index)
+
+# %% ../nbs/03_download.ipynb #36c9428f
+def _fault_of(address, schemes=("http", "https")):
+    "What is wrong with an address; '' where it can be one."
+    try:
+        url = httpx.URL(address)
+        host = url.raw_host.decode("ascii")
+    except (httpx.InvalidURL, UnicodeError) as e:
+        return str(e)
+    if url.scheme not in schemes:
+        return f"it begins with {url.scheme + '://' if url.scheme else 'no scheme'!r}, expected {', '.join(f'{s}://' for s in schemes)}"
+    if not host:
+        return "no host is named"
+    labels = host.removesuffix(".").split(".")
+    named = len(host) < 254 and all(re.fullmatch(r"[A-Za-z0-9_-]{1,63}", n) for n in labels)
+    if not named and ":" not in host:
+        return f"{url.host!r} is no name of a host"
+    if url.port is not None and not 0 < url.port < 65536:
+        return f"there is no port {url.port}"
+    return ""
+
+def _masked(address):
+    "The address without user and password, and without what follows a `?`, which may be a key."
+    return re.sub(r"\?.*", "?...", re.sub(r"//[^/]*@", "//...@", address), flags=re.S)
+
+def _variable(scheme, value):
+    "Name of the variable that urllib took a proxy from."
+    named = [n for n, v in os.environ.items() if n.lower() == f"{scheme}_proxy" and v == value]
+    return named[0] if named else f"the system's {scheme} proxy"
+
+# %% ../nbs/03_download.ipynb #0ce3a0cc
+_PROXIES = "http", "https", "socks5", "socks5h"  # kinds that httpx knows
+
+def _check_proxies(found):
+    "DownloadError names the variable of a proxy that can't be used."
+    for scheme in ("http", "https", "all"):
+        value = found.get(scheme)
+        if not value:
+            continue
+        address = value if "://" in value else f"http://{value}"
+        fault = _fault_of(address, _PROXIES)
+        try:
+            if not fault:
+                httpx.Client(proxy=address, trust_env=False, verify=False).close()
+        except ImportError:
+            fault = "httpx needs one more package for it: pip install 'httpx[socks]'"
+        except (httpx.InvalidURL, ValueError) as e:
+            fault = str(e)
+        if fault:
+            name = _variable(scheme, value)
+            raise DownloadError(f"{name}={_masked(value)}: this proxy can't be used ({fault}); "
+                                "set it as http://HOST:PORT, or unset it")
+
+def _open_client(**options):
+    "An httpx client. DownloadError names the variable that keeps it from being made."
+    found = urllib.request.getproxies()
+    if "*" not in [host.strip() for host in found.get("no", "").split(",")]:
+        _check_proxies(found)
+    try:
+        return httpx.Client(**options)
+    except OSError as e:
+        names = [n for n in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(n)]
+        told = ", ".join(f"{n}={os.environ[n]}" for n in names) or "the certificates"
+        raise DownloadError(f"{told}: can't be read ({e}); mend it, or unset it") from None
+    except (httpx.InvalidURL, ValueError) as e:
+        raise DownloadError(f"{_variable('no', found.get('no'))}={found.get('no')}: can't be read ({e});"
+                            " list names and addresses with commas between them, IPv6 without"
+                            " brackets") from None
+
+# %% ../nbs/03_download.ipynb #5a242db2
+def _body(response, most=4096):
+    "The beginning of what the server answered, as text."
+    got = b""
+    try:
+        for block in response.iter_bytes():
+            got += block
+            if len(got) >= most:
+                break
+    except httpx.HTTPError:
+        pass  # it is only asked for what it says about an error
+    return got[:most].decode("utf-8", "replace")
+
+def _said(text, kind):
+    "The server's message in the text of an XML, JSON or plain answer; '' in a page for people."
+    message = re.search(r"<Message>\s*([^<]+)", text)
+    if message:
+        return message[1]
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text if kind.startswith("text/plain") else ""
+    while isinstance(found, dict):
+        found = next((found[k] for k in ("error", "message", "detail") if k in found), "")
+    return found if isinstance(found, str) else ""
+
+def _reason(response):
+    "`HTTP 409 PublicAccessNotPermitted: Public access ...`: the status, and what the server says."
+    status, code = response.status_code, response.headers.get("x-ms-error-code", "")
+    usual = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
+    text, phrase = _body(response), response.reason_phrase
+    code = code or next(iter(re.findall(r"<Code>\s*(\w+)", text)), "")
+    said = _said(text, response.headers.get("content-type", "")).strip()
+    said = said or ("" if phrase.lower() == usual.lower() else phrase)
+    said = "".join(c for c in said.partition("\n")[0][:200] if c.isprintable()).strip()
+    return f"HTTP {status}" + (f" {code}" if code else "") + (f": {said}" if said else "")
 
 # %% ../nbs/03_download.ipynb #05a4a093
 def read_index(
@@ -69,21 +185,43 @@ def read_index(
     "The recordings of an index, in its order. DownloadError names file, line or entry, and remedy."
     source = str(source)
     if source in SNAPSHOTS: source = f"{BASE}snapshots/{source}.json"
-    if re.match(r"https?://", source):
-        try: text = httpx.get(source, follow_redirects=True, timeout=60).raise_for_status().text
-        except httpx.HTTPError as e: raise DownloadError(f"{source}: {e}; known snapshots: {', '.join(SNAPSHOTS)}") from None
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
+        found = _get_index(source)
+        source = _masked(source)
     else:
-        try: text = Path(source).read_text()
-        except (OSError, UnicodeDecodeError) as e: raise DownloadError(f"{source}: no index can be read there ({e}); give a file, a URL, or one of {', '.join(SNAPSHOTS)}") from None
-    try: found = json.loads(text)
+        try: found = Path(source).read_bytes()
+        except OSError as e: raise DownloadError(f"{source}: no index can be read there ({e}); give a file, a URL, or one of {', '.join(SNAPSHOTS)}") from None
+    try:
+        if found.startswith(b"\x1f\x8b"): found = gzip.decompress(found)
+        found = json.loads(found)  # bytes: it sees by itself in which Unicode they are, with or without its mark
     except json.JSONDecodeError as e: raise DownloadError(f"{source}, line {e.lineno}: not JSON ({e.msg}); get the index again") from None
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e: raise DownloadError(f"{source}: not JSON ({e}); get the index again") from None
     basedir, relpaths = (found.get("basedir"), found.get("relpaths")) if isinstance(found, dict) else (None, None)
-    if not isinstance(basedir, str) or not isinstance(relpaths, list) or not re.match(r"https?://[^/]", basedir):
+    if not isinstance(basedir, str) or not isinstance(relpaths, list) or not re.match(r"https?://", basedir):
         raise DownloadError(f"{source}: expected an object with 'basedir', an http(s) address, and 'relpaths', a list; get the index again")
+    fault = _fault_of(basedir) or ("a key after a ? is not understood here" if "?" in basedir or "#" in basedir else "")
+    if fault:
+        raise DownloadError(f"{source}: basedir {_masked(basedir)!r} can't be used ({fault}); mend it")
     entries = [_entry(basedir, r, i, source, Path(source).stem) for i, r in enumerate(relpaths)]
     for name, times in Counter(e.name for e in entries).items():
         if times > 1: raise DownloadError(f"{source}: {name} is listed {times} times; get the index again")
     return entries
+
+def _get_index(url):
+    "The bytes of an index on a server."
+    fault = _fault_of(url)
+    if fault:
+        raise DownloadError(f"{_masked(url)}: no address of an index ({fault}); "
+                            f"known snapshots: {', '.join(SNAPSHOTS)}")
+    try:
+        with _open_client(follow_redirects=True, timeout=60) as client:
+            response = client.get(url)
+            why = "" if response.is_success else _reason(response)
+    except httpx.HTTPError as e:
+        why = str(e) or type(e).__name__
+    if why:
+        raise DownloadError(f"{_masked(url)}: {why}; known snapshots: {', '.join(SNAPSHOTS)}")
+    return response.content
 
 # %% ../nbs/03_download.ipynb #878f4ba4
 def choose(
@@ -95,7 +233,8 @@ def choose(
     "Entries of the chosen sessions. ValueError for what the index does not hold."
     order = lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest()
     known = sorted({e.player for e in entries}, key=order)
-    if isinstance(players, int):
+    if hasattr(players, "__index__"):  # a whole number of any type
+        players = operator.index(players)
         if not 0 < players <= len(known): raise ValueError(f"players={players}: the index has {len(known)}")
         players = known[:players]
     for p in set(players or ()) - set(known): raise ValueError(f"unknown player {p!r}: did you mean {' or '.join(difflib.get_close_matches(p, known, 3, 0.3)) or known[0]}?")
@@ -138,11 +277,15 @@ def read_manifest(
 ) -> dict:
     "`manifest.json`: version, split_by, seed, share, and recordings {name: url, index, player, session, side}."
     path = Path(folder) / "manifest.json"
-    try: found = json.loads(path.read_text())
+    try: found = json.loads(path.read_bytes())
     except FileNotFoundError: raise DownloadError(f"{path}: no such file; write_manifest makes it") from None
     except json.JSONDecodeError as e: raise DownloadError(f"{path}, line {e.lineno}: not JSON ({e.msg}); delete it and write it again") from None
-    for n, r in found["recordings"].items():
-        if not re.fullmatch(_NAME, n) or r["side"] not in SIDES: raise DownloadError(f"{path}: {n!r} is no recording of this project's; delete the file and write it again")
+    except UnicodeDecodeError as e: raise DownloadError(f"{path}: not JSON ({e}); delete it and write it again") from None
+    rows = found.get("recordings") if isinstance(found, dict) else None
+    if not isinstance(rows, dict) or not isinstance(found.get("split_by"), str):
+        raise DownloadError(f"{path}: not written by write_manifest; delete it and write it again")
+    for n, r in rows.items():
+        if not isinstance(r, dict) or not isinstance(r.get("url"), str) or not re.fullmatch(_NAME, n) or r.get("side") not in SIDES: raise DownloadError(f"{path}: {n!r} is no recording of this project's; delete the file and write it again")
     return found
 
 # %% ../nbs/03_download.ipynb #a1ec83aa
@@ -153,9 +296,9 @@ def read_ledger(
 ) -> dict[str, dict]:
     "{file name: row with status, why and bytes}. A last line that was cut off by a kill is passed over."
     path, rows = Path(folder) / LEDGER, {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try: row = json.loads(line)
-        except json.JSONDecodeError: continue  # only ever the tail of a line that a kill cut: what it told is found out anew
+        except ValueError: continue  # only ever the tail of a line that a kill cut: what it told is found out anew
         rows[row["file"]] = row
     return rows
 
@@ -173,7 +316,8 @@ class _Ledger:
             self.file.write(json.dumps(row).encode() + b"\n"); self.file.flush()
 
 # %% ../nbs/03_download.ipynb #18538a71
-class _Gone(Exception): "The server has not got the file, or will not give it."
+class _Gone(Exception): "The server has not got the file."
+class _Refused(Exception): "The server will not give the file, or gives what can't be used: another try is no use."
 class _Cut(Exception):
     "The transfer broke off; worth another try, after `wait` seconds if the server said so."
     def __init__(self, why, wait=None): super().__init__(why); self.wait = wait
@@ -189,7 +333,13 @@ def _version(response, total):
     "Hash of what tells one version of the file from another; '' when nothing does."
     tag = response.headers.get("etag", "")
     mark = tag if tag and not tag.startswith("W/") else response.headers.get("last-modified", "")
-    return hashlib.sha256(f"{mark} {total}".encode()).hexdigest()[:16] if mark else ""
+    packed = " ".join(["", *_encodings(response)])  # one tag may stand for the file as it is and packed
+    return hashlib.sha256(f"{mark} {total}{packed}".encode()).hexdigest()[:16] if mark else ""
+
+def _encodings(response):
+    "How the server has packed the file, in its order."
+    told = response.headers.get("content-encoding", "").lower().replace("x-", "").split(",")
+    return [kind.strip() for kind in told if kind.strip() not in ("", "identity", "aws-chunked")]
 
 def _length(response):
     "Bytes of the whole file, None when the server does not say, and where this answer begins."
@@ -200,6 +350,65 @@ def _length(response):
     if not told: raise _Cut("a partial answer without Content-Range")
     return int(told[2]), int(told[1])
 
+# %% ../nbs/03_download.ipynb #e251fe79
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
+
+def _one_of(kind, *modules):
+    "The first of these modules that is installed. _Refused names the one to install."
+    for name in modules:
+        try: return importlib.import_module(name)
+        except ImportError: pass
+    raise _Refused(f"sent packed as {kind!r}, which this Python can't unpack: pip install {modules[-1]}")
+
+def _inflated(data):
+    try: return zlib.decompress(data)
+    except zlib.error: return zlib.decompress(data, -zlib.MAX_WBITS)  # some servers leave its frame away
+
+def _open_packed(path, kind):
+    "What is packed in a file, to be read."
+    if kind == "gzip": return gzip.open(path)
+    if kind == "bzip2": return bz2.open(path)
+    if kind == "xz": return lzma.open(path)
+    if kind == "deflate": return io.BytesIO(_inflated(path.read_bytes()))
+    if kind == "zstd":
+        return _one_of(kind, "compression.zstd", "backports.zstd", "zstandard").open(path, "rb")
+    if kind == "br":
+        return io.BytesIO(_one_of(kind, "brotlicffi", "brotli").decompress(path.read_bytes()))
+    raise _Refused(f"sent packed as {kind!r}, which is not known here; ask for another server")
+
+def _unpack(path, kind, target):
+    "Write what is packed in `path`. _Cut where it is broken."
+    target.unlink(missing_ok=True)
+    try:
+        with _open_packed(path, kind) as packed, open(target, "xb") as f:
+            while block := packed.read(2**24):
+                _enough(path.parent, len(block))
+                f.write(block)
+    except (_Refused, DownloadError):
+        raise
+    except Exception as e:  # of as many kinds as there are packers
+        if isinstance(e, OSError) and e.errno: raise
+        raise _Cut(f"what was sent packed as {kind!r} is broken ({e})") from None
+
+def _unpacked(part, encodings):
+    "Path of the file as it was before it was packed: `part` itself, or beside it."
+    kinds, whole, layers = list(reversed(encodings)), part, 0
+    while True:
+        with open(whole, "rb") as f: head = f.read(8)
+        plain = head.lstrip(b"\xef\xbb\xbf \r\n")[:1] == b"{" or head[4:] == b"ftyp"
+        kind = kinds.pop(0) if kinds else next((k for m, k in _PACKED.items() if head.startswith(m)), "")
+        if not kind or layers > 4: return whole
+        target = part.with_name(part.name.removesuffix(".part") + f".{layers}.part")
+        try: _unpack(whole, kind, target)
+        except _Cut:
+            target.unlink(missing_ok=True)
+            if plain: return whole  # the server says that it is packed, and it is not
+            whole.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
+            raise
+        if whole != part: whole.unlink()
+        whole, layers = target, layers + 1
+
 # %% ../nbs/03_download.ipynb #6616fe2a
 def _get(client, url, target, seen, stopped):
     "Fetch once, going on where the part ends. _Cut to try again, _Gone when that is no use."
@@ -208,10 +417,10 @@ def _get(client, url, target, seen, stopped):
     part = parts[0] if parts else None
     have = part.stat().st_size if part else 0
     with client.stream("GET", url, headers={"Range": f"bytes={have}-"} if have else {}) as r:
-        if r.status_code in (404, 410): raise _Gone(f"HTTP {r.status_code}")
+        if r.status_code in (404, 410): raise _Gone(_reason(r))
         if r.status_code == 416 and part: part.unlink(); raise _Cut("the file has changed on the server")
-        if r.status_code in (408, 425, 429) or r.status_code >= 500: raise _Cut(f"HTTP {r.status_code}", _wait(r))
-        if r.status_code not in (200, 206): raise PermissionError(f"HTTP {r.status_code}")
+        if r.status_code in (408, 425, 429) or r.status_code >= 500: raise _Cut(_reason(r), _wait(r))
+        if r.status_code not in (200, 206): raise _Refused(_reason(r))
         total, begin = _length(r)
         version = _version(r, total)
         named = target.with_name(f"{target.name}.{version or 'none'}.part")
@@ -229,7 +438,10 @@ def _get(client, url, target, seen, stopped):
             if size > total: named.unlink()
             raise _Cut(f"{size} of {total} bytes came")
         _same_hash(named, r)
-    os.replace(named, target)
+        whole = _unpacked(named, _encodings(r))
+        size = whole.stat().st_size
+    os.replace(whole, target)
+    named.unlink(missing_ok=True)
     return size
 
 # %% ../nbs/03_download.ipynb #342a12e2
@@ -269,12 +481,14 @@ def _fetch_file(client, url, target, tries, pause, seen, stopped):
         before = sum(p.stat().st_size for p in target.parent.glob(f"{target.name}.*.part"))
         try: return "done", "", _get(client, url, target, count, stopped)
         except _Gone as e: return "missing", str(e), None
-        except PermissionError as e: return "failed", str(e), None
+        except (_Refused, httpx.InvalidURL, UnicodeError) as e:
+            for part in target.parent.glob(f"{target.name}.*.part"): part.unlink()
+            return "failed", str(e), None
         except (_Cut, httpx.HTTPError) as e:
             now = sum(p.stat().st_size for p in target.parent.glob(f"{target.name}.*.part"))
             failed = 1 if now > before else failed + 1
             seen(-here[0])
-            if failed >= tries: return "failed", f"{e or type(e).__name__} ({tries} tries)", None
+            if failed >= tries: return "failed", f"{str(e) or type(e).__name__} ({tries} tries)", None
             rest = getattr(e, "wait", None) or min(pause * 2 ** (failed - 1), 60) * random.uniform(0.5, 1.5)
             if stopped.wait(min(rest, 300)): raise InterruptedError from None
 
@@ -285,6 +499,7 @@ def _alone(folder):
     with open(folder / ".lock", "w") as lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise DownloadError(f"{folder}: another fetch works here; wait for it or stop it") from None
+        except OSError as e: print(f"{folder}: this disk knows no locks ({e}); see to it yourself that only one fetch works here", file=sys.stderr)
         yield
 
 def _halves(name): return f"{name}.jsonl", f"{name}.mp4"
@@ -302,20 +517,20 @@ def _left(folder, names, ledger, again):
     return todo, adopted
 
 def _ask_size(client, url):
-    "Bytes; None when the server does not tell; -1 when it has not got the file."
+    "Bytes, None when the server does not tell; and why it has not got the file, '' where it has."
     try: r = client.head(url)
-    except httpx.HTTPError: return None
-    if r.status_code in (404, 410): return -1
-    return _length(r)[0] if r.status_code == 200 else None
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError): return None, ""
+    if r.status_code in (404, 410): return None, _reason(r)
+    return (_length(r)[0] if r.status_code == 200 else None), ""
 
 # %% ../nbs/03_download.ipynb #1ffe668e
-def _fetch_pair(client, folder, name, url, todo, known, tries, pause, ledger, seen, stopped):
+def _fetch_pair(client, folder, name, url, todo, gone, tries, pause, ledger, seen, stopped):
     "Both halves, the small one first: what has no lines needs no video."
     for file in _halves(name):
         if file not in todo: continue
         other = next(f for f in _halves(name) if f != file)
-        if known.get(file) == -1: result = "missing", "HTTP 404", None
-        elif known.get(other) == -1 or ledger.rows.get(other, {}).get("status") == "missing": result = "missing", f"not fetched: its other half {other} is missing", None
+        if file in gone: result = "missing", gone[file], None
+        elif other in gone or ledger.rows.get(other, {}).get("status") == "missing": result = "missing", f"not fetched: its other half {other} is missing", None
         else: result = _fetch_file(client, url.removesuffix(".mp4") + Path(file).suffix, folder / file, tries, pause, seen, stopped)
         if result[0] == "missing":
             for part in folder.glob(f"{file}.*.part"): part.unlink()
@@ -325,6 +540,31 @@ def _fetch_pair(client, folder, name, url, todo, known, tries, pause, ledger, se
     if row["used"]: return
     file = next((f for f in _halves(name) if row["why"].startswith(str(folder / f))), f"{name}.mp4")
     ledger.add(file, "corrupt", row["why"], (folder / file).stat().st_size)
+
+# %% ../nbs/03_download.ipynb #cd980b81
+def _reasons(folder, rows):
+    "[(status, why, files)], the most frequent first; what differs by name alone is one reason."
+    found = {}
+    for file, row in rows.items():
+        if row["status"] == "done":
+            continue
+        why = row["why"].replace(f"{folder}{os.sep}", "").replace(Path(file).stem, "NAME")
+        why = re.sub(r"(?<=line )\d+|(?<=frame )\d+|\d+(?= of \d)|\d+(?= frames)", "N", why)
+        found.setdefault((row["status"], why), []).append(file)
+    return sorted(((*k, files) for k, files in found.items()), key=lambda r: (-len(r[2]), r[0], r[1]))
+
+def _summary(folder, rows, most=5):
+    "How many files came, and why the others did not, in a few lines."
+    counts = Counter(r["status"] for r in rows.values())
+    told = ", ".join(f"{n} files {s}" for s, n in sorted(counts.items()))
+    lines = [f"{folder}: {told}; {LEDGER} has a row for each"]
+    reasons = _reasons(folder, rows)
+    for status, why, files in reasons[:most]:
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        lines.append(f"  {len(files)} {status}: {why} ({', '.join(files[:3])}{more})")
+    if len(reasons) > most:
+        lines.append(f"  and {len(reasons) - most} other reasons")
+    return "\n".join(lines)
 
 # %% ../nbs/03_download.ipynb #7f5a8121
 def fetch(
@@ -341,23 +581,30 @@ def fetch(
     manifest = read_manifest(folder)["recordings"]
     limits, stopped = httpx.Limits(max_connections=workers), threading.Event()
     headers = {"User-Agent": "minecraft_jepa", "Accept-Encoding": "identity"}
-    with _alone(folder), httpx.Client(limits=limits, headers=headers, timeout=timeout, follow_redirects=True) as client, ThreadPoolExecutor(workers) as pool:
+    for n, r in manifest.items():
+        fault = _fault_of(r["url"])
+        if fault: raise DownloadError(f"{folder / 'manifest.json'}: the url of {n} can't be used ({fault}); mend it")
+    with _alone(folder), _open_client(limits=limits, headers=headers, timeout=timeout, follow_redirects=True) as client, ThreadPoolExecutor(workers) as pool:
         ledger = _Ledger(folder)
         todo, adopted = _left(folder, manifest, ledger, again)
         for part in folder.glob("*.part"):
             if part.name.rsplit(".", 2)[0] not in todo: part.unlink()
         urls = {f: r["url"].removesuffix(".mp4") + Path(f).suffix for n, r in manifest.items() for f in _halves(n) if f in todo}
-        known = dict(zip(urls, tqdm(pool.map(lambda u: _ask_size(client, u), urls.values()), total=len(urls), desc="asking for sizes", disable=not (progress and urls))))
-        sizes = {f: n for f, n in known.items() if (n or 0) >= 0 and n is not None}
-        mean = sum(sizes.values()) / max(len(sizes), 1)
-        wanted = sum(mean if known[f] is None else max(known[f], 0) for f in todo)
+        asked = tqdm(pool.map(lambda u: _ask_size(client, u), urls.values()), total=len(urls),
+                     desc="asking for sizes", disable=not (progress and urls))
+        told = dict(zip(urls, asked))
+        gone = {f: why for f, (_, why) in told.items() if why}
+        sizes = [n for n, _ in told.values() if n is not None]
+        mean = sum(sizes) / max(len(sizes), 1)
+        wanted = sum(mean if told[f][0] is None else told[f][0] for f in todo - set(gone))
         _enough(folder, wanted - sum(p.stat().st_size for p in folder.glob("*.part")))
         with tqdm(total=round(wanted), unit="B", unit_scale=True, unit_divisor=1024, desc="fetching", disable=not (progress and todo), smoothing=0.05) as bar:
             names = [n for n in manifest if (todo | adopted) & set(_halves(n))]
-            _all_pairs(pool, names, stopped, lambda n: _fetch_pair(client, folder, n, manifest[n]["url"], todo, known, tries, pause, ledger, bar.update, stopped))
+            _all_pairs(pool, names, stopped, lambda n: _fetch_pair(client, folder, n, manifest[n]["url"], todo, gone, tries, pause, ledger, bar.update, stopped))
     check_folder(folder, progress=progress)
     rows = {f: ledger.rows[f] for n in manifest for f in _halves(n) if f in ledger.rows}
-    if progress: print(f"{folder}: " + ", ".join(f"{n} files {s}" for s, n in sorted(Counter(r["status"] for r in rows.values()).items())) + f"; {LEDGER} has a row for each")
+    if progress:
+        print(_summary(folder, rows))
     return rows
 
 def _all_pairs(pool, names, stopped, one):
@@ -386,9 +633,16 @@ def main(
     a = p.parse_args(argv)
     try:
         if a.index: write_manifest(a.folder, choose([e for i in a.index for e in read_index(i)], a.hours, a.players, a.seed), a.by, a.seed)
-        fetch(a.folder, a.workers, again=a.again)
+        rows = fetch(a.folder, a.workers, again=a.again)
     except (DownloadError, ValueError, OSError) as e: sys.exit(f"{p.prog}: {e}")
     except KeyboardInterrupt: sys.exit(f"{p.prog}: stopped; the same command goes on from here")
+    checks = read_checks(a.folder)
+    names = {Path(f).stem for f in rows}
+    if not any(checks[n]["used"] for n in names & set(checks)):
+        told = [why for _, why, _ in _reasons(a.folder, rows)]
+        told += [checks[n]["why"] for n in sorted(names & set(checks))]
+        why = next(iter(told), "no file came")
+        sys.exit(f"{p.prog}: {a.folder}: not one of {len(names)} recordings can be used: {why}")
 
 # %% ../nbs/03_download.ipynb #39961e73
 if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook is "__main__" too

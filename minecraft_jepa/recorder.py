@@ -18,7 +18,13 @@ import av
 import numpy as np
 
 from .actions import ACTION_DIM, ACTION_NAMES, DEGREES_PER_PIXEL, KEYS, NOOP, WINDOW
-from .luanti import BIOMES, CAMERA, HELD, MODES, TICKS_PER_SECOND, Game, LuantiError, did, to_input
+try:
+    from minecraft_jepa.luanti import (
+        BIOMES, CAMERA, HELD, MODES, TICKS_PER_SECOND, Game, LuantiError, did, find_programs, to_input)
+except ImportError as e:  # of the command, a line; of the module, as any
+    if __name__ == "__main__" and "__file__" in globals():
+        sys.exit(f"python -m minecraft_jepa.recorder: {e}")
+    raise
 
 # %% ../nbs/18_recorder.ipynb #1eb7f9ab
 _AT = {name: i for i, name in enumerate(ACTION_NAMES)}
@@ -286,8 +292,14 @@ def main(
     p.add_argument("--width", type=int, default=256)
     p.add_argument("--height", type=int, default=144)
     args, failed = p.parse_args(argv), 0
-    for seed in args.seeds:
-        if all((Path(args.out) / f"world-{seed}{suffix}").is_file() for suffix in (".mp4", ".jsonl")): continue
+    there = lambda seed: all((Path(args.out) / f"world-{seed}{s}").is_file() for s in (".mp4", ".jsonl"))
+    wanted = [seed for seed in args.seeds if not there(seed)]
+    try:
+        if wanted: find_programs()
+    except LuantiError as e:
+        print(e, file=sys.stderr)
+        return 1
+    for seed in wanted:
         for _ in range(2):  # a game that died gets a second try
             try: print(json.dumps(record(args.out, args.minutes, seed, args.biome, args.mode, args.width, args.height)), flush=True); break
             except LuantiError as e: print(f"world {seed}: {e}", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from soak import repeats
 
 from minecraft_jepa import luanti, recorder
 from minecraft_jepa.actions import KEYS, NOOP, encode_actions
@@ -96,12 +97,136 @@ def test_without_the_game_the_error_tells_how_to_get_it(monkeypatch, tmp_path, c
 @pytest.mark.parametrize("package", ["gymnasium", "Xlib"])
 def test_without_a_package_the_error_tells_how_to_get_it(package):
     done = python(f"import sys; sys.modules['{package}'] = None\ntry: import minecraft_jepa.recorder\nexcept ImportError as e: print(e)")
-    assert f"{package} is needed to play Luanti: pip install 'minecraft_jepa[luanti]'" in done.communicate()[0]
+    told = done.communicate()[0]
+    assert f"{package} is needed to play Luanti: pip install 'minecraft_jepa[luanti]', in a clone pip install -e '.[luanti]'" in told
+
+
+def test_without_a_package_the_command_says_one_line():
+    code = "import runpy, sys; sys.modules['gymnasium'] = None; sys.argv = ['recorder', '--help']; runpy.run_module('minecraft_jepa.recorder', run_name='__main__', alter_sys=True)"
+    done = python(code, stderr=subprocess.PIPE)
+    told = done.communicate()[1]
+    assert done.returncode == 1 and told.count("\n") == 1
+    assert told.startswith("python -m minecraft_jepa.recorder: gymnasium is needed to play Luanti: pip install")
+
+
+def test_without_the_game_nothing_is_asked_of_what_is_there_already(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(luanti.shutil, "which", lambda name, path: None)
+    for suffix in (".mp4", ".jsonl"): (tmp_path / f"world-1{suffix}").touch()
+    assert recorder.main([str(tmp_path), "--seeds", "1"]) == 0
+    assert recorder.main([str(tmp_path), "--seeds", "1-9"]) == 1
+    assert capsys.readouterr().err.count("sudo apt-get install") == 1  # not once for each world
+
+
+RELEASES = {  # of /etc/os-release -> the package
+    "Debian 12": ("ID=debian\nVERSION_ID=\"12\"\nVERSION_CODENAME=bookworm", "minetest"), "Debian 13": ("ID=debian\nVERSION_ID=\"13\"\nVERSION_CODENAME=trixie", "luanti"),
+    "Debian unstable": ("PRETTY_NAME=\"Debian GNU/Linux forky/sid\"\nID=debian\nVERSION_CODENAME=forky", "luanti"),
+    "Ubuntu 22.04": ("ID=ubuntu\nID_LIKE=debian\nVERSION_ID=\"22.04\"", "minetest"), "Ubuntu 24.04": ("ID=ubuntu\nID_LIKE=debian\nVERSION_ID=\"24.04\"\nUBUNTU_CODENAME=noble", "minetest"),
+    "Ubuntu 24.10": ("ID=ubuntu\nID_LIKE=debian\nVERSION_ID=\"24.10\"", "luanti"), "Ubuntu 26.04": ("ID=ubuntu\nID_LIKE=debian\nVERSION_ID=\"26.04\"", "luanti"),
+    "Mint 22": ("ID=linuxmint\nID_LIKE=\"ubuntu debian\"\nVERSION_ID=\"22\"\nVERSION_CODENAME=wilma\nUBUNTU_CODENAME=noble", "minetest"),
+    "LMDE 6": ("ID=linuxmint\nID_LIKE=debian\nVERSION_ID=\"6\"\nVERSION_CODENAME=faye\nDEBIAN_CODENAME=bookworm", "minetest"),
+    "Raspbian 13": ("ID=raspbian\nID_LIKE=debian\nVERSION_ID=\"13\"\nVERSION_CODENAME=trixie", "luanti")}
+
+
+@pytest.mark.parametrize("text, package", RELEASES.values(), ids=RELEASES)
+def test_line_that_installs_the_game_is_that_of_the_system(tmp_path, text, package):
+    (tmp_path / "os-release").write_text(text + "\n")
+    game = {"minetest": "minetest", "luanti": "luanti luanti-game-minetest"}[package]
+    assert luanti.game_package(tmp_path / "os-release") == (package, f"sudo apt-get install --no-install-recommends {game} xvfb")
+
+
+@pytest.mark.parametrize("text", ["ID=fedora\nVERSION_ID=42", "", "# nothing\n"])
+def test_no_line_is_made_up_for_another_system(tmp_path, text):
+    (tmp_path / "os-release").write_text(text)
+    assert "apt" not in luanti.game_package(tmp_path / "os-release")[1]
+    assert luanti.game_package(tmp_path / "none") == luanti.game_package(tmp_path / "os-release")
+
+
+@pytest.mark.parametrize("name", ["minetest", "luanti"])
+def test_game_is_found_under_either_name(monkeypatch, tmp_path, name):
+    for program in (name, "Xvfb"):
+        (tmp_path / program).write_text("#!/bin/sh\n")
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setattr(luanti.os, "defpath", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    which = shutil.which
+    monkeypatch.setattr(luanti.shutil, "which", lambda n, path: which(n, path=path.removesuffix(":/usr/games")))
+    assert find_programs() == {"minetest": str(tmp_path / name), "Xvfb": str(tmp_path / "Xvfb")}
+
+
+@needs_game
+def test_missing_game_in_the_program_is_told(tmp_path, monkeypatch):
+    "Debian 13 has what is played in a package of its own, which is only recommended."
+    program = tmp_path / "luanti"
+    program.write_text("#!/bin/sh\necho 'ERROR[Main]: Could not find or load game: minetest'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(luanti, "find_programs", lambda: find_programs() | {"minetest": str(program)})
+    with pytest.raises(LuantiError, match="the game that is played in it is missing: sudo apt-get install"): LuantiEnv().reset(seed=0)
 
 
 def test_step_before_reset_is_refused():
     import gymnasium
     with pytest.raises(gymnasium.error.ResetNeeded, match="reset first"): LuantiEnv().step(NOOP)
+
+
+def test_render_before_reset_is_refused_and_close_does_no_harm():
+    import gymnasium
+    env = LuantiEnv()
+    with pytest.raises(gymnasium.error.ResetNeeded, match="reset first"): env.render()
+    env.close()
+    env.close()
+    with pytest.raises(gymnasium.error.ResetNeeded, match="reset first"): env.render()
+
+
+class NoGame:
+    "A game that only remembers what it was sent."
+    frames_per_tick, latest = 2, 100
+    def wait(self, n): return {"frame": n, "position": (0, 0, 0), "yaw": 0.0, "pitch": 0.0, "hotbar": 0, "held": set()}
+    def send(self, *words): self.sent = words
+    def grab(self, n): return n, np.zeros((144, 256, 3), np.uint8), False, (0.5, 0.5)
+    def close(self): pass
+
+
+@pytest.fixture
+def played():
+    env = LuantiEnv()
+    env.game, env.running, env.biome, env.start, env.rest = NoGame(), 0, "any", 0, np.zeros(2)
+    env.shot = env.game.grab(100)
+    return env
+
+
+def but(where, value):
+    action = np.zeros(28)
+    action[where] = value
+    return action
+
+
+WRONG = {
+    "a scalar": (1, "shape is ()"), "one number": (np.ones(1), "shape is (1,)"), "27 numbers": (np.ones(27), "shape is (27,)"), "a batch of one": (np.zeros((1, 28)), "shape is (1, 28)"), "nothing": (None, "shape is ()"),
+    "text": (["1"] * 28, "no numbers"), "complex": (np.zeros(28, complex), "no numbers"), "objects": ([None] * 28, "no numbers"), "ragged": ([[1], [1, 2]], "action: "),
+    "NaN": (but(22, np.nan), "dx is not finite"), "infinite": (but(23, np.inf), "dy is not finite"), "a dict": ({}, "keyboard"), "no mouse": ({"keyboard": {"keys": []}}, "mouse"), "no keys": ({"mouse": {"dx": 0, "dy": 0, "buttons": []}, "keyboard": {}}, "keyboard.keys"),
+    "no movement": ({"mouse": {"dx": 0, "buttons": []}, "keyboard": {"keys": []}}, "mouse.dy"), "keys of another kind": ({"mouse": {"dx": 0, "dy": 0, "buttons": []}, "keyboard": {"keys": [1]}}, "keyboard.keys")}
+
+
+@pytest.mark.parametrize("action, told", WRONG.values(), ids=WRONG)
+def test_action_that_is_none_is_told(played, action, told):
+    with pytest.raises(ValueError) as e: played.step(action)
+    assert told in str(e.value) and not hasattr(played.game, "sent")
+
+
+@pytest.mark.parametrize("action", [but(0, 1).tolist(), but(0, 1).astype(np.float16), but(0, 1).astype(int), but(0, 1).astype(bool), tuple(but(0, 1)), but(slice(0, 1), 1e300)])
+def test_28_numbers_of_any_type_are_taken(played, action):
+    played.step(action)
+    assert played.game.sent[0] == {"key.keyboard.w"}
+
+
+@pytest.mark.parametrize("words", [dict(world=-1), dict(world=1.5), dict(world="7"), dict(world=True), dict(width=256.0), dict(height="144"), dict(time_of_day="noon"), dict(time_of_day=float("nan")), dict(render_mode="human")])
+def test_setting_that_cannot_be_is_told(words):
+    with pytest.raises(ValueError, match=next(iter(words))): LuantiEnv(**words)
+
+
+def test_whole_numbers_of_any_type_are_taken():
+    env = LuantiEnv(world=np.uint8(3), width=np.int64(160), height=np.int16(90))
+    assert env.options["world"] == 3 and type(env.options["world"]) is int and env.observation_space.shape == (90, 160, 3)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +267,22 @@ def test_same_seed_same_place_without_a_new_game(env):
     assert np.linalg.norm(np.subtract(places[0]["position"], places[2]["position"])) < 0.6 < np.linalg.norm(np.subtract(places[0]["position"], places[1]["position"]))
     assert places[0]["yaw"] == places[2]["yaw"] and env.game.pids == pids and {p["biome"] for p in places} == {"grassland"}
     with pytest.raises(ValueError, match="unknown option 'bioem'"): env.reset(options={"bioem": "desert"})
+
+
+@needs_game
+def test_in_step_over_many_steps(env):
+    "Turns add up to what was asked for, however many; the full count in a soak run."
+    steps, info = repeats(60, 10_000), env.reset(seed=2)[1]
+    action, start, right, good = NOOP.copy(), info["yaw"], 0.0, 0
+    for t in range(steps):
+        action[22] = 2.1 if t % 40 < 20 else -1.8
+        right += action[22]
+        _, _, _, failed, info = env.step(action)
+        assert not failed, info["failure"]
+        good += info["in_step"]
+    for _ in range(3): info = env.step(NOOP)[4]
+    assert (info["yaw"] - start - right + 180) % 360 == pytest.approx(180, abs=0.2)
+    assert good > 0
 
 
 @needs_game

@@ -228,6 +228,7 @@ class Log:
         if self.path: self.file.close()
         self._draw("close")
 
+# %% ../nbs/13_training.ipynb #d192d0fb
 def _rows_of(path):
     "Rows of a log, up to the first that was not written whole."
     rows = []
@@ -373,7 +374,7 @@ def _as(v, p):
     from torch.distributed.tensor import DTensor
     return DTensor.from_local(v.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
-# %% ../nbs/13_training.ipynb #d5df01b8
+# %% ../nbs/13_training.ipynb #792850da
 class InUseError(OSError):
     "A run is at work in the folder."
 
@@ -403,7 +404,18 @@ def _flock(file):
     return True
 
 
-# %% ../nbs/13_training.ipynb #b68993e5
+def _lives(other, locked, read, watch):
+    "Whether the process that wrote `other` into the file is still at work."
+    me = _this_process()
+    if (other.get("host"), other.get("boot")) == (me["host"], me["boot"]):
+        return not locked and _started(other["pid"]) == other["started"]
+    begin = time.monotonic()
+    while time.monotonic() - begin < watch:  # elsewhere: its mark moves
+        time.sleep(0.5)
+        if read() not in ({}, other): return True
+    return False
+
+# %% ../nbs/13_training.ipynb #2ff509cd
 class _Hold:
     "A folder held by this process. InUseError where another has it."
     beat, watch = 3.0, 10.0  # seconds between marks; looked at before one from elsewhere is dead
@@ -418,7 +430,7 @@ class _Hold:
             if self._is_there(): break  # else its owner took it away just now
             os.close(self.file)
         before = self._read()
-        if locked is False or (before and self._lives(before, locked)): self._refuse(before)
+        if locked is False or (before and _lives(before, locked, self._read, self.watch)): self._refuse(before)
         self.me = _this_process()
         self._mark()
         if locked is None:  # two may have come at once: the last to write stays
@@ -435,17 +447,6 @@ class _Hold:
         "What is written there, {} where nothing can be read."
         try: return json.loads(self.path.read_bytes())
         except (OSError, ValueError): return {}
-
-    def _lives(self, other, locked):
-        "Whether the process that wrote there is still at work."
-        me = _this_process()
-        if (other.get("host"), other.get("boot")) == (me["host"], me["boot"]):
-            return not locked and _started(other["pid"]) == other["started"]
-        begin = time.monotonic()
-        while time.monotonic() - begin < self.watch:  # elsewhere: its mark moves
-            time.sleep(0.5)
-            if self._read() not in ({}, other): return True
-        return False
 
     def _refuse(self, other):
         os.close(self.file)
@@ -470,7 +471,7 @@ class _Hold:
         os.close(self.file)
         if self.made and not any(self.folder.iterdir()): self.folder.rmdir()
 
-# %% ../nbs/13_training.ipynb #048a247c
+# %% ../nbs/13_training.ipynb #cbc4a65f
 _HELD = set()  # (process, folder): a training calls others in its own folder
 
 @contextmanager
@@ -590,7 +591,14 @@ class _Clock:
         if self.engine.num_processes > 1: torch.distributed.broadcast(end, 0)
         return int(end)
 
-# %% ../nbs/13_training.ipynb #0f8e6927
+def _agree(engine, good):
+    "Whether something holds in all processes."
+    if engine.num_processes == 1: return good
+    bad = torch.tensor([float(not good)], device=engine.device)
+    torch.distributed.all_reduce(bad)
+    return not bad.item()
+
+# %% ../nbs/13_training.ipynb #ec2ab06a
 class _Fit:
     "A training on its way: what `fit` holds between two steps."
     def __init__(self, job, settings, seed, folder, minutes, go_on, engine):
@@ -628,16 +636,9 @@ class _Fit:
         return found
 
     def _is_sound(self, about):
-        sound = self._agree(_is_sound(about, self.rank, self.sharded))
+        sound = _agree(self.engine, _is_sound(about, self.rank, self.sharded))
         if not sound and self.main: print(f"{about['path']}: not readable or not finite; going back to the one before", flush=True)
         return sound
-
-    def _agree(self, good):
-        "Whether something holds in all processes."
-        if self.world == 1: return good
-        bad = torch.tensor([float(not good)], device=self.engine.device)
-        torch.distributed.all_reduce(bad)
-        return not bad.item()
 
     def _spent_before(self, minutes):
         "Seconds of earlier goes of this run, those included that left no checkpoint."
@@ -654,9 +655,9 @@ class _Fit:
         return seconds
 
 
-# %% ../nbs/13_training.ipynb #21614608
-class _Course(_Fit):
-    "The steps of a training."
+# %% ../nbs/13_training.ipynb #646a0632
+class _Timed(_Fit):
+    "What a training does about its time, and about steps that are not sound."
     def _plan(self):
         "Time a few steps that change nothing, and plan what fits into the time."
         state, seconds = torch.random.get_rng_state(), []
@@ -686,6 +687,24 @@ class _Course(_Fit):
     def _next(self):
         return [x.to(self.engine.device, non_blocking=True) for x in next(self.batches)]
 
+    def _count_unsound(self, loss, norm, most=5):
+        "FloatingPointError after some steps in a row that changed nothing."
+        if math.isfinite(norm):
+            self.unsound = 0
+            return
+        self.unsound += 1
+        what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        if self.main: print(f"{self.job.what.replace('_', ' ')} {self.step}: {what}; this step changes nothing", flush=True)
+        if self.unsound == most:
+            raise FloatingPointError(f"step {self.step}: {what}, for the {most}th time in a row: {_ADVICE}")
+
+    def close(self):
+        self.batches.close()
+        self.log.close()
+
+# %% ../nbs/13_training.ipynb #ea9795c0
+class _Course(_Timed):
+    "The steps of a training."
     def take(self):
         "One step, with its row."
         job, step, schedule = self.job, self.step, self.schedule
@@ -707,24 +726,13 @@ class _Course(_Fit):
         if self.pace: self._replan()
         self._look(row)
 
-    def _count_unsound(self, loss, norm, most=5):
-        "FloatingPointError after some steps in a row that changed nothing."
-        if math.isfinite(norm):
-            self.unsound = 0
-            return
-        self.unsound += 1
-        what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-        if self.main: print(f"{self.job.what.replace('_', ' ')} {self.step}: {what}; this step changes nothing", flush=True)
-        if self.unsound == most:
-            raise FloatingPointError(f"step {self.step}: {what}, for the {most}th time in a row: {_ADVICE}")
-
     def _look(self, row):
         "Evaluate, log and save what is due after a step."
         job, s, step, last = self.job, self.settings, self.step, self.step == self.schedule.steps
         if job.evaluate and (last or step % s.evaluate_every == 0):
             row |= job.evaluate(self.inner, step, self.log if self.main else None)
             value, sound = job.better(row), _sound(self.inner.state_dict()) if not self.sharded else True
-            if value is not None and self._agree(sound) and value <= self.best:  # nan is not
+            if value is not None and _agree(self.engine, sound) and value <= self.best:  # nan is not
                 self.best = value
                 job.keep_best(self.inner)
         row["elapsed"] = self.clock.spent()
@@ -735,16 +743,12 @@ class _Course(_Fit):
         if self.place and (alarm or last or step % s.save_every == 0):
             about = {"run": job.run, "steps": self.schedule.steps, "schedule": dataclasses.asdict(self.schedule), "alarm": alarm,
                      "best": None if self.best == math.inf else self.best, "seconds": self.clock.spent()}
-            save_checkpoint(self.place, step, self.inner, self.optimizer, about, s.keep, self.rank, self.world, self.sharded, self.engine.wait_for_everyone, self._agree)
+            save_checkpoint(self.place, step, self.inner, self.optimizer, about, s.keep, self.rank, self.world, self.sharded, self.engine.wait_for_everyone, partial(_agree, self.engine))
         if alarm and not self.go_on: raise CollapseError(f"step {step}: {alarm}")
-        if last and not self._agree(_sound({k: _local(v) for k, v in self.inner.state_dict().items()})):
+        if last and not _agree(self.engine, _sound({k: _local(v) for k, v in self.inner.state_dict().items()})):
             raise FloatingPointError(f"step {step}: a weight is not finite any more: {_ADVICE}")
 
-    def close(self):
-        self.batches.close()
-        self.log.close()
-
-# %% ../nbs/13_training.ipynb #68bd8515
+# %% ../nbs/13_training.ipynb #c923fd1f
 def fit(
     job,            # Job
     settings,       # config.train
@@ -908,7 +912,7 @@ class _Best:
         return model
 
 
-# %% ../nbs/13_training.ipynb #af9e3aec
+# %% ../nbs/13_training.ipynb #ded0bf71
 def train_world_model(
     config,         # minecraft_jepa.config.Config
     data,           # ClipStore, or the URL of shards
@@ -1088,7 +1092,7 @@ def check_memory(
             if needs <= 0.9 * available: raise MemoryPlanError(f"{told}; checkpoint_activations={light}, {name}={value} needs {gb(needs)}")
     raise MemoryPlanError(f"{told}; not even one sample at a time fits: take a smaller preset, or more GPUs and FSDP2")
 
-# %% ../nbs/13_training.ipynb #c6ea1a72
+# %% ../nbs/13_training.ipynb #d32b3fc6
 def _smaller(config, processes):
     "Settings with which less is kept at a time: parts of the batch, where the loss allows them, else smaller batches."
     t, halves = config.train, [2**i for i in range(20)]
@@ -1140,7 +1144,7 @@ def _world_model_or_done(config, data, split, seed, device, out, minutes, start,
     if _done(out).is_file(): return WorldModel.from_pretrained(out, config), _rows_of(out / "world_model.jsonl")
     return train_world_model(config, data, split["train"], split["validation"], None, seed, device, out, minutes, start, go_on)
 
-# %% ../nbs/13_training.ipynb #6ade55e5
+# %% ../nbs/13_training.ipynb #398def41
 def _begun(out):
     "Settings and recordings of the run in the folder, None where there is nothing to go on from."
     kept = [out / "training.json", _done(out), *out.glob("*_checkpoints/step_*")]

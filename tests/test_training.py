@@ -33,7 +33,8 @@ DATA = ROOT / "data"
 SPLIT = split_recordings(DATA)
 TRAIN, HELD_OUT = SPLIT["train"][:2], SPLIT["validation"][:1]
 SMALL = dict(encoder_depth=1, conditioner_depth=1, predictor_depth=1, encoder_width=32, dit_width=32, dit_depth=1, head_depth=1, batch=8, decoder_batch=8, dropout=0.0)
-TINY = SMALL | dict(encoder_width=16, dit_width=16, bottleneck=8, batch=4, decoder_batch=4, rank_alarm=0.0, std_alarm=0.0)
+TINY = SMALL | dict(patch=16, ticks=5, encoder_width=16, dit_width=16, bottleneck=8, batch=4, decoder_batch=4, rank_alarm=0.0, std_alarm=0.0)
+training._LOOK = 16  # fewer windows to validate on
 
 # Processes are forked from one that has imported torch: a start costs tenths of a second.
 FORKS = multiprocessing.get_context("forkserver")
@@ -155,8 +156,8 @@ def test_two_processes_do_what_one_does(store, tmp_path, sharded):
 @pytest.mark.parametrize("world", [2, 3])
 def test_shards_of_unequal_epochs_end_with_the_same_bits_after_a_kill_in_each(shards, tmp_path, world):
     "Real processes, three epochs: a reader that gave nothing for ever, or other batches after a kill."
-    batch = 12 * world
-    plan = ShardWindows(shards, 25, 2, batch // world, 0, TRAIN, rank=0, world=world)
+    batch = 36 * world
+    plan = ShardWindows(shards, 5, 2, batch // world, 0, TRAIN, rank=0, world=world)
     many = []
     for epoch in range(3):
         plan.resume(epoch)
@@ -627,7 +628,7 @@ def test_the_best_model_is_given_with_a_folder_and_without(store, tmp_path, monk
     monkeypatch.setattr(training, "error_over_copying", lambda row: row["step"])  # the first evaluation is the best
     config = preset("tiny", **TINY, steps=4, evaluate_every=2, lr=0.1)
     model, history = train_world_model(config, store, TRAIN, HELD_OUT, folder=tmp_path if folder else None)
-    errors = training.validate(model, *training._to_look_at(store, HELD_OUT, 25, 8, 128, 0))[0]["model"]
+    errors = training.validate(model, *training._to_look_at(store, HELD_OUT, 5, 8, 16, 0))[0]["model"]
     assert np.allclose(errors, history[1]["model"], rtol=1e-3) and not np.allclose(errors, history[3]["model"], rtol=1e-2)
 
 

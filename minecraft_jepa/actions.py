@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'BUTTONS', 'ACTION_NAMES', 'ACTION_DIM', 'CURSOR', 'MOUSE', 'SWITCHES', 'WINDOW', 'DEGREES_PER_PIXEL', 'NOOP',
-           'encode_action', 'decode_action', 'encode_actions']
+           'encode_action', 'decode_action', 'read_actions', 'encode_actions']
 
 # %% ../nbs/01_actions.ipynb #df77b44d
 import numpy as np
@@ -49,12 +49,16 @@ def _field(line, name, kind, default=None):
 def encode_action(
     line,  # dict of one jsonl line: `mouse`, `keyboard` and, if it is there, `isGuiOpen`
 ) -> np.ndarray:
-    "The 28 numbers of a line, float32. Keys and buttons outside the table are left out. ValueError names a field that is missing or of the wrong type."
+    """The 28 numbers of a line, float32. Keys and buttons outside the table are left out.
+
+    There is a cursor only where `isGuiOpen` says so. ValueError names a field that is missing or
+    of the wrong type.
+    """
     keys, buttons = _field(line, ("keyboard", "keys"), _strings), _field(line, ("mouse", "buttons"), _integers)
     action = NOOP.copy()
     action[:20] = [key in keys for key in KEYS]
     cursor = _field(line, ("mouse", "x"), _number, WINDOW[0] / 2), _field(line, ("mouse", "y"), _number, WINDOW[1] / 2)
-    if _field(line, ("isGuiOpen",), _switch, True):  # else the mouse is caught, and x, y are no place in the window
+    if _field(line, ("isGuiOpen",), _switch, False):  # else the mouse is caught, and x, y are no place in the window
         action[CURSOR] = [min(max(c / w, 0), 1) for c, w in zip(cursor, WINDOW)]
     action[22] = _field(line, ("mouse", "dx"), _number) * DEGREES_PER_PIXEL
     action[23] = _field(line, ("mouse", "dy"), _number) * DEGREES_PER_PIXEL
@@ -66,14 +70,15 @@ def encode_action(
 def decode_action(
     action,  # (28,), keys and buttons above 0.5 count as pressed
 ) -> dict:
-    "The `mouse` and `keyboard` of a line that `encode_action` takes to these numbers, ready for json."
+    "The line that `encode_action` takes to these numbers, ready for json. A cursor that is not in the middle means an open screen."
     action = np.asarray(action, float)
     if action.shape != (ACTION_DIM,): raise ValueError(f"an action is {action.shape}, expected ({ACTION_DIM},)")
     if not np.isfinite(action).all(): raise ValueError(f"{ACTION_NAMES[int(np.argmin(np.isfinite(action)))]} is not finite")
     x, y, dx, dy, wheel = action[20:25].tolist()
     return {"mouse": {"x": x * WINDOW[0], "y": y * WINDOW[1], "dx": dx / DEGREES_PER_PIXEL, "dy": dy / DEGREES_PER_PIXEL, "dwheel": wheel,
                       "buttons": [i for i in range(3) if action[25 + i] > 0.5]},
-            "keyboard": {"keys": [k for k, v in zip(KEYS, action) if v > 0.5]}}
+            "keyboard": {"keys": [k for k, v in zip(KEYS, action) if v > 0.5]},
+            "isGuiOpen": bool((action[CURSOR] != NOOP[CURSOR]).any())}
 
 # %% ../nbs/01_actions.ipynb #e6729223
 def _strip_stuck_attack(actions, lines):
@@ -83,24 +88,47 @@ def _strip_stuck_attack(actions, lines):
         if 0 in _field(line, ("mouse", "newButtons"), _integers, []): return
         action[25] = 0
 
+def _slot_of(line):
+    "The slot in hand; -1 where the line does not tell."
+    try: return _field(line, ("hotbar",), _slot, -1)
+    except ValueError: return -1
+
 def _add_scrolled_slots(actions, lines):
     "Press the key of a slot that is in hand on the next line but not on this one, unless the player pressed it."
-    slots = [_field(line, ("hotbar",), _slot, -1) for line in lines]  # -1: not recorded
+    slots = [_slot_of(line) for line in lines]
     for t, (now, then) in enumerate(zip(slots, slots[1:])):
         if -1 not in (now, then) and now != then:
             key = KEYS.index(f"key.keyboard.{then + 1}")
             if not actions[t + 1, key]: actions[t, key] = 1  # some recorders name the key one line late
 
+# %% ../nbs/01_actions.ipynb #cd8534f5
+def read_actions(
+    lines,  # dicts, in order
+) -> tuple[np.ndarray, dict[int, str]]:
+    """The actions of a recording, and which of its lines hold none.
+
+    Stuck attack is stripped, and a slot chosen by the wheel shows as its key.
+
+    Returns:
+        Actions (T, 28) float32, `NOOP` where a line holds none; {t: what is wrong with line t}.
+    """
+    actions, faults = np.tile(NOOP, (len(lines), 1)), {}
+    for t, line in enumerate(lines):
+        try:
+            action = encode_action(line)
+            _field(line, ("mouse", "newButtons"), _integers, [])
+            _field(line, ("hotbar",), _slot, -1)
+        except ValueError as e: faults[t] = str(e)
+        else: actions[t] = action
+    _strip_stuck_attack(actions, [{} if t in faults else line for t, line in enumerate(lines)])
+    _add_scrolled_slots(actions, lines)
+    for t in faults: actions[t] = NOOP
+    return actions, faults
+
 def encode_actions(
     lines,  # dicts, in order
 ) -> np.ndarray:
-    "The actions of a recording, (T, 28) float32: stuck attack stripped, slots chosen by the wheel shown as their key. ValueError names line and field."
-    actions = np.zeros((len(lines), ACTION_DIM), np.float32)
-    for t, line in enumerate(lines):
-        try:
-            actions[t] = encode_action(line)
-            _field(line, ("mouse", "newButtons"), _integers, []); _field(line, ("hotbar",), _slot, -1)
-        except ValueError as e: raise ValueError(f"line {t + 1}: {e}") from None
-    _strip_stuck_attack(actions, lines)
-    _add_scrolled_slots(actions, lines)
+    "The actions of a recording, (T, 28) float32, as `read_actions`; ValueError names line and field where one holds none."
+    actions, faults = read_actions(lines)
+    for t, what in faults.items(): raise ValueError(f"line {t + 1}: {what}")
     return actions

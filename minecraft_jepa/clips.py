@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'Clip', 'runs_of', 'StaleStore', 'source_of', 'decode_clip', 'cache_dir', 'store_of', 'Clips', 'is_stale',
-           'ClipStore', 'main', 'sample_windows', 'image_shift', 'lag_correlation']
+           'DecodingStopped', 'ClipStore', 'main', 'sample_windows', 'image_shift', 'lag_correlation']
 
 # %% ../nbs/04_clips.ipynb #51024258
 import argparse
 import ctypes
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -18,10 +19,11 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import threading
+import uuid
 from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,18 +35,24 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .config import PRESETS, preset, write_json
-from .recordings import RecordingError, find_recordings, group_of, open_recording, pair_of, split_recordings
+from .recordings import RecordingError, _place_of, cache_root, cores, find_recordings, group_of, open_recording, pair_of, split_recordings, whole_number
 
 # %% ../nbs/04_clips.ipynb #6fe0c5cb
-FORMAT = 4  # of a clip on disk: raise it whenever the same files would give other numbers
+FORMAT = 5  # of a clip on disk: raise it whenever the same files would give other numbers
 
 @dataclass(frozen=True)
 class Clip:
-    "A decoded recording, memory-mapped."
+    """A decoded recording, memory-mapped.
+
+    Action t acts between frames t and t+1, so that of the last frame leads nowhere; no window reads
+    it. With `spare_frames` that frame had no line: its action is `NOOP`, its state that of the frame
+    before. A label of frame t is known where t < len(frames) - spare_frames.
+    """
     frames: np.ndarray      # (T, 3, H, W) uint8
     actions: np.ndarray     # (T, 28) float32
     teleported: np.ndarray  # (T,) bool
     state: dict             # yaw, pitch, xpos, ypos, zpos, hotbar, isGuiOpen -> (T,) where recorded
+    spare_frames: int = 0   # frames after that of the last line: 0 or 1
 
 def runs_of(
     moved,  # (T,) bool, a gap between this tick and the next
@@ -63,10 +71,10 @@ def source_of(
 ) -> dict:
     "Size, time of change and SHA-256 of both files."
     found = {}
-    for p in pair_of(path):
-        stat, old = p.stat(), (known or {}).get(p.suffix[1:], {})
+    for half, p in zip(("mp4", "jsonl"), pair_of(path)):
+        stat, old = p.stat(), (known or {}).get(half, {})
         same = (stat.st_size, stat.st_mtime_ns) == (old.get("bytes"), old.get("mtime_ns"))
-        found[p.suffix[1:]] = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": old["sha256"] if same else _sha256(p)}
+        found[half] = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": old["sha256"] if same else _sha256(p)}
     return found
 
 def _sha256(path):
@@ -84,7 +92,8 @@ def decode_clip(
     "Decode a recording into the folder `target`."
     source = source_of(path)
     recording = open_recording(path)
-    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.part-"))
+    part = target.parent / f".clip.part-{uuid.uuid4().hex}"  # others may read it, as the umask says; a name of 250 characters leaves no room for more
+    part.mkdir()
     try:
         with open(part / "frames.npy", "wb") as f:  # written, not mapped: a full disk is then an error and no crash
             np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (len(recording), 3, frame.height, frame.width)})
@@ -92,7 +101,7 @@ def decode_clip(
         np.save(part / "actions.npy", recording.actions); np.save(part / "teleported.npy", recording.teleported)
         for name, values in recording.state.items(): np.save(part / f"state_{name}.npy", values)
         write_json(part / "clip.json", {"format": FORMAT, "name": recording.name, "ticks": len(recording), "height": frame.height, "width": frame.width,
-                                        "runs": runs_of(recording.teleported), "state": list(recording.state), "source": source})
+                                        "runs": runs_of(recording.teleported), "state": list(recording.state), "spare_frames": recording.spare_frames, "source": source})
         old = part.with_name(part.name + "-old")
         if target.exists(): os.replace(target, old)
         os.replace(part, target)
@@ -101,16 +110,15 @@ def decode_clip(
 
 # %% ../nbs/04_clips.ipynb #5ce26c55
 def cache_dir():
-    "Where stores are kept: $MINECRAFT_JEPA_CACHE, else ~/.cache/minecraft_jepa."
-    return Path(os.environ.get("MINECRAFT_JEPA_CACHE") or Path.home() / ".cache" / "minecraft_jepa") / "clips"
+    "Where stores are kept: $MINECRAFT_JEPA_CACHE, else ~/.cache/minecraft_jepa. ValueError where there is no such place."
+    return cache_root() / "clips"
 
 def store_of(
     folder,  # of recordings
     frame,   # config.frame
 ) -> Path:
     "The store in the cache that belongs to a folder and a size."
-    folder = Path(folder).resolve()
-    return cache_dir() / f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}-{frame.height}x{frame.width}-{FORMAT}"  # one of an older format is not in the way
+    return cache_dir() / f"{_place_of(folder)}-{frame.height}x{frame.width}-{FORMAT}"  # one of an older format is not in the way
 
 class _OpenFiles:
     "Frames and actions of the clips read last, so that few files are open at a time."
@@ -133,6 +141,7 @@ class Clips:
         self.folders, self.about = folders, about  # {name: folder}, {name: clip.json}
         self._here = threading.local()             # files that this thread has open
         self._clips = OrderedDict()                # looked at last
+        self._lengths = {n: about[n]["ticks"] for n in folders}
 
     def __reduce__(self): return type(self), (self.folders, self.about)  # another process opens its own files
 
@@ -152,6 +161,8 @@ class Clips:
 
     def runs(self, name, ticks=25, rollout=1):
         "Stretches [first, end) of the t whose window (ticks t-ticks+1 .. t+rollout-1, frames t .. t+rollout) crosses no gap and no end."
+        self._known(name)
+        ticks, rollout = whole_number(ticks, "ticks", 1), whole_number(rollout, "rollout", 0)
         return [(a + ticks - 1, b - rollout) for a, b in self.about[name]["runs"] if b - rollout > a + ticks - 1]
 
     def starts(self, name, ticks=25, rollout=1):
@@ -159,9 +170,14 @@ class Clips:
         return np.concatenate([np.arange(0), *(np.arange(*run) for run in self.runs(name, ticks, rollout))])
 
     def read(self, picks, ticks=25, rollout=1, far=0):
-        "Windows at [(name, t)]: frames t .. t+K (B, 1+K, 3, H, W) uint8 and actions t-ticks+1 .. t+K-1 (B, ticks-1+K, 28) float32. With `far` beyond K: frame t+far after the others, and the actions up to it."
+        "Windows at [(name, t)]: frames t .. t+K (B, 1+K, 3, H, W) uint8 and actions t-ticks+1 .. t+K-1 (B, ticks-1+K, 28) float32. With `far` beyond K: frame t+far after the others, and the actions up to it. IndexError beyond a recording."
+        ticks, rollout, far = whole_number(ticks, "ticks", 1), whole_number(rollout, "rollout", 0), whole_number(far, "far", 0)
+        last, extra, long = max(rollout, far), far > rollout, self._lengths
+        picks = [(name, t if type(t) is int else whole_number(t, "t")) for name, t in picks]
+        if not picks: raise ValueError("no windows are asked for; give at least one (name, t)")
+        for name, t in picks:
+            if name not in long or not ticks - 1 <= t < long[name] - last: self._refuse(name, t, ticks, last)
         about, files = self.about[picks[0][0]], self._here.__dict__.setdefault("files", _OpenFiles())
-        last, extra = max(rollout, far), far > rollout
         frames = np.empty((len(picks), 1 + rollout + extra, 3, about["height"], about["width"]), np.uint8)
         actions = np.empty((len(picks), ticks - 1 + last, 28), np.float32)
         pixels, frame, preadv, known = memoryview(frames).cast("B"), frames[0, 0].nbytes, os.preadv, files.clips
@@ -175,22 +191,27 @@ class Clips:
         if got < at: raise StaleStore(f"{self._cut(picks, last, frame)}: its frames are cut short; delete this folder and build the store again")
         return torch.from_numpy(frames), torch.from_numpy(actions)
 
+    def _refuse(self, name, t, ticks, rollout):
+        self._known(name)
+        raise IndexError(f"{name}: no window at tick {t}; it has {self._lengths[name]} ticks, {ticks - 1} are needed before and {rollout} after")
+
     def _cut(self, picks, rollout, frame):
         return next(self.folders[n] for n, t in picks if (self.folders[n] / "frames.npy").stat().st_size < (t + rollout + 1) * frame + 128)
 
     def window(self, name, t, ticks=25, rollout=1):
-        "One window: frames (1+K, 3, H, W) and actions (ticks-1+K, 28). IndexError beyond the recording."
+        "One window: frames (1+K, 3, H, W) and actions (ticks-1+K, 28). IndexError beyond the recording, ValueError where t is no whole number."
         self._known(name)
-        long = self.about[name]["ticks"]
-        if not ticks - 1 <= t < long - rollout: raise IndexError(f"{name}: no window at tick {t}; it has {long} ticks, {ticks - 1} are needed before and {rollout} after")
+        t, ticks, rollout = whole_number(t, "t"), whole_number(ticks, "ticks", 1), whole_number(rollout, "rollout", 0)
+        if not ticks - 1 <= t < self._lengths[name] - rollout: self._refuse(name, t, ticks, rollout)
         frames, actions = self.read([(name, t)], ticks, rollout)
         return frames[0], actions[0]
 
 # %% ../nbs/04_clips.ipynb #ffa0b2f6
 def _load_clip(folder):
     load = lambda file: np.load(folder / f"{file}.npy", mmap_mode="r")
-    state = json.loads((folder / "clip.json").read_text())["state"]
-    return Clip(load("frames"), np.array(load("actions")), np.array(load("teleported")), {k: np.array(load(f"state_{k}")) for k in state})
+    about = json.loads((folder / "clip.json").read_text())
+    state = {k: np.array(load(f"state_{k}")) for k in about["state"]}
+    return Clip(load("frames"), np.array(load("actions")), np.array(load("teleported")), state, about.get("spare_frames", 0))
 
 def is_stale(
     clip,  # folder of a clip
@@ -201,24 +222,58 @@ def is_stale(
     except FileNotFoundError: return True
     return about["format"] != FORMAT or _hashes(source_of(path, about["source"])) != _hashes(about["source"])
 
+_UNLOCKABLE = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP  # what the disks of clusters say
+
+def _open_lock(path):
+    "An open file to lock. Who may not write one that another user made reads it."
+    try: return open(path, "a")
+    except PermissionError:
+        if not path.is_file(): raise
+        return open(path)
+
 @contextmanager
 def _locked(store_dir):
-    "One build into a folder at a time; what a killed one left is removed."
+    "One build into a folder at a time; what a killed one left is removed. On a disk that knows no locks: with a warning."
     store_dir.mkdir(parents=True, exist_ok=True)
-    with open(store_dir / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in store_dir.glob(".*.part-*"): shutil.rmtree(left, ignore_errors=True)
+    with _open_lock(store_dir / ".lock") as lock:
+        try: fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as e:
+            if e.errno not in _UNLOCKABLE: raise
+            print(f"{store_dir}: this disk does not lock files ({e.strerror}), so build into it from one process at a time, or set MINECRAFT_JEPA_CACHE to a folder on a local disk", file=sys.stderr, flush=True)
+        else:
+            for left in store_dir.glob(".*.part-*"):
+                if left.is_dir(): shutil.rmtree(left, ignore_errors=True)
+                else: left.unlink(missing_ok=True)
         yield
 
 # %% ../nbs/04_clips.ipynb #e55f7cc4
+def _settings(frame): return {"format": FORMAT, "height": frame.height, "width": frame.width}
+
+def _is_ready(store_dir, paths, frame):
+    "Whether a store holds all {name: mp4} as they are: then nothing is written, so it may be one that is only read."
+    try: settings = json.loads((store_dir / "store.json").read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError): return False
+    if os.access(store_dir, os.W_OK) and any(store_dir.glob(".*.part-*")): return False  # left by a kill
+    return settings == _settings(frame) and not any(is_stale(store_dir / n, p) for n, p in paths.items())
+
 def _settle(store_dir, folder, frame):
     "Write what the store holds, and the split that goes with it; StaleStore where it already holds another size."
-    settings, path = {"format": FORMAT, "height": frame.height, "width": frame.width}, store_dir / "store.json"
-    if path.is_file() and json.loads(path.read_text()) != settings and any(store_dir.glob("*/clip.json")):
+    settings, path = _settings(frame), store_dir / "store.json"
+    if path.is_file() and json.loads(path.read_text()) != settings and any(store_dir.glob("[!.]*/clip.json")):
         raise StaleStore(f"{store_dir} holds clips of other settings: {' '.join(path.read_text().split())}; give another folder, or delete this one")
     write_json(path, settings)
+    _copy_split(store_dir, folder)
+
+def _copy_split(store_dir, folder):
+    "What the sides are, where it is not there yet: whole or not at all, and not with the rights of a folder that may only be read."
     for about in ("split.json", "manifest.json"):
-        if (folder / about).is_file(): shutil.copy(folder / about, store_dir)
+        source, target = folder / about, store_dir / about
+        if not source.is_file() or target.is_file() and target.read_bytes() == source.read_bytes(): continue
+        part = store_dir / f".{about}.part-{uuid.uuid4().hex}"
+        try:
+            shutil.copyfile(source, part)
+            os.replace(part, target)
+        finally: part.unlink(missing_ok=True)
 
 def _die_with_parent():
     "For a worker process: end when the parent does, however it ends (prctl(2), PR_SET_PDEATHSIG)."
@@ -228,22 +283,58 @@ def _decode_one(path, frame, target, threads):
     try: decode_clip(path, frame, target, threads)
     except RecordingError as e: return str(e)
 
+class DecodingStopped(ChildProcessError):
+    "A decoding process was killed; what to do."
+
 def _decode_all(paths, frame, store_dir, workers, progress):
     "Decode {name: mp4} side by side, in processes: threads would wait for each other's lines to be parsed. What can't be decoded, as text in the order of the names."
-    one = partial(_decode_one, frame=frame, threads=min(workers, len(paths)) <= 1)
+    workers = min(workers, len(paths))
+    one = partial(_decode_one, frame=frame, threads=workers <= 1)
     targets = [store_dir / n for n in paths]
     bar = partial(tqdm, total=len(paths), desc="decoding recordings", disable=not (progress and paths))
-    if min(workers, len(paths)) <= 1: return [e for e in bar(one(p, target=t) for p, t in zip(paths.values(), targets)) if e]
-    pool = ProcessPoolExecutor(min(workers, len(paths)), multiprocessing.get_context("fork"), _die_with_parent)
+    if workers <= 1: return [e for e in bar(one(p, target=t) for p, t in zip(paths.values(), targets)) if e]
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _die_with_parent)
     try: return [e for e in bar(pool.map(_decode_target, [one] * len(paths), paths.values(), targets)) if e]
+    except BrokenProcessPool:
+        folder = next(iter(paths.values())).parent
+        raise DecodingStopped(
+            f"{store_dir}: a decoding process was killed, most likely because memory was short. "
+            f"What is decoded is kept; run the same again with fewer workers than {workers}: "
+            f"python -m minecraft_jepa.clips {folder} {store_dir} --workers {workers // 2}") from None
     finally: pool.shutdown(cancel_futures=True)  # on Ctrl-C: those begun are finished, no other is begun
 
 def _decode_target(one, path, target): return one(path, target=target)
+
+_FULL = errno.ENOSPC, errno.EDQUOT
+_CLOSED = errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG
+
+@contextmanager
+def _told(store_dir):
+    "What a disk refuses, with the folder and the remedy."
+    try: yield
+    except ChildProcessError: raise
+    except OSError as e:
+        place = Path(e.filename or store_dir)
+        ours = place == store_dir or store_dir in place.parents or place in store_dir.parents
+        remedy = "give another folder, or set MINECRAFT_JEPA_CACHE to one that can be written"
+        if e.errno in _FULL: remedy = f"make room and run the same again, or {remedy}"
+        elif not ours or e.errno not in _CLOSED: raise
+        raise OSError(e.errno, f"{e.strerror}; {remedy}", str(place)) from None
 
 def _command(folder, frame, store_dir, delete=False):
     name = next((n for n, c in PRESETS.items() if c.frame == frame), None)
     size = f"--preset {name}" if name else f"--height {frame.height} --width {frame.width}" if frame else "--preset PRESET"
     return "build it with: " + f"rm -r {store_dir} && " * delete + f"python -m minecraft_jepa.clips {folder or 'RECORDINGS'} {store_dir} {size}"
+def _build(store_dir, folder, paths, frame, workers, progress):
+    "Decode what is not there or stale; what can't be decoded, as text. A store that is whole and may only be read is left alone."
+    if _is_ready(store_dir, paths, frame):
+        try: _copy_split(store_dir, folder)
+        except OSError: pass  # the sides of a store that is only read stay as they are
+        return []
+    with _locked(store_dir):
+        _settle(store_dir, folder, frame)
+        todo = {n: p for n, p in paths.items() if is_stale(store_dir / n, p)}
+        return _decode_all(todo, frame, store_dir, workers, progress)
 
 # %% ../nbs/04_clips.ipynb #d755febf
 class ClipStore(Clips):
@@ -259,13 +350,13 @@ class ClipStore(Clips):
     ):
         "Decode what is not decoded yet, or has changed since. What is done stays done if this is killed. RecordingError names those that can't be decoded, after all others are."
         folder = Path(folder)
+        workers = cores() if workers is None else whole_number(workers, "workers", 1)
         if (folder / "store.json").is_file(): return cls.open(folder, frame, names=names)
         store_dir = Path(store_dir or store_of(folder, frame))
         names = [p.stem for p in find_recordings(folder)] if names is None else list(names)
         paths = {n: pair_of(folder / f"{n}.mp4")[0] for n in names}
-        with _locked(store_dir):
-            _settle(store_dir, folder, frame)
-            wrong = _decode_all({n: p for n, p in paths.items() if is_stale(store_dir / n, p)}, frame, store_dir, workers or os.cpu_count(), progress)
+        with _told(store_dir):
+            wrong = _build(store_dir, folder, paths, frame, workers, progress)
         if wrong: raise RecordingError(f"{wrong[0]}" + (f" ({len(wrong)} recordings can't be decoded)" if len(wrong) > 1 else "") + "; recordings.check_folder(folder, decode=True) lists and leaves out all such")
         return cls.open(store_dir, frame, names=names)
 
@@ -282,7 +373,7 @@ class ClipStore(Clips):
         except FileNotFoundError: raise StaleStore(f"{store_dir}: not a clip store (store.json is missing); {_command(folder, frame, store_dir)}") from None
         wanted = {"format": FORMAT} | ({"height": frame.height, "width": frame.width} if frame else {})
         if any(settings.get(k) != v for k, v in wanted.items()): raise StaleStore(f"{store_dir} holds {settings}, wanted {wanted}; {_command(folder, frame, store_dir, delete=settings.get('format') != FORMAT)}")
-        names = sorted(p.parent.name for p in store_dir.glob("*/clip.json")) if names is None else list(names)
+        names = sorted(p.parent.name for p in store_dir.glob("[!.]*/clip.json")) if names is None else list(names)
         folders = {n: store_dir / n for n in names}
         for n in [n for n in names if not (folders[n] / "clip.json").is_file()][:1]: raise StaleStore(f"{store_dir}: no clip of {n}; {_command(folder, frame, store_dir)}")
         for n in names if folder else []:
@@ -302,9 +393,11 @@ def main(
     p.add_argument("--width", type=int, help="in place of the preset's")
     p.add_argument("--workers", type=int, help="recordings decoded side by side (default: one a core)")
     a = p.parse_args(argv)
-    size = {f"frame_{k}": v for k, v in (("height", a.height), ("width", a.width)) if v}
-    try: store = ClipStore.build(a.recordings, preset(a.preset, **size).frame, a.store, workers=a.workers)
-    except (ValueError, OSError) as e: sys.exit(f"{p.prog}: {e}")
+    size = {f"frame_{k}": v for k, v in (("height", a.height), ("width", a.width)) if v is not None}
+    try:
+        if (a.recordings / "store.json").is_file(): raise ValueError(f"{a.recordings} is a clip store already; give a folder of recordings")
+        store = ClipStore.build(a.recordings, preset(a.preset, **size).frame, a.store, workers=a.workers)
+    except (ValueError, OSError, ImportError) as e: sys.exit(f"{p.prog}: {e}")
     ticks = sum(about["ticks"] for about in store.about.values())
     print(f"{a.store}: {len(store.names)} clips, {ticks / 72_000:.2f} hours, {sum(f.stat().st_size for f in a.store.rglob('*.npy')) / 2**20:.0f} MiB")
 
@@ -322,6 +415,9 @@ def sample_windows(
     far=0,         # beyond K: a further frame t+far, and the actions up to it
 ):
     "Endless batches: frames (B, 1+K, 3, H, W) uint8 and actions (B, ticks-1+K, 28), of which each process gets its `B / world`. Every start of every recording is equally likely. With `far` frames are (B, 2+K, 3, H, W), actions (B, ticks-1+far, 28)."
+    ticks, rollout, batch, world = whole_number(ticks, "ticks", 1), whole_number(rollout, "rollout", 0), whole_number(batch, "batch", 1), whole_number(world, "world", 1)
+    seed, start_step, rank, far = whole_number(seed, "seed", 0), whole_number(start_step, "start_step", 0), whole_number(rank, "rank", 0), whole_number(far, "far", 0)
+    if rank >= world: raise ValueError(f"rank={rank} must be below world={world}")
     if batch % world: raise ValueError(f"batch={batch} can't be shared by {world} processes; choose a multiple of {world}")
     runs = [(n, a, b) for n in names for a, b in store.runs(n, ticks, max(rollout, far))]
     if not runs: raise ValueError(f"no window of {ticks} ticks of history and {max(rollout, far)} ahead fits into {', '.join(names) or 'no recordings'}; use longer recordings")
@@ -340,7 +436,9 @@ def image_shift(
     many=500, # frames looked at together
 ) -> tuple[np.ndarray, np.ndarray]:
     "Shift to the right of each frame against the one before, in pixels, and how well the two then agree, at most 1: (T-1,), (T-1,)."
+    many = whole_number(many, "many", 1)
     parts = [_image_shift(frames[i:i + many + 1]) for i in range(0, len(frames) - 1, many)]
+    if not parts: return np.zeros(0), np.zeros(0)  # a single frame moves nowhere
     return np.concatenate([shift for shift, _ in parts]), np.concatenate([agreement for _, agreement in parts])
 
 def _image_shift(frames):
@@ -364,7 +462,8 @@ def _image_shift(frames):
     best, row = agree.argmax(1).clip(1, 2 * reach - 1), np.arange(len(agree))
     left, top, right = agree[row, best - 1], agree[row, best], agree[row, best + 1]
     part = np.clip((left - right) / np.minimum(left - 2 * top + right, -1e-6) / 2, -0.5, 0.5)  # top of the parabola through three points
-    return (best - reach + part) * coarser, agree.max(1)
+    shift = np.where(agree.max(1) > 0, (best - reach + part) * coarser, 0)  # 0 where there is nothing to see
+    return shift, agree.max(1)
 
 # %% ../nbs/04_clips.ipynb #b33164e3
 def lag_correlation(
@@ -376,12 +475,18 @@ def lag_correlation(
     limit=8,    # degrees a tick; faster turns leave the reach
 ) -> list[float]:
     "Correlation of the picture's shift to the left with the turn, for each lag. A recording in step has its peak at 0."
-    farthest = max(map(abs, lags))
+    lags = [whole_number(lag, "lag") for lag in lags]
+    farthest = max(map(abs, lags), default=0)
     t = np.arange(farthest, len(shift) - farthest)
     t = t[(agreement[t] > sure) & (np.abs(turn[t]) < limit)]
-    if len(t) < 2: return [0.0] * len(lags)
-    with np.errstate(invalid="ignore"): found = [np.corrcoef(-shift[t], turn[t + lag])[0, 1] for lag in lags]
-    return np.nan_to_num(found).tolist()  # nothing moved: no correlation
+    return [_correlation(-shift[t], turn[t + lag]) for lag in lags]
+
+def _correlation(a, b):
+    "Pearson's; 0 where one of them does not change."
+    if len(a) < 2 or not np.ptp(a) or not np.ptp(b): return 0.0
+    a, b = (np.asarray(x, float) - np.mean(x, dtype=float) for x in (a, b))
+    spread = np.sqrt((a ** 2).sum() * (b ** 2).sum())
+    return float(np.clip((a * b).sum() / spread, -1, 1)) if spread else 0.0
 
 # %% ../nbs/04_clips.ipynb #39961e73
 if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook is "__main__" too

@@ -14,9 +14,12 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from minecraft_jepa.clips import FORMAT, Clip, Clips, ClipStore, StaleStore, image_shift, lag_correlation, main, runs_of, sample_windows, store_of
+import pairs
+from minecraft_jepa import clips as module
+from minecraft_jepa.clips import FORMAT, Clip, Clips, ClipStore, DecodingStopped, StaleStore, image_shift, lag_correlation, main, runs_of, sample_windows, store_of
 from minecraft_jepa.config import preset
 from minecraft_jepa.recordings import Recording, RecordingError, check_folder, open_recording, split_recordings
+from soak import repeats
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data"
@@ -224,7 +227,7 @@ def test_killed_build_goes_on(tmp_path):
     "Killed again and again, at a later moment each time; every clip is whole at all times, and in the end the store is the one never killed."
     target, words = tmp_path / "store", [sys.executable, "-m", "minecraft_jepa.clips", str(DATA), str(tmp_path / "store"), "--workers", "2"]
     killed = 0
-    for delay in np.random.default_rng(0).uniform(0.0, 0.6, 12):
+    for delay in np.random.default_rng(0).uniform(0.0, 0.6, repeats(4, 12)):
         run = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while run.poll() is None and not (target / "store.json").is_file(): time.sleep(0.02)
         while run.poll() is None and killed and not list(target.glob(".*.part-*")): time.sleep(0.005)
@@ -232,7 +235,7 @@ def test_killed_build_goes_on(tmp_path):
         killed += run.poll() is None
         run.kill(); run.wait()
         for name in ClipStore.open(target, FRAME).names: assert is_same(ClipStore.open(target, FRAME)[name], open_recording(DATA / name))
-    assert killed > 3
+    assert killed > repeats(1, 3)
     store = ClipStore.build(DATA, FRAME, target, progress=False)
     assert store.names == sorted(sum(SPLIT.values(), [])) and sorted(clips(target)) == sorted([*store.names, "split.json"])
 
@@ -336,3 +339,171 @@ def test_actions_out_of_step_would_show(store, shifts, name, late):
     turn = np.roll(store[name].actions[:, 22], late)
     r = lag_correlation(*shifts[name], turn, LAGS)
     assert LAGS[int(np.argmax(r))] == late
+
+
+FEW = 40
+
+
+def small(folder, name="toy", **how):
+    "A store of one recording made in code."
+    pairs.make_pair(folder / "v", name, FEW, **how)
+    return ClipStore.build(folder / "v", FRAME, folder / "store", progress=False, workers=1)
+
+
+@pytest.mark.parametrize("lines", [FEW, FEW - 1, FEW + 2])
+def test_last_window_ends_on_the_last_frame(tmp_path, lines):
+    "With a line for it or without; the last action that leads anywhere is used, and that of the last frame never."
+    store = small(tmp_path, lines=lines)
+    last = np.stack(list(open_recording(tmp_path / "v/toy").frames(FRAME.height, FRAME.width)))[-1]
+    for rollout in (1, 3):
+        starts = store.starts("toy", 5, rollout)
+        assert starts.tolist() == list(range(4, FEW - rollout))
+        frames, actions = store.window("toy", starts[-1], 5, rollout)
+        assert np.array_equal(frames[-1].numpy().transpose(1, 2, 0), last) and last.mean() > 120
+        assert pairs.ticks_of(actions)[-1] == FEW - 2
+        with pytest.raises(IndexError): store.window("toy", starts[-1] + 1, 5, rollout)
+        drawn = [t for f, a in itertools.islice(sample_windows(store, ["toy"], 5, rollout, 64, 0), 5) for t in pairs.ticks_of(a)]
+        assert {t for ticks in drawn for t in ticks} == set(range(FEW - 1))
+    frames, actions = store.read([("toy", 4)], 5, 1, far=FEW - 5)
+    assert pairs.ticks_of(actions)[0] == list(range(FEW - 1)) and np.array_equal(frames[0, -1].numpy().transpose(1, 2, 0), last)
+    clip = store["toy"]
+    assert {len(x) for x in (clip.frames, clip.actions, clip.teleported, *clip.state.values())} == {FEW} and clip.spare_frames == (lines < FEW)
+
+
+def test_no_window_crosses_a_tick_without_its_action(tmp_path):
+    rows = [pairs.line(t, **({"keyboard": None} if t == 20 else {"yaw": float("nan")} if t == 30 else {})) for t in range(FEW)]
+    store = small(tmp_path, rows=rows)
+    assert store.starts("toy", 3, 2).tolist() == [*range(2, 19), *range(23, 28), *range(33, 38)]  # frame 30 stands in none
+    assert all(np.isfinite(v).all() for v in store["toy"].state.values())
+
+
+KINDS = np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint64, np.array, torch.tensor
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+def test_whole_numbers_of_any_type_give_the_same_windows(tmp_path_factory, kind, toys):
+    want = toys.window("toy", 30, 5, 2)
+    for got in (toys.window("toy", kind(30), kind(5), kind(2)), [x[0] for x in toys.read([("toy", kind(30))], kind(5), kind(2), kind(0))]):
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+    assert toys.runs("toy", kind(5), kind(2)) == toys.runs("toy", 5, 2)
+    pick = lambda k: next(sample_windows(toys, ["toy"], k(5), k(2), k(4), k(0), k(3), k(0), k(2), k(6)))
+    assert all(torch.equal(a, b) for a, b in zip(pick(kind), pick(int)))
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory): return small(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.mark.parametrize("wrong", [30.0, True, "30", None, np.float32(30), torch.tensor(30.0), np.bool_(True)], ids=repr)
+def test_numbers_that_are_not_whole_are_refused(toys, wrong):
+    for call in (lambda: toys.window("toy", wrong), lambda: toys.window("toy", 30, wrong), lambda: toys.window("toy", 30, 25, wrong), lambda: toys.starts("toy", wrong), lambda: toys.runs("toy", 25, wrong),
+                 lambda: toys.read([("toy", wrong)]), lambda: next(sample_windows(toys, ["toy"], 25, 1, wrong, 0)), lambda: next(sample_windows(toys, ["toy"], 25, 1, 4, wrong))):
+        with pytest.raises(ValueError, match="must be a whole number"): call()
+
+
+@pytest.mark.parametrize("t", [-1, 3, FEW - 1, 10**9])
+def test_reading_beyond_a_recording_is_refused(toys, t):
+    with pytest.raises(IndexError, match=f"toy: no window at tick {t}; it has {FEW} ticks"): toys.read([("toy", t)], 5, 1)
+    with pytest.raises(KeyError, match="no clip 'nobody'"): toys.read([("nobody", 10)], 5, 1)
+
+
+def test_store_that_may_only_be_read_serves(tmp_path, monkeypatch):
+    "Nothing is written where all is there; and rights of a folder that may only be read do not pass to the store."
+    for n in "abc": pairs.make_pair(tmp_path / "v", n, 4)
+    split = tmp_path / "v/split.json"
+    split.write_text(json.dumps({"train": ["a"], "validation": ["b"], "test": ["c"]}))
+    split.chmod(0o444)
+    build = lambda: ClipStore.build(tmp_path / "v", FRAME, tmp_path / "store", progress=False, workers=1)
+    first = build()
+    assert (tmp_path / "store/split.json").stat().st_mode & 0o200
+    monkeypatch.setattr(module, "_locked", lambda _: pytest.fail("locked"))
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    assert build().folders == first.folders and {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+    monkeypatch.setattr(module.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    split.chmod(0o644)
+    split.write_text(json.dumps({"train": ["b"], "validation": ["a"], "test": ["c"]}))
+    assert build().folders == first.folders
+
+
+def test_clips_may_be_read_by_others(tmp_path):
+    old = os.umask(0o022)
+    try: store = small(tmp_path)
+    finally: os.umask(old)
+    for p in [store.folders["toy"], *store.folders["toy"].iterdir()]: assert p.stat().st_mode & 0o044 == 0o044, p
+
+
+@pytest.mark.parametrize("number", ["EACCES", "EROFS", "ENOSPC", "ENOTDIR"])
+def test_disk_that_refuses_is_named_with_a_remedy(tmp_path, monkeypatch, capsys, number):
+    pairs.make_pair(tmp_path / "v", "toy", 4)
+    code = getattr(module.errno, number)
+    def refuse(path, *_): raise OSError(code, os.strerror(code), None if number == "ENOSPC" else str(path))
+    monkeypatch.setattr(module, "write_json", refuse)
+    with pytest.raises(OSError, match=rf"{os.strerror(code)}; .*MINECRAFT_JEPA_CACHE.*'{tmp_path}/store"): ClipStore.build(tmp_path / "v", FRAME, tmp_path / "store", progress=False, workers=1)
+    with pytest.raises(SystemExit, match="MINECRAFT_JEPA_CACHE"): main([str(tmp_path / "v"), str(tmp_path / "store"), "--workers", "1"])
+
+
+@pytest.mark.parametrize("number", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+def test_disk_that_knows_no_locks_is_told_and_used(tmp_path, monkeypatch, capsys, number):
+    def flock(*_): raise OSError(getattr(module.errno, number), os.strerror(getattr(module.errno, number)))
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    (tmp_path / "store/.other.part-1").mkdir(parents=True)  # perhaps another process at work
+    assert small(tmp_path).names == ["toy"] and (tmp_path / "store/.other.part-1").is_dir()
+    assert f"{tmp_path}/store: this disk does not lock files" in capsys.readouterr().err
+
+
+def test_killed_decoding_process_is_told_and_the_build_goes_on(tmp_path, monkeypatch, capsys):
+    for n in "abcd": pairs.make_pair(tmp_path / "v", n, 4)
+    real = module.decode_clip
+    def killed(path, *rest):
+        if path.stem == "c": os.kill(os.getpid(), 9)
+        real(path, *rest)
+    monkeypatch.setattr(module, "decode_clip", killed)
+    words = [str(tmp_path / "v"), str(tmp_path / "store"), "--workers", "2"]
+    with pytest.raises(SystemExit) as told: main(words)
+    assert "a decoding process was killed" in told.value.code and "memory" in told.value.code and "--workers 1" in told.value.code and "\n" not in told.value.code
+    with pytest.raises(DecodingStopped): ClipStore.build(tmp_path / "v", FRAME, tmp_path / "store", progress=False, workers=2)
+    assert issubclass(DecodingStopped, OSError)  # training's command tells these in a line
+    monkeypatch.setattr(module, "decode_clip", real)
+    main(words)
+    assert ClipStore.open(tmp_path / "store").names == list("abcd")
+
+
+@pytest.mark.parametrize("name", ["n" * 240, "\u00e9" * 120, "with.dots.in it", "-dash"], ids=["long", "accents", "dots", "dash"])
+def test_recordings_of_any_name_are_stored(tmp_path, name):
+    assert small(tmp_path, name).window(name, 20, 5)[0].shape == (2, 3, 48, 80)
+
+
+def test_hidden_folders_are_no_clips(tmp_path):
+    store = small(tmp_path)
+    shutil.copytree(store.folders["toy"], tmp_path / "store/.toy.part-1")
+    assert ClipStore.open(tmp_path / "store").names == ["toy"]
+
+
+@pytest.mark.parametrize("words, said", [
+    (["NONE", "s"], "no such folder"), (["v", "v/toy.mp4"], "File exists"), (["v", "s", "--workers", "0"], "workers=0 must be at least 1"), (["v", "s", "--height", "0"], "height"),
+    (["store", "s"], "is a clip store already"), (["empty", "s"], "no recordings")])
+def test_errors_of_the_command_are_a_line(tmp_path, monkeypatch, words, said):
+    small(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as told: main(words)
+    assert said in told.value.code and "\n" not in told.value.code and told.value.code.startswith("python -m minecraft_jepa.clips: ")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("frames", [np.zeros((9, 3, 48, 80), np.uint8), np.random.default_rng(0).integers(0, 255, (1, 3, 48, 80), dtype=np.uint8).repeat(9, 0), np.zeros((1, 3, 48, 80), np.uint8), np.zeros((2, 3, 48, 80), np.uint8)], ids=["black", "still", "one frame", "two frames"])
+@pytest.mark.parametrize("turn", [0.0, 0.1])
+def test_recordings_without_movement_can_be_looked_at(frames, turn):
+    shift, agreement = image_shift(frames)
+    assert len(shift) == len(agreement) == len(frames) - 1 and np.isfinite(agreement).all() and (np.abs(shift) < 0.5).all()
+    assert lag_correlation(shift, agreement, np.full(len(frames), turn), [-1, 0, 1]) == [0.0] * 3
+    assert lag_correlation(shift, np.ones(len(shift)), np.full(len(frames), turn), [np.int8(0)], sure=0) == [0.0]
+
+
+def test_workers_are_as_many_as_cores_allowed(tmp_path, monkeypatch):
+    for n in "abc": pairs.make_pair(tmp_path / "v", n, 4)
+    asked = []
+    monkeypatch.setattr(module, "cores", lambda: 2)
+    monkeypatch.setattr(module, "_decode_all", lambda paths, frame, store_dir, workers, progress: asked.append(workers) or [])
+    with pytest.raises(StaleStore): ClipStore.build(tmp_path / "v", FRAME, tmp_path / "store", progress=False)
+    assert asked == [2]

@@ -1,5 +1,6 @@
 "Opening recordings: what must be read, what must be refused and how it is said, and that no group stands on two sides of a split."
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -9,9 +10,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from minecraft_jepa.recordings import RecordingError, SIDES, check_folder, check_recording, find_recordings, group_of, open_recording, split_recordings
+import pairs
+from minecraft_jepa import recordings
+from minecraft_jepa.actions import NOOP
+from minecraft_jepa.recordings import RecordingError, SIDES, cache_root, check_folder, check_recording, cores, find_recordings, group_of, open_recording, read_checks, split_recordings, whole_number
+from soak import repeats
 
 DATA = Path(__file__).parent.parent / "data"
 NAMES = [p.stem for p in find_recordings(DATA)]
@@ -32,7 +38,7 @@ def toy(tmp_path):
     return tmp_path / "toy.mp4"
 
 
-def write_lines(path, lines): path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def write_lines(path, lines, end=""): path.write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
 
 
 def read(path): return list(open_recording(path).frames())
@@ -65,7 +71,6 @@ BAD = {  # fault -> what is done, the half that is named, its line, and what the
     "no mp4": (lambda p: p.unlink(), "mp4", None, "no such file, its other half toy.jsonl is there"),
     "neither": (lambda p: (p.unlink(), p.with_suffix(".jsonl").unlink()), "mp4", None, "no such file"),
     "line broken off": (text((json.dumps(LINE) + "\n").encode() * 9 + b'{"mouse": {"x": 64'), "jsonl", 10, "not JSON"),
-    "blank line": (text((json.dumps(LINE) + "\n\n").encode() * 20), "jsonl", 2, "not JSON"),
     "no text": (text(bytes(range(256)) * 4), "jsonl", 1, "not JSON"),
     "empty jsonl": (text(b""), "jsonl", 1, "not JSON"),
     "a list": (lines([*GOOD, []]), "jsonl", 10, "expected an object"),
@@ -77,7 +82,8 @@ BAD = {  # fault -> what is done, the half that is named, its line, and what the
     "buttons as number": (lines([*GOOD, *mouse(buttons=0)]), "jsonl", 10, "mouse.buttons is '0', expected a list"),
     "hotbar too large": (lines([*GOOD, {**LINE, "hotbar": 9}]), "jsonl", 10, "hotbar is '9'"),
     "too few lines": (lines(GOOD), "jsonl", 9, f"the file ends here, but toy.mp4 has {FRAMES} frames"),
-    "one line too few": (lines([LINE] * (FRAMES - 1)), "jsonl", FRAMES - 1, "the file ends here"),
+    "two lines too few": (lines([LINE] * (FRAMES - 2)), "jsonl", FRAMES - 2, "the file ends here"),
+    "last line broken off, and one lacks": (lambda p: write_lines(p.with_suffix(".jsonl"), [LINE] * (FRAMES - 2), '{"mouse": {'), "jsonl", FRAMES - 1, "not JSON"),
     "mp4 is text": (lambda p: p.write_text("404 Not Found"), "mp4", None, "not a readable video"),
     "mp4 is empty": (lambda p: p.write_bytes(b""), "mp4", None, "not a readable video"),
     "mp4 cut in the index": (lambda p: p.write_bytes(p.read_bytes()[:300]), "mp4", None, "not a readable video"),
@@ -127,11 +133,11 @@ def test_oddities_are_remarked(toy, field, values, remark):
 
 
 @given(st.integers(0, 2**32))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=repeats(25, 150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_mutated_lines_open_or_are_refused_by_name(toy, seed):
     "Bytes flipped, cut, repeated and moved: either the lines can be read, or the error names file and line."
     random, path = np.random.default_rng(seed), toy.with_suffix(".jsonl")
-    path.write_bytes(mutated(LINES, random))
+    path.write_bytes(pairs.mutated(LINES, random))
     try: recording = open_recording(toy)
     except RecordingError as e: assert re.match(rf"{re.escape(str(path))}, line \d+: .*(download|leave)", str(e)), e
     else: assert len(recording) == FRAMES and np.isfinite(recording.actions).all()
@@ -141,7 +147,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
 
 
 @given(st.sampled_from(["mouse", "keyboard", "isGuiOpen", "hotbar", "yaw", "tick", "milli", "teleported", "mouse.x", "mouse.dx", "mouse.dwheel", "mouse.buttons", "mouse.newButtons", "keyboard.keys", "keyboard.newKeys"]), JSON, st.integers(0, FRAMES - 1))
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=repeats(50, 300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_value_in_a_field_opens_or_is_refused_by_name(toy, field, value, at):
     rows = [json.loads(json.dumps(LINE)) for _ in range(FRAMES)]
     *outer, last = field.split(".")
@@ -157,24 +163,11 @@ def test_any_value_in_a_field_opens_or_is_refused_by_name(toy, field, value, at)
 LINES = "".join(json.dumps(LINE) + "\n" for _ in range(FRAMES)).encode()
 
 
-def mutated(whole, random):
-    "One to four changes at random places."
-    changed = bytearray(whole)
-    for _ in range(random.integers(1, 5)):
-        at, many = int(random.integers(0, max(len(changed), 1))), int(random.integers(1, 40))
-        what = random.integers(0, 4)
-        if what == 0: changed[at:at + many] = random.bytes(min(many, len(changed) - at))
-        elif what == 1: del changed[at:at + many]
-        elif what == 2: changed[at:at] = changed[at:at + many]
-        else: del changed[at:]
-    return bytes(changed)
-
-
 MUTATE = """
 import faulthandler, sys; from pathlib import Path
 sys.path[:0] = [sys.argv[1]]; faulthandler.enable()
 import numpy as np
-from test_recordings import mutated
+from pairs import mutated
 from minecraft_jepa.recordings import RecordingError, open_recording
 path, random = Path(sys.argv[2]), np.random.default_rng(int(sys.argv[3]))
 whole, told = path.read_bytes(), 0
@@ -189,7 +182,7 @@ print(told, i + 1)
 """
 
 
-@pytest.mark.parametrize("name, many", [("toy", 150), (NAMES[0], 40)])
+@pytest.mark.parametrize("name, many", [("toy", repeats(30, 150)), (NAMES[0], repeats(10, 40))])
 def test_mutated_video_is_refused_by_name(toy, name, many):
     "In a process of its own, with a limit: a crash or a hang would show. Damage that changes no packet's length may also decode."
     if name != "toy":
@@ -286,6 +279,7 @@ def test_no_group_of_the_sample_stands_on_two_sides():
     assert groups["test"] == {f"world-{w}" for w in (321, 322, 323, 324, 345, 346, 347, 348)}
 
 
+@settings(max_examples=repeats(30, 100))
 @given(st.sets(st.tuples(st.integers(0, 9), st.integers(0, 5)), min_size=1, max_size=25), st.integers(0, 2**32))
 def test_no_group_is_dealt_to_two_sides(tmp_path_factory, pieces, seed):
     folder = tmp_path_factory.mktemp("folder")
@@ -300,3 +294,263 @@ def test_no_group_is_dealt_to_two_sides(tmp_path_factory, pieces, seed):
     groups = [group_of(n) for ns in split.values() for n in {group_of(n): n for n in ns}.values()]
     assert len(groups) == len(set(groups))
     assert split == split_recordings(folder, seed)
+
+
+def remarks(path): return check_recording(path)["remarks"]
+
+
+@pytest.mark.parametrize("lines, spare", [(FRAMES, 0), (FRAMES - 1, 1)])
+def test_last_frame_needs_no_line(tmp_path, lines, spare):
+    "A contractor's recording has as many lines as frames, or one fewer; its last frame is the target of its last action."
+    recording = open_recording(pairs.make_pair(tmp_path, "toy", FRAMES, lines))
+    assert len(recording) == len(list(recording.frames())) == len(recording.lines) == FRAMES
+    assert recording.actions.shape == (FRAMES, 28) and recording.teleported.shape == (FRAMES,)
+    assert pairs.ticks_of(recording.actions[: FRAMES - 1]) == list(range(FRAMES - 1))
+    assert not recording.teleported[:-1].any() and recording.spare_frames == spare
+    assert {len(v) for v in recording.state.values()} == {FRAMES} and "yaw" in recording.state
+    row = check_recording(tmp_path / "toy")
+    assert (row["used"], row["frames"], row["lines"], row["gaps"]) == (True, FRAMES, lines, 0)
+    assert any("last frame has no line" in r for r in row["remarks"]) == bool(spare)
+    if spare:
+        assert np.array_equal(recording.actions[-1], NOOP) and recording.teleported[-1]
+        assert recording.state["yaw"][-1] == recording.state["yaw"][-2]
+
+
+def test_check_folder_uses_what_has_one_line_fewer(tmp_path):
+    for i, lines in enumerate((FRAMES, FRAMES - 1, FRAMES - 2)): pairs.make_pair(tmp_path, f"r{i}", FRAMES, lines)
+    assert [r["used"] for r in check_folder(tmp_path, decode=True, progress=False)] == [True, True, False]
+    assert [p.stem for p in find_recordings(tmp_path)] == ["r0", "r1"]
+
+
+def test_rows_of_older_rules_hold_no_more(tmp_path):
+    "What was left out before a spare frame was kept is not left out for ever."
+    pairs.make_pair(tmp_path, "toy", FRAMES, FRAMES - 1)
+    check_folder(tmp_path, progress=False)
+    path = tmp_path / "checked.json"
+    told = json.loads(path.read_text())
+    told["recordings"]["toy"]["used"] = False
+    path.write_text(json.dumps(told))
+    assert not read_checks(tmp_path)["toy"]["used"]
+    path.write_text(json.dumps(told | {"version": told["version"] - 1}))
+    assert read_checks(tmp_path) == {} and check_folder(tmp_path, progress=False)[0]["used"]
+
+
+def gone(field): return {k: v for k, v in pairs.line(7).items() if k != field}
+
+
+@pytest.mark.parametrize("odd, said", [
+    ({**pairs.line(7), "mouse": None}, "mouse is 'None'"), ({**pairs.line(7), "keyboard": None}, "keyboard is 'None'"),
+    (gone("mouse"), "mouse.buttons is missing"), (gone("keyboard"), "keyboard.keys is missing"), ({}, "is missing"), (None, "the line is 'None'"),
+    ({**pairs.line(7), "mouse": {**pairs.line()["mouse"], "dx": math.nan}}, "mouse.dx is 'nan'"),
+    ({**pairs.line(7), "keyboard": {"keys": None}}, "keyboard.keys is 'None'"), ({**pairs.line(7), "hotbar": 9}, "hotbar is '9'")])
+@pytest.mark.parametrize("at", [0, 7, FRAMES - 1])
+def test_tick_without_its_action_is_a_gap(tmp_path, odd, said, at):
+    odd = odd if odd is None else {**odd, **{k: v for k, v in pairs.line(at).items() if k in odd and k not in ("mouse", "keyboard", "hotbar")}}
+    path = pairs.make_pair(tmp_path, "toy", FRAMES, rows=[odd if t == at else pairs.line(t) for t in range(FRAMES)])
+    recording, found = open_recording(path), remarks(path)
+    assert len(found) >= 1 and any(said in r and f"line {at + 1}" in r for r in found)
+    assert recording.teleported[at] and np.array_equal(recording.actions[at], NOOP)
+    near = {at - 1, at} if odd is None or "tick" not in odd else {at}  # a line that tells nothing at all tells no state either
+    if "hotbar is" in said: near = {at - 1, at} if at else {at}
+    assert set(np.flatnonzero(recording.teleported)) <= near | {at}
+    assert [t for t in pairs.ticks_of(recording.actions)] == [0 if t == at else t for t in range(FRAMES)]
+
+
+def test_ticks_without_action_are_counted(tmp_path):
+    path = pairs.make_pair(tmp_path, "toy", FRAMES, rows=[pairs.line(t, **({"mouse": None} if t in (3, 9, 30) else {})) for t in range(FRAMES)])
+    assert any("3 lines (line 4 first)" in r for r in remarks(path)) and check_recording(path)["gaps"] == 3
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_recording_without_actions_is_refused_plainly(tmp_path, good):
+    path = pairs.make_pair(tmp_path, "toy", FRAMES, rows=[pairs.line(t, **({} if t < good else {"mouse": None})) for t in range(FRAMES)])
+    row = check_recording(path)
+    assert not row["used"] and f"line {good + 1}: mouse is 'None'" in row["why"] and f"({FRAMES - good} of {FRAMES} lines" in row["why"]
+    assert "leave the recording out" in row["why"] and "download it again" not in row["why"]
+
+
+@pytest.mark.parametrize("field", ["tick", "milli", "yaw", "zpos", "isGuiOpen"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-1e999", "null", '"NaN"'])
+def test_number_that_is_none_is_a_gap(tmp_path, field, value):
+    "In clock or state: no window holds that frame, the others stay, and the state is finite."
+    rows = [json.dumps(pairs.line(t, **({field: "HERE"} if t == 20 else {}))).replace('"HERE"', value) for t in range(FRAMES)]
+    path = pairs.make_pair(tmp_path, "toy", FRAMES, rows=rows)
+    recording = open_recording(path)
+    assert np.flatnonzero(recording.teleported).tolist() == [19, 20]
+    assert all(np.isfinite(v).all() for v in recording.state.values()) and set(recording.state) == set(recordings.STATE)
+    assert any("line 21" in r for r in remarks(path)) and check_recording(path)["gaps"] == 2
+
+
+def test_clock_that_most_lines_lack_is_none(tmp_path):
+    path = pairs.make_pair(tmp_path, "toy", FRAMES, rows=[pairs.line(t, **({"tick": ...} if t else {})) for t in range(FRAMES)])
+    assert not open_recording(path).teleported.any() and any("lines without tick" in r for r in remarks(path))
+
+
+ONE = json.dumps(LINE).encode()
+ODD_BYTES = {
+    "BOM": b"\xef\xbb\xbf" + (ONE + b"\n") * FRAMES, "BOM and CRLF": b"\xef\xbb\xbf" + (ONE + b"\r\n") * FRAMES, "a BOM in each line": (b"\xef\xbb\xbf" + ONE + b"\n") * FRAMES,
+    "UTF-16": ((ONE + b"\r\n") * FRAMES).decode().encode("utf-16"), "blank lines": b"\n \r\n" + (ONE + b"\n\n\t\n") * FRAMES, "no last newline": (ONE + b"\n") * (FRAMES - 1) + ONE,
+    "control characters": (ONE.replace(b'"chars": ""', b'"chars": "\x16\t\x00"') + b"\n") * FRAMES, "zeros at the end": (ONE + b"\n") * FRAMES + bytes(100),
+    "last line broken off": (ONE + b"\n") * (FRAMES - 1) + ONE[:40], "broken beyond the last frame": (ONE + b"\n") * FRAMES + ONE[:40]}
+
+
+@pytest.mark.parametrize("raw", ODD_BYTES.values(), ids=ODD_BYTES)
+def test_odd_bytes_cost_no_recording(toy, raw):
+    toy.with_suffix(".jsonl").write_bytes(raw)
+    recording = open_recording(toy)
+    assert len(recording) == FRAMES and recording.spare_frames == (raw == ODD_BYTES["last line broken off"])
+    assert np.allclose(recording.actions[:-1, 22], 0.15)
+
+
+def test_numbers_of_lines_count_blank_ones(toy):
+    toy.with_suffix(".jsonl").write_bytes((ONE + b"\n\n") * 9 + b'{"mouse": \n' + (ONE + b"\n") * FRAMES)
+    with pytest.raises(RecordingError, match="jsonl, line 19: not JSON"): open_recording(toy)
+
+
+def test_without_isGuiOpen_there_is_no_cursor(tmp_path):
+    mouse = pairs.line()["mouse"] | {"x": 1270.0, "y": 10.0}
+    path = pairs.make_pair(tmp_path, "toy", 5, rows=[pairs.line(t, isGuiOpen=..., mouse=mouse) for t in range(5)])
+    assert (open_recording(path).actions[:, 20:22] == 0.5).all() and np.ptp(next(open_recording(path).frames())) == 0
+
+
+def painted(path): return [np.argwhere(np.ptp(f, 2) + abs(f.astype(int) - int(np.median(f))).max(2) > 20) for f in open_recording(path).frames()]
+
+
+def test_cursor_of_a_frame_without_a_line(tmp_path):
+    "It stands where the last action leaves it; with no action nobody knows, so no window holds the frame."
+    mouse = pairs.line()["mouse"] | {"x": 320.0, "y": 360.0, "dx": 320.0}
+    path = pairs.make_pair(tmp_path, "toy", 5, rows=[pairs.line(t, isGuiOpen=True, mouse=mouse) for t in range(4)])
+    first, *others = [at.min(0) for at in painted(path)]
+    assert first == pytest.approx([24, 20], abs=3) and [(at - first).tolist() for at in others] == [[0, 0]] * 3 + [[0, 20]]  # a quarter of 80
+    closed = pairs.line(3, isGuiOpen=True, mouse=mouse, keyboard={"keys": ["key.keyboard.e"]})
+    pairs.write_lines(path.with_suffix(".jsonl"), [pairs.line(t, isGuiOpen=True, mouse=mouse) for t in range(3)] + [closed])
+    assert [len(at) > 0 for at in painted(path)] == [True] * 4 + [False]
+    pairs.write_lines(path.with_suffix(".jsonl"), [pairs.line(t, isGuiOpen=True, mouse=None if t == 2 else mouse) for t in range(5)])
+    assert np.flatnonzero(open_recording(path).teleported).tolist() == [1, 2] and len(painted(path)[2]) == 0
+
+
+@pytest.mark.parametrize("lines", [20, 19])
+def test_frames_that_an_edit_list_hides_are_not_missed(tmp_path, lines):
+    "As `ffmpeg -ss ... -c copy` cuts: the packets before the cut stay in the file."
+    pairs.write_video(tmp_path / "long.mp4", 60, "libx264", g="60", bf="0")
+    with av.open(str(tmp_path / "long.mp4")) as whole, av.open(str(tmp_path / "cut.mp4"), "w", format="mp4") as part:
+        source = whole.streams.video[0]
+        target = part.add_stream_from_template(source)
+        packets = [p for p in whole.demux(source) if p.size]
+        step = packets[1].pts - packets[0].pts
+        for p in packets:
+            p.pts, p.dts, p.stream = p.pts - 40 * step, p.dts - 40 * step, target
+            part.mux(p)
+    pairs.write_lines(tmp_path / "cut.jsonl", [pairs.line(t) for t in range(lines)])
+    row = check_recording(tmp_path / "cut.mp4", decode=True)
+    assert row["used"] and row["frames"] == 20
+    shades = [int(f.mean()) for f in open_recording(tmp_path / "cut.mp4").frames()]
+    assert shades == pytest.approx([4 * t for t in range(40, 60)], abs=6)
+
+
+def test_hidden_files_are_no_recordings(toy):
+    for name in ("._toy.mp4", "._toy.jsonl", ".x.mp4", ".DS_Store", ".part"): toy.with_name(name).write_bytes(b"\0\5\26\7")
+    toy.with_name("folder.mp4").mkdir()
+    assert find_recordings(toy.parent) == [toy] and [r["name"] for r in check_folder(toy.parent, progress=False)] == ["toy"]
+
+
+def test_endings_in_capitals_are_taken(toy):
+    video, lines = toy.rename(toy.with_suffix(".MP4")), toy.with_suffix(".jsonl").rename(toy.with_suffix(".JSONL"))
+    assert find_recordings(toy.parent) == [video]
+    for path in (video, lines, toy, toy.with_suffix("")): assert open_recording(path).name == "toy"
+    assert check_folder(toy.parent, progress=False)[0]["used"] and read_checks(toy.parent)["toy"]["files"][1]
+
+
+def test_missing_folder_is_named(tmp_path):
+    for call in (find_recordings, check_folder, split_recordings):
+        with pytest.raises(RecordingError, match="none: no such folder"): call(tmp_path / "none")
+
+
+WHOLE = "cheeky-cornflower-setter-02e496ce4abb-20220421-092639"
+
+
+@pytest.mark.parametrize("end", ["", "_0740", ".chunk_000", "-part2", "_part_2", " (1)", ".000", "-clip-3", "_0740.chunk_001", ".seg12", "_copy", "b", "-trimmed", ".cut_1.part2"])
+def test_pieces_stay_with_their_session(end):
+    assert group_of(WHOLE + end) == "cheeky-cornflower-setter-02e496ce4abb"
+    if end not in ("b", "-trimmed"): assert group_of("match 7" + end) == "match 7"
+
+
+@pytest.mark.parametrize("name", ["world-209", "part2", "2022-01-05", "clip", "copy", "_3"])
+def test_names_that_only_look_like_pieces(name): assert group_of(name) == name
+
+
+@pytest.mark.parametrize("about", ["split.json", "manifest.json"])
+@pytest.mark.parametrize("code", ["utf-8-sig", "utf-16"])
+def test_sides_are_read_with_a_byte_order_mark(tmp_path, about, code):
+    for n in "abc": pairs.make_pair(tmp_path, n, 2)
+    sides = dict(zip(SIDES, (["a"], ["b"], ["c"])))
+    told = sides if about == "split.json" else {"recordings": {n: {"side": side, "url": ""} for side, (n,) in sides.items()}}
+    (tmp_path / about).write_bytes(json.dumps(told).encode(code))
+    assert split_recordings(tmp_path) == sides
+    (tmp_path / about).write_text("{")
+    with pytest.raises(RecordingError, match=f"{about}, line 1: not JSON"): split_recordings(tmp_path)
+    (tmp_path / about).write_text("[]")
+    with pytest.raises(RecordingError, match=f"{about}: "): split_recordings(tmp_path)
+
+
+@pytest.mark.parametrize("version, factor", [("5.7", "0.5"), ("6.9", "2"), ("6.13", None), ("7.6", None), ("16.9", None), ("10.0", None)])
+@pytest.mark.parametrize("screen", [True, False])
+def test_mouse_on_a_screen_of_old_recorders_is_remarked(tmp_path, version, factor, screen):
+    path = pairs.make_pair(tmp_path, "toy", 4, rows=[pairs.line(t, isGuiOpen=screen) for t in range(4)])
+    (tmp_path / "manifest.json").write_text(json.dumps({"recordings": {"toy": {"url": f"https://example.org/x/data/{version}/toy.mp4", "side": "train"}}}))
+    told = [r for r in remarks(path) if "recorder version" in r]
+    assert [f"version {version}" in r and f"x {factor};" in r and "not scaled (4 ticks)" in r for r in told] == [True] * (factor is not None and screen)
+
+
+def test_folder_that_may_only_be_read_keeps_its_checks_in_the_cache(toy, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MINECRAFT_JEPA_CACHE", str(tmp_path_factory.mktemp("cache")))
+    toy.with_name("lone.mp4").write_bytes(b"")
+    real = recordings.write_json
+    def refuse(path, value):
+        if path.parent == toy.parent: raise PermissionError(13, "Permission denied", str(path))
+        real(path, value)
+    monkeypatch.setattr(recordings, "write_json", refuse)
+    for _ in range(2): assert [r["used"] for r in check_folder(toy.parent, progress=False)] == [False, True]
+    assert find_recordings(toy.parent) == [toy] and not (toy.parent / "checked.json").exists()
+    monkeypatch.setenv("MINECRAFT_JEPA_CACHE", str(toy))  # no cache either
+    with pytest.warns(UserWarning, match="can't be written.*MINECRAFT_JEPA_CACHE"): assert len(check_folder(toy.parent, progress=False)) == 2
+
+
+@pytest.mark.parametrize("given, place", [("~/x", "HOME/x"), ("$HOME/x", "HOME/x"), ("${HOME}/x", "HOME/x"), ("here/x", "CWD/here/x"), ("", "HOME/.cache/minecraft_jepa"), (" ", "HOME/.cache/minecraft_jepa"), (None, "HOME/.cache/minecraft_jepa")])
+def test_cache_is_where_a_shell_would_say(tmp_path, monkeypatch, given, place):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MINECRAFT_JEPA_CACHE") if given is None else monkeypatch.setenv("MINECRAFT_JEPA_CACHE", given)
+    assert str(cache_root()) == place.replace("HOME", str(tmp_path / "home")).replace("CWD", str(tmp_path / "cwd"))
+
+
+@pytest.mark.parametrize("given, said", [("FILE", "is a file"), ("FILE/x", "is a file"), ("$UNSET_VARIABLE/x", "is not set"), ("s3://bucket/x", "is a URL")])
+def test_cache_that_cannot_be_is_told(toy, monkeypatch, given, said):
+    monkeypatch.setenv("MINECRAFT_JEPA_CACHE", given.replace("FILE", str(toy)))
+    with pytest.raises(ValueError, match=said + ".*MINECRAFT_JEPA_CACHE"): cache_root()
+
+
+def test_without_a_home_the_cache_is_asked_for(monkeypatch):
+    monkeypatch.delenv("MINECRAFT_JEPA_CACHE")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    with pytest.raises(ValueError, match="set MINECRAFT_JEPA_CACHE"): cache_root()
+    assert find_recordings(DATA)  # needs no cache
+
+
+def test_cores_are_those_allowed(monkeypatch):
+    monkeypatch.setattr(recordings, "_quota", lambda: math.inf)
+    monkeypatch.setattr(recordings.os, "sched_getaffinity", lambda _: {0, 3, 5})
+    assert cores() == 3
+    for quota, allowed in ((0.5, 1), (1.5, 2), (2.0, 2), (64.0, 3)):
+        monkeypatch.setattr(recordings, "_quota", lambda: quota)
+        assert cores() == allowed
+
+
+def test_whole_numbers_of_any_library_are_taken_or_refused():
+    for kind in (np.uint8, np.int8, np.int16, np.uint64, torch.tensor, np.array):
+        assert type(whole_number(kind(60))) is int and whole_number(kind(60)) == 60
+    for wrong in (60.0, np.float32(60), torch.tensor(60.0), True, np.True_, torch.tensor(True), "60", None, [60], np.array([6, 0])):
+        with pytest.raises(ValueError, match="batch=.* must be a whole number"): whole_number(wrong, "batch")
+    with pytest.raises(ValueError, match="batch=0 must be at least 1"): whole_number(np.uint8(0), "batch", 1)

@@ -622,6 +622,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'minecraft_jepa.shards._split_of': ('shards.html#_split_of', 'minecraft_jepa/shards.py'),
                                        'minecraft_jepa.shards._write_shard': ('shards.html#_write_shard', 'minecraft_jepa/shards.py'),
                                        'minecraft_jepa.shards.cut_segments': ('shards.html#cut_segments', 'minecraft_jepa/shards.py'),
+                                       'minecraft_jepa.shards.deal_evenly': ('shards.html#deal_evenly', 'minecraft_jepa/shards.py'),
                                        'minecraft_jepa.shards.draw_windows': ('shards.html#draw_windows', 'minecraft_jepa/shards.py'),
                                        'minecraft_jepa.shards.every': ('shards.html#every', 'minecraft_jepa/shards.py'),
                                        'minecraft_jepa.shards.some_windows': ('shards.html#some_windows', 'minecraft_jepa/shards.py'),

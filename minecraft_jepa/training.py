@@ -45,7 +45,7 @@ from .dit import DiT, RegressionHead
 from .ema import ema_update, frozen_copy, momentum_at
 from .jepa import WorldModel, collapse_alarm, collapse_metrics
 from .recordings import split_recordings
-from .shards import ShardError, ShardWindows
+from .shards import ShardError, ShardWindows, some_windows
 
 # %% ../nbs/13_training.ipynb #f1f45602
 def make_optimizer(
@@ -162,23 +162,21 @@ def _windows(data, names, ticks, rollout, batch, seed, step, rank=0, world=1, fa
 
 def _shard_windows(url, names, ticks, rollout, batch, seed, step, rank, world, far):
     windows = ShardWindows(url, ticks, rollout, batch // world, seed, names, rank=rank, world=world, far=far)
-    epoch = 0
+    windows.resume_at(step)  # epochs may differ in length
     while True:
-        windows.resume(epoch, 0)
-        many = windows.batches()[0]  # of this epoch: those of another may be more or fewer
-        if not many: raise ValueError(f"{url}: in epoch {epoch} some of {world} processes have no batch of {batch // world} windows; take a smaller batch, fewer processes or more recordings")
-        if step < many:
-            windows.resume(epoch, step)
-            yield from windows
-        epoch, step = epoch + 1, max(step - many, 0)
+        yield from windows
+        epoch = windows.epoch + 1
+        windows.resume(epoch)
+        if not windows.batches()[0]: raise ShardError(f"{url}: epoch {epoch} has no batch of {batch} windows for {world} processes; take a smaller batch, fewer processes or more recordings")
 
 def _to_look_at(data, names, ticks, rollout, many, seed):
     "`many` windows for evaluation, the same in all processes; of few, each several times."
     if not _is_url(data): return next(sample_windows(data, names, ticks, rollout, many, seed, 0))
-    windows = ShardWindows(data, ticks, rollout, many, seed, names, even=False, rank=0, world=1)
-    frames, actions = next(iter(windows))
+    frames, actions = some_windows(data, many, ticks, rollout, seed, names)
     again = torch.arange(many) % len(frames)
     return frames[again], actions[again]
+
+_LOOK = 128  # windows to validate on
 
 def _is_url(data): return isinstance(data, (str, os.PathLike))
 
@@ -228,7 +226,7 @@ class Log:
         if self.path: self.file.close()
         self._draw("close")
 
-# %% ../nbs/13_training.ipynb #d192d0fb
+# %% ../nbs/13_training.ipynb #750c4875
 def _rows_of(path):
     "Rows of a log, up to the first that was not written whole."
     rows = []
@@ -374,7 +372,7 @@ def _as(v, p):
     from torch.distributed.tensor import DTensor
     return DTensor.from_local(v.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
-# %% ../nbs/13_training.ipynb #792850da
+# %% ../nbs/13_training.ipynb #24913dde
 class InUseError(OSError):
     "A run is at work in the folder."
 
@@ -415,7 +413,7 @@ def _lives(other, locked, read, watch):
         if read() not in ({}, other): return True
     return False
 
-# %% ../nbs/13_training.ipynb #2ff509cd
+# %% ../nbs/13_training.ipynb #2969c12b
 class _Hold:
     "A folder held by this process. InUseError where another has it."
     beat, watch = 3.0, 10.0  # seconds between marks; looked at before one from elsewhere is dead
@@ -471,7 +469,7 @@ class _Hold:
         os.close(self.file)
         if self.made and not any(self.folder.iterdir()): self.folder.rmdir()
 
-# %% ../nbs/13_training.ipynb #cbc4a65f
+# %% ../nbs/13_training.ipynb #b0827a32
 _HELD = set()  # (process, folder): a training calls others in its own folder
 
 @contextmanager
@@ -598,7 +596,7 @@ def _agree(engine, good):
     torch.distributed.all_reduce(bad)
     return not bad.item()
 
-# %% ../nbs/13_training.ipynb #ec2ab06a
+# %% ../nbs/13_training.ipynb #775202b8
 class _Fit:
     "A training on its way: what `fit` holds between two steps."
     def __init__(self, job, settings, seed, folder, minutes, go_on, engine):
@@ -655,7 +653,7 @@ class _Fit:
         return seconds
 
 
-# %% ../nbs/13_training.ipynb #646a0632
+# %% ../nbs/13_training.ipynb #401d8c02
 class _Timed(_Fit):
     "What a training does about its time, and about steps that are not sound."
     def _plan(self):
@@ -702,7 +700,7 @@ class _Timed(_Fit):
         self.batches.close()
         self.log.close()
 
-# %% ../nbs/13_training.ipynb #ea9795c0
+# %% ../nbs/13_training.ipynb #368c597d
 class _Course(_Timed):
     "The steps of a training."
     def take(self):
@@ -748,7 +746,7 @@ class _Course(_Timed):
         if last and not _agree(self.engine, _sound({k: _local(v) for k, v in self.inner.state_dict().items()})):
             raise FloatingPointError(f"step {step}: a weight is not finite any more: {_ADVICE}")
 
-# %% ../nbs/13_training.ipynb #c923fd1f
+# %% ../nbs/13_training.ipynb #653834b3
 def fit(
     job,            # Job
     settings,       # config.train
@@ -912,7 +910,7 @@ class _Best:
         return model
 
 
-# %% ../nbs/13_training.ipynb #ded0bf71
+# %% ../nbs/13_training.ipynb #078065e7
 def train_world_model(
     config,         # minecraft_jepa.config.Config
     data,           # ClipStore, or the URL of shards
@@ -939,7 +937,7 @@ def train_world_model(
     model = WorldModel(config)
     if j.inverse and not j.tilt: model.inverse.height.requires_grad_(False)  # has no task then
     if start: model.start_from(start)
-    check = _differing(data, held_out, _to_look_at(data, held_out, ticks, 8, 128, seed))
+    check = _differing(data, held_out, _to_look_at(data, held_out, ticks, 8, _LOOK, seed))
     def batches(step, rank, world): return _windows(data, names, ticks, j.rollout, t.batch, seed, step, rank, world, j.far)
     def after(model, step, steps): model.update_teacher(momentum_at(step, steps, j.ema_start, j.ema_end) if j.anti_collapse == "ema" else 0.0)
     def evaluate(model, step, log):
@@ -1092,7 +1090,7 @@ def check_memory(
             if needs <= 0.9 * available: raise MemoryPlanError(f"{told}; checkpoint_activations={light}, {name}={value} needs {gb(needs)}")
     raise MemoryPlanError(f"{told}; not even one sample at a time fits: take a smaller preset, or more GPUs and FSDP2")
 
-# %% ../nbs/13_training.ipynb #d32b3fc6
+# %% ../nbs/13_training.ipynb #90212c87
 def _smaller(config, processes):
     "Settings with which less is kept at a time: parts of the batch, where the loss allows them, else smaller batches."
     t, halves = config.train, [2**i for i in range(20)]
@@ -1144,7 +1142,7 @@ def _world_model_or_done(config, data, split, seed, device, out, minutes, start,
     if _done(out).is_file(): return WorldModel.from_pretrained(out, config), _rows_of(out / "world_model.jsonl")
     return train_world_model(config, data, split["train"], split["validation"], None, seed, device, out, minutes, start, go_on)
 
-# %% ../nbs/13_training.ipynb #398def41
+# %% ../nbs/13_training.ipynb #e7015170
 def _begun(out):
     "Settings and recordings of the run in the folder, None where there is nothing to go on from."
     kept = [out / "training.json", _done(out), *out.glob("*_checkpoints/step_*")]

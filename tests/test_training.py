@@ -156,7 +156,7 @@ def test_two_processes_do_what_one_does(store, tmp_path, sharded):
 @pytest.mark.parametrize("world", [2, 3])
 def test_shards_of_unequal_epochs_end_with_the_same_bits_after_a_kill_in_each(shards, tmp_path, world):
     "Real processes, three epochs: a reader that gave nothing for ever, or other batches after a kill."
-    batch = 36 * world
+    batch = 48 * world
     plan = ShardWindows(shards, 5, 2, batch // world, 0, TRAIN, rank=0, world=world)
     many = []
     for epoch in range(3):
@@ -671,8 +671,17 @@ def test_the_position_in_shards_is_carried_through_epochs(shards, world):
     for step in (1, 3, 6, 9, 13): assert torch.equal(next(training._windows(*words(step, world - 1)))[1], whole[step])
 
 
+def test_eight_ranks_see_nearly_every_window_in_an_epoch(shards):
+    "Dealt out by turns, segments left a rank with far fewer windows than another, and every rank gives as few."
+    plan = ShardWindows(shards, 5, 2, 4, 0, TRAIN, rank=0, world=8)
+    for epoch in range(5):
+        plan.resume(epoch)
+        windows = [sum(len(plan.starts[s]) for s in mine) for mine in plan.readers(1)]
+        assert sum(windows) == sum(map(len, plan.starts)) and 8 * min(windows) > 0.9 * sum(windows)
+
+
 def test_an_epoch_without_a_batch_is_an_error(shards):
-    with pytest.raises(ValueError, match="have no batch of 5000 windows; take a smaller batch"): next(training._windows(shards, TRAIN, 25, 2, 10_000, 0, 0, 0, 2))
+    with pytest.raises(training.ShardError, match="no batch of 5000 for each of 2 readers; take a smaller batch"): next(training._windows(shards, TRAIN, 25, 2, 10_000, 0, 0, 0, 2))
 
 
 def test_every_parameter_that_learns_has_a_task(store):

@@ -766,6 +766,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                          'minecraft_jepa.training._shard': ('training.html#_shard', 'minecraft_jepa/training.py'),
                                          'minecraft_jepa.training._shard_windows': ( 'training.html#_shard_windows',
                                                                                      'minecraft_jepa/training.py'),
+                                         'minecraft_jepa.training._shards_about': ( 'training.html#_shards_about',
+                                                                                    'minecraft_jepa/training.py'),
                                          'minecraft_jepa.training._shards_split': ( 'training.html#_shards_split',
                                                                                     'minecraft_jepa/training.py'),
                                          'minecraft_jepa.training._smaller': ('training.html#_smaller', 'minecraft_jepa/training.py'),

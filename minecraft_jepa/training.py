@@ -178,6 +178,8 @@ def _to_look_at(data, names, ticks, rollout, many, seed):
 
 _LOOK = 128  # windows to validate on
 
+def _shards_about(url): return ShardWindows(url, 1, 1, 1, rank=0, world=1).about  # any shards have such windows
+
 def _is_url(data): return isinstance(data, (str, os.PathLike))
 
 
@@ -226,7 +228,7 @@ class Log:
         if self.path: self.file.close()
         self._draw("close")
 
-# %% ../nbs/13_training.ipynb #750c4875
+# %% ../nbs/13_training.ipynb #9c896250
 def _rows_of(path):
     "Rows of a log, up to the first that was not written whole."
     rows = []
@@ -372,7 +374,7 @@ def _as(v, p):
     from torch.distributed.tensor import DTensor
     return DTensor.from_local(v.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
-# %% ../nbs/13_training.ipynb #24913dde
+# %% ../nbs/13_training.ipynb #7eb67ea6
 class InUseError(OSError):
     "A run is at work in the folder."
 
@@ -413,7 +415,7 @@ def _lives(other, locked, read, watch):
         if read() not in ({}, other): return True
     return False
 
-# %% ../nbs/13_training.ipynb #2969c12b
+# %% ../nbs/13_training.ipynb #7902d44a
 class _Hold:
     "A folder held by this process. InUseError where another has it."
     beat, watch = 3.0, 10.0  # seconds between marks; looked at before one from elsewhere is dead
@@ -469,7 +471,7 @@ class _Hold:
         os.close(self.file)
         if self.made and not any(self.folder.iterdir()): self.folder.rmdir()
 
-# %% ../nbs/13_training.ipynb #b0827a32
+# %% ../nbs/13_training.ipynb #2441f633
 _HELD = set()  # (process, folder): a training calls others in its own folder
 
 @contextmanager
@@ -596,7 +598,7 @@ def _agree(engine, good):
     torch.distributed.all_reduce(bad)
     return not bad.item()
 
-# %% ../nbs/13_training.ipynb #775202b8
+# %% ../nbs/13_training.ipynb #3eaaf184
 class _Fit:
     "A training on its way: what `fit` holds between two steps."
     def __init__(self, job, settings, seed, folder, minutes, go_on, engine):
@@ -617,7 +619,7 @@ class _Fit:
         self.batches, self.ready = Prefetched(job.batches(self.first, self.rank, self.world)), []
         self.unsound, self.pace = 0, None
         try:
-            if minutes: self._plan()
+            if minutes and (not self.step or self.step < self.schedule.steps): self._plan()
         except BaseException:
             self.close()
             raise
@@ -653,7 +655,7 @@ class _Fit:
         return seconds
 
 
-# %% ../nbs/13_training.ipynb #401d8c02
+# %% ../nbs/13_training.ipynb #b9494d1d
 class _Timed(_Fit):
     "What a training does about its time, and about steps that are not sound."
     def _plan(self):
@@ -700,7 +702,7 @@ class _Timed(_Fit):
         self.batches.close()
         self.log.close()
 
-# %% ../nbs/13_training.ipynb #368c597d
+# %% ../nbs/13_training.ipynb #f57b1aad
 class _Course(_Timed):
     "The steps of a training."
     def take(self):
@@ -746,7 +748,7 @@ class _Course(_Timed):
         if last and not _agree(self.engine, _sound({k: _local(v) for k, v in self.inner.state_dict().items()})):
             raise FloatingPointError(f"step {step}: a weight is not finite any more: {_ADVICE}")
 
-# %% ../nbs/13_training.ipynb #653834b3
+# %% ../nbs/13_training.ipynb #dde95b24
 def fit(
     job,            # Job
     settings,       # config.train
@@ -864,7 +866,7 @@ def _contents(data, names):
     "Hash of the recordings themselves; of shards, of the segments."
     if _is_url(data):
         wanted = set(names)
-        told = [[g["name"], g["first"], g["frames"], *g["at"][1:]] for s in ShardWindows(data).about["shards"] for g in s["segments"] if g["name"] in wanted]
+        told = [[g["name"], g["first"], g["frames"], *g["at"][1:]] for s in _shards_about(data)["shards"] for g in s["segments"] if g["name"] in wanted]
     else: told = [[n, sorted(v["sha256"] for v in data.about[n].get("source", {}).values())] for n in sorted(names)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
@@ -900,7 +902,10 @@ class _Best:
     def __init__(self, folder): self.folder, self.state = folder, None
 
     def keep(self, model):
-        if self.folder: return _save_on_main(model, self.folder)
+        if self.folder:
+            if PartialState().is_main_process:  # what an earlier model left says nothing of this one
+                for left in (_done(self.folder), Path(self.folder) / "training.json"): left.unlink(missing_ok=True)
+            return _save_on_main(model, self.folder)
         self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
 
     def give(self, model, config):
@@ -910,7 +915,7 @@ class _Best:
         return model
 
 
-# %% ../nbs/13_training.ipynb #078065e7
+# %% ../nbs/13_training.ipynb #6079c67f
 def train_world_model(
     config,         # minecraft_jepa.config.Config
     data,           # ClipStore, or the URL of shards
@@ -949,7 +954,6 @@ def train_world_model(
     best = _Best(folder)
     job = Job("world_model", model, parts, batches, t.batch, t.lr, steps, run, after, evaluate, error_over_copying, best.keep)
     with alone(folder, engine):
-        if folder and engine.is_main_process: _done(folder).unlink(missing_ok=True)
         model, history = fit(job, t, seed, device, folder, minutes, go_on)
         if not any(_was_kept(r) for r in history): raise FloatingPointError(f"no evaluation gave an error that can be compared: {_ADVICE}")
         engine.wait_for_everyone()
@@ -1090,7 +1094,7 @@ def check_memory(
             if needs <= 0.9 * available: raise MemoryPlanError(f"{told}; checkpoint_activations={light}, {name}={value} needs {gb(needs)}")
     raise MemoryPlanError(f"{told}; not even one sample at a time fits: take a smaller preset, or more GPUs and FSDP2")
 
-# %% ../nbs/13_training.ipynb #90212c87
+# %% ../nbs/13_training.ipynb #5ba041cb
 def _smaller(config, processes):
     "Settings with which less is kept at a time: parts of the batch, where the loss allows them, else smaller batches."
     t, halves = config.train, [2**i for i in range(20)]
@@ -1139,15 +1143,19 @@ def _train_both(config, data, split, out, seed, device, minutes, start, go_on):
 
 def _world_model_or_done(config, data, split, seed, device, out, minutes, start, go_on):
     "The finished world model of a run whose decoders were killed, else train it."
-    if _done(out).is_file(): return WorldModel.from_pretrained(out, config), _rows_of(out / "world_model.jsonl")
+    if _done(out).is_file():
+        rows = _rows_of(out / "world_model.jsonl") or [{"step": config.train.steps, "seconds": 0.0}]
+        return WorldModel.from_pretrained(out, config), rows
     return train_world_model(config, data, split["train"], split["validation"], None, seed, device, out, minutes, start, go_on)
 
-# %% ../nbs/13_training.ipynb #e7015170
+# %% ../nbs/13_training.ipynb #ab930baf
 def _begun(out):
     "Settings and recordings of the run in the folder, None where there is nothing to go on from."
     kept = [out / "training.json", _done(out), *out.glob("*_checkpoints/step_*")]
     if not any(p.exists() for p in kept): return None
-    if (out / "run.json").is_file(): return json.loads((out / "run.json").read_text())
+    try: return json.loads((out / "run.json").read_text())
+    except FileNotFoundError: pass
+    except ValueError as e: raise ValueError(f"{out / 'run.json'} can't be read ({e}); give another folder") from None
     found = {"settings": {}}  # of an older version: what its files say
     if (out / "training.json").is_file(): found["settings"] |= {"seed": json.loads((out / "training.json").read_text()).get("seed", 0)}
     if (out / "config.json").is_file(): found["settings"] |= _leaves(load_config(out / "config.json"))
@@ -1170,7 +1178,7 @@ def _recordings(config, data, seed, begun):
     return data, {s: split[s] for s in ("train", "validation")}
 
 def _shards_split(url):
-    try: split = ShardWindows(url).about["split"]
+    try: split = _shards_about(url)["split"]
     except (ValueError, OSError, ShardError, ImportError): raise
     except Exception as e:  # whatever the storage's own library raises
         raise ShardError(f"{url} can't be read: {type(e).__name__}: {e}") from e

@@ -111,6 +111,8 @@ def test_export_and_clean_change_nothing(tmp_path):
     ignore = shutil.ignore_patterns("kernel-ipc-*", ".*", "__pycache__")
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=ignore)
     for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "minecraft_jepa").mkdir()
+    shutil.copy(ROOT / "minecraft_jepa/__init__.py", tmp_path / "minecraft_jepa")  # written by hand but for the version
     clean = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # set, it makes nbdev_export do nothing
     for tool in ("nbdev_export", "nbdev_clean"):
         subprocess.run([Path(sys.executable).parent / tool], cwd=tmp_path, env=clean, check=True, stdin=subprocess.DEVNULL)

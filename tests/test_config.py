@@ -1,0 +1,158 @@
+"Settings: what can't be is refused where the tree is made, for every leaf and at every door."
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minecraft_jepa import config as module
+from minecraft_jepa.config import (
+    Config, cores_allowed, load_config, parse_changes, preset, seed_everything,
+    study_parameters, whole_number)
+
+ROOT = Path(__file__).parent.parent
+SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "name"}
+LEAVES = [(s, f) for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
+NUMBERS = [(s, f) for s, f in LEAVES if f.type in (int, float)]
+ids = lambda leaves: [f"{s}.{f.name}" for s, f in leaves]
+
+
+def beyond(f):
+    "Values on the wrong side of each bound of a leaf."
+    r = f.metadata
+    if "least" in r: yield r["least"] - 1
+    if "above" in r: yield r["above"]
+    yield r["most"] + 1
+
+
+@pytest.mark.parametrize("section,leaf", NUMBERS, ids=ids(NUMBERS))
+def test_a_number_that_cannot_be_is_refused_for_every_leaf(section, leaf):
+    assert "most" in leaf.metadata and {"least", "above"} & set(leaf.metadata)
+    for wrong in (*beyond(leaf), float("nan"), float("inf"), -float("inf"), True, None, "1", 1j):
+        with pytest.raises(ValueError, match=rf"^{section}\.{leaf.name}="):
+            preset("tiny", **{f"{section}_{leaf.name}": wrong})
+        with pytest.raises(ValueError, match=rf"^{section}\.{leaf.name}="):
+            SECTIONS[section](**{leaf.name: wrong})
+
+
+@pytest.mark.parametrize("section,leaf", LEAVES, ids=ids(LEAVES))
+def test_a_file_with_a_leaf_that_cannot_be_names_its_line(section, leaf, tmp_path):
+    tree = json.loads(preset("tiny").to_json())
+    tree[section][leaf.name] = -1 if leaf.type in (int, float) and leaf.name != "time_mean" else None
+    (tmp_path / "config.json").write_text(json.dumps(tree, indent=1))
+    with pytest.raises(ValueError, match=rf"line \d+: {section}\.{leaf.name}=") as e:
+        load_config(tmp_path / "config.json")
+    number = int(str(e.value).split("line ")[1].split(":")[0])
+    assert f'"{leaf.name}"' in (tmp_path / "config.json").read_text().splitlines()[number - 1]
+
+
+def test_a_whole_float_stands_for_no_whole_number_and_a_whole_number_for_a_float():
+    with pytest.raises(ValueError, match="train.batch=8.0 must be a whole number"):
+        preset("tiny", batch=8.0)
+    assert type(preset("tiny", lr=1).train.lr) is float
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint8, np.int16, torch.tensor])
+def test_whole_numbers_of_any_type_are_taken(kind):
+    config = preset("tiny", steps=kind(5), lr=np.float32(0.5))
+    assert type(config.train.steps) is int and type(config.train.lr) is float
+    assert json.loads(config.to_json())["train"]["steps"] == 5
+    seed_everything(kind(3))
+    a = torch.rand(1)
+    seed_everything(3)
+    assert torch.equal(a, torch.rand(1))
+
+
+@pytest.mark.parametrize("wrong", [True, np.True_, 1.0, "1", None, -1, [1]])
+def test_a_seed_that_is_no_whole_number_is_refused(wrong):
+    with pytest.raises(ValueError, match="seed="): seed_everything(wrong)
+    with pytest.raises(ValueError, match="n="): whole_number("n", wrong)
+
+
+def test_leaves_that_do_not_go_together_are_refused():
+    with pytest.raises(ValueError, match="decoder_batch=2 can't be cut into accumulate=4"):
+        preset("tiny", decoder_batch=2, accumulate=4)
+    with pytest.raises(ValueError, match="batch=16 can't be cut into accumulate=3"):
+        preset("tiny", accumulate=3)
+    with pytest.raises(ValueError, match="is not a whole number of patches"):
+        preset("tiny", height=50)
+    assert preset("tiny", height=64, frame_width=64, patch=32).frame.patches == 4  # one at a time they do not fit
+    with pytest.raises(ValueError, match="is given twice"): preset("tiny", batch=8, train_batch=8)
+    with pytest.raises(ValueError, match="train="): Config(train={"steps": 3})
+
+
+@pytest.mark.parametrize("word,value", [
+    ("lr=1e-4", 1e-4), ("lr=.001", 1e-3), ("lr=+1e-4", 1e-4), ("steps=1_000", 1000), ("steps=1e3", 1000),
+    ("checkpoint_activations=True", True), ("compile=off", False), ("lr = 1e-4", 1e-4),
+    ("anti_collapse='ema'", "ema"), ('kind="adaln"', "adaln")])
+def test_settings_are_read_as_people_write_them(word, value):
+    (read,) = parse_changes([word]).values()
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize("words", [
+    ["batch", "64"], ["batch=16,"], ["batch="], ["lr=1,5"], ["lr=fast"], ["steps=1.5"], ["steps=inf"],
+    ["compile=2"], ["stpes=4"], ["lr=1", "lr=2"]])
+def test_a_setting_that_cannot_be_read_is_named(words):
+    with pytest.raises(ValueError) as e: preset("tiny", **parse_changes(words))
+    assert repr(words[0].split("=")[0]).strip("'") in str(e.value)
+
+
+def given(tmp_path, **more):
+    known = dict(preset_name="tiny", data_dir=".", out_dir=str(tmp_path / "out"), weights="", steps=3, seed=0, device="cpu")
+    return known | more
+
+
+@pytest.mark.parametrize("name,wrong", [
+    ("steps", None), ("steps", True), ("steps", "5"), ("steps", 2.5), ("steps", -1), ("seed", "null"),
+    ("seed", None), ("data_dir", None), ("data_dir", ""), ("data_dir", 3), ("out_dir", None), ("out_dir", " "),
+    ("weights", True), ("preset_name", None), ("preset_name", ["tiny"]), ("device", None), ("device", "tpu")])
+def test_a_parameter_of_an_odd_kind_is_named(tmp_path, name, wrong):
+    with pytest.raises(ValueError, match=f"^{name}="): study_parameters(given(tmp_path, **{name: wrong}))
+
+
+def test_other_names_in_the_kernel_do_not_stop_a_study(tmp_path):
+    own = dict(Path=Path, np=np, display=print, my_note="first try", data={"a": 1}, out=[1], n=3, ClipStore=dict)
+    assert study_parameters(given(tmp_path, **own, In=["", "from pathlib import Path"])).steps == 3
+
+
+@pytest.mark.parametrize("more,named", [
+    ({"stpes": 3}, "steps"), ({"seeds": 1}, "seed"), ({"data_dri": "x"}, "data_dir"), ({"weigths": "x"}, "weights"),
+    ({"epochs": 3, "In": ["", "# Parameters\nepochs = 3\nsteps = 2\n"]}, "Known")])
+def test_a_misspelt_parameter_is_refused(tmp_path, more, named):
+    with pytest.raises(ValueError, match=f"unknown parameter '{next(iter(more))}'.*{named}"):
+        study_parameters(given(tmp_path, **more))
+
+
+def test_a_parameter_that_is_not_set_is_named(tmp_path):
+    names = given(tmp_path)
+    del names["seed"]
+    with pytest.raises(ValueError, match="parameter 'seed' is not set"): study_parameters(names)
+
+
+def test_an_out_dir_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="out_dir=.*can't be made"):
+        study_parameters(given(tmp_path, out_dir=str(tmp_path / "file" / "in")))
+
+
+def test_cores_are_those_that_are_allowed(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert cores_allowed() == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(module.Path, "read_text", lambda self, *a: "150000 100000\n")
+    assert cores_allowed() == 2
+
+
+@pytest.mark.parametrize("own,said", [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_do_not_spin_whatever_is_imported(own, said):
+    "The package says so before any module of it loads torch, and with it OpenMP, which reads it once."
+    free = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    source = "import minecraft_jepa, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, env=free | own, capture_output=True, text=True)
+    assert done.stdout.split() == [said, "False"], done.stderr

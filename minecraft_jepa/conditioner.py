@@ -7,6 +7,7 @@ __all__ = ['ActionTokens', 'recency_bias', 'CrossAttentionConditioner', 'AdaLNCo
 
 # %% ../nbs/09_conditioner.ipynb #c24fb18b
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .actions import ACTION_DIM, ACTION_NAMES
@@ -28,9 +29,11 @@ class ActionTokens(nn.Module):
         self.position = nn.Parameter(sincos_table(torch.arange(ticks), width))  # distinct from the start, then learned
 
     def forward(self, actions):
-        if tuple(actions.shape[1:]) != (len(self.position), ACTION_DIM):
-            raise ValueError(f"actions are {tuple(actions.shape)}, expected (batch, {len(self.position)}, {ACTION_DIM}): ticks t-{len(self.position) - 1} .. t")
-        return self.embed(actions * self.scale) + self.position  # (b, ticks, d)
+        return self.look(actions) + self.position  # (b, ticks, d)
+
+    def look(self, actions):
+        "As many tokens as there are ticks, (b, T, 28) -> (b, T, d), without position."
+        return self.embed(actions * self.scale)
 
 # %% ../nbs/09_conditioner.ipynb #29ced25a
 def recency_bias(
@@ -54,8 +57,28 @@ class CrossAttentionConditioner(nn.Module):
         self.recency = nn.Parameter(recency_bias(c.ticks, c.heads))
 
     def forward(self, z, actions):
-        context = self.tokens(actions)  # (b, ticks, d)
-        for block in self.blocks: z = block(z, context, self.recency)
+        return self.at(z, self.read(actions), 0)
+
+    def read(self, actions):
+        "What `at` needs of all ticks (b, T, 28) of a rollout."
+        told = self.tokens.look(actions)  # (b, T, d)
+        ahead = [block.attend.kv for block in self.blocks]
+        whole = all(type(kv.weight) is nn.Parameter for kv in ahead)  # no shards of FSDP
+        if torch.is_grad_enabled() or not whole:
+            return told, None
+        return told, [(F.linear(told, kv.weight), kv(self.tokens.position)) for kv in ahead]
+
+    def at(self, z, told, k):
+        "The tokens (b, n, d) after the window that begins at tick `k` of what was read, and None."
+        told, ready = told
+        window, position = slice(k, k + len(self.tokens.position)), self.tokens.position
+        if ready is None:
+            context = told[:, window] + position  # (b, ticks, d)
+            for block in self.blocks:
+                z = block(z, context, self.recency)
+            return z, None
+        for block, (kv, place) in zip(self.blocks, ready):
+            z = block(z, None, self.recency, kv[:, window] + place)
         return z, None
 
 class AdaLNConditioner(nn.Module):
@@ -69,9 +92,18 @@ class AdaLNConditioner(nn.Module):
         self.blocks = nn.ModuleList(init_weights(Block(width, c.heads)) for _ in range(c.depth))
 
     def forward(self, z, actions):
-        history = self.tokens(actions)  # (b, ticks, d)
-        for block in self.blocks: history = block(history)
-        return z, history[:, -1:]       # the token of tick t has seen all others
+        return self.at(z, self.read(actions), 0)
+
+    def read(self, actions):
+        "What `at` needs of all ticks (b, T, 28) of a rollout."
+        return self.tokens.look(actions)  # (b, T, d)
+
+    def at(self, z, told, k):
+        "The tokens as they are, and the vector (b, 1, d) of the window that begins at tick `k`."
+        history = told[:, k:k + len(self.tokens.position)] + self.tokens.position  # (b, ticks, d)
+        for block in self.blocks:
+            history = block(history)
+        return z, history[:, -1:]  # the token of tick t has seen all others
 
 # %% ../nbs/09_conditioner.ipynb #68591767
 def make_conditioner(

@@ -51,7 +51,8 @@ class RegressionHead(Pretrained):
         self.config, f, e = config, config.frame, config.encoder
         self.blocks = init_weights(nn.ModuleList(Block(e.width, e.heads) for _ in range(config.dit.head_depth)))
         self.norm, self.out = nn.LayerNorm(e.width), init_weights(nn.Linear(e.width, 3 * f.patch**2))
-        self.register_buffer("angle", rotary_grid(f.grid, e.width // e.heads), persistent=False)
+        turns = rotary_grid(f.grid, e.width // e.heads)
+        self.register_buffer("turns", turns, persistent=False)
 
     def forward(self, z, frames):
         "Training loss: latents (b, n, d) and their frames (b, 3, H, W) -> scalar."
@@ -64,7 +65,7 @@ class RegressionHead(Pretrained):
         return unpatchify(self._patches(z), self.config.frame.grid, self.config.frame.patch)
 
     def _patches(self, z):
-        for block in self.blocks: z = block(z, self.angle)
+        for block in self.blocks: z = block(z, self.turns)
         return self.out(self.norm(z))  # (b, n, p)
 
 # %% ../nbs/12_dit.ipynb #99edd357
@@ -87,14 +88,15 @@ class DiT(Pretrained):
         nn.init.zeros_(self.out.weight)
         self.no_latent = nn.Parameter(torch.zeros(latent))  # stands for every token of a dropped latent
         self.register_buffer("position", sincos_grid(f.grid, c.width), persistent=False)
-        self.register_buffer("angle", rotary_grid(f.grid, c.width // c.heads), persistent=False)
+        turns = rotary_grid(f.grid, c.width // c.heads)
+        self.register_buffer("turns", turns, persistent=False)
 
     def denoise(self, x, s, z):
         "The clean patches, as the network sees them: noisy (b, n, p), times (b,), latents (b, n, d) -> (b, n, p)."
         z = self.latent(z)                                                  # (b, n, w)
         condition = z + self.time(sincos_table(s * 1000, 256).to(z.dtype))[:, None]  # (b, n, w)
         x = self.embed(x) + z + self.position                               # (b, n, w)
-        for block in self.blocks: x = block(x, condition, self.angle)
+        for block in self.blocks: x = block(x, condition, self.turns)
         return self.out(modulate(self.norm(x), *self.modulation(condition)))
 
     def forward(self, z, frames):

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .layers import layer_norm, sincos_grid
+from .layers import FeedForward, layer_norm, sincos_grid
 
 # %% ../nbs/07_encoder.ipynb #139313a9
 def normalise(
@@ -34,7 +34,7 @@ class Encoder(nn.Module):
         self.size = f.height, f.width
         self.vit = VisionTransformer(
             img_size=self.size, patch_size=f.patch, embed_dim=e.width, depth=e.depth, num_heads=e.heads,
-            class_token=False, global_pool="", num_classes=0, pos_embed="learn")
+            class_token=False, global_pool="", num_classes=0, pos_embed="learn", mlp_layer=FeedForward)
         del self.vit.pos_embed  # fixed, so a buffer takes the place of timm's parameter
         self.vit.register_buffer("pos_embed", sincos_grid(f.grid, e.width)[None], persistent=False)
 

@@ -129,12 +129,21 @@ class InverseDynamics(nn.Module):
 
     def say(self, z, later):
         "What was done between a frame and the next, (b, 28): logits of keys and buttons, the turn in `unit` degrees; nothing of cursor and wheel."
-        said, back = self.out(self.compare(z, later)).float(), self.out(self.compare(later, z)).float()
+        said, back = (self.out(way).float() for way in self.compare_both_ways(z, later))
         return torch.cat([said[:, :MOUSE.start], said[:, MOUSE] - back[:, MOUSE], said[:, MOUSE.stop:]], 1)  # the other way round a turn is the opposite one
 
     def compare(self, z, later):
         "What `say` draws its answer from by one linear map, (b, 2 width)."
-        return torch.cat([F.gelu(self.pair(torch.cat([z, later - z], -1))).mean(1), F.gelu(self.moved(self.match(z, later)))], -1)
+        return self.compare_both_ways(z, later)[0]
+
+    def compare_both_ways(self, z, later):
+        "`compare` of (z, later), and of (later, z)."
+        own, change = self.pair.weight.chunk(2, -1)  # pair of (z, later - z)
+        change = F.linear(later - z, change)
+        pairs = F.linear(z, own, self.pair.bias) + change, F.linear(later, own, self.pair.bias) - change
+        moves = self.match.both_ways(z, later)
+        return [torch.cat([F.gelu(pair).mean(1), F.gelu(self.moved(move))], -1)
+                for pair, move in zip(pairs, moves)]
 
     def forward(self, z, later, action):
         "The action (b, 28) between a frame and the next."
@@ -153,7 +162,8 @@ class InverseDynamics(nn.Module):
 
     def losses(self, settings, near, last, actions):
         "All that training asks, in the weights of config.jepa: the action between each of the latents `near`, one tick apart, and the next, and the tilt from the first to `last` over all actions (b, k, 28)."
-        loss = settings.inverse * torch.stack([self(a, b, actions[:, i]) for i, (a, b) in enumerate(zip(near, near[1:]))]).mean()
+        done = actions[:, :len(near) - 1].transpose(0, 1).flatten(0, 1)  # pairs one after the other
+        loss = settings.inverse * self(torch.cat(near[:-1]), torch.cat(near[1:]), done)
         return loss + settings.tilt * self.tilt(near[0], last, actions) if settings.tilt else loss
 
 # %% ../nbs/11_jepa.ipynb #c9bcc123
@@ -183,39 +193,55 @@ class WorldModel(Taught):
 
     def step(self, z, actions):
         "Latent of frame t (B, N, D) and actions t-24 .. t (B, 25, 28) -> latent of frame t+1 (B, N, D)."
-        return self._advance(z, actions, start=z)
+        return self._advance(z, self.conditioner.read(actions), 0, start=z)
 
     def imagine(self, z, actions):
         "Latent of frame t (B, N, D) and actions t-24 .. t+K-1 (B, 24+K, 28) -> latents of frames t+1 .. t+K (B, K, N, D)."
         ticks = self.config.conditioner.ticks
         if actions.ndim != 3 or actions.shape[1] < ticks or len(actions) != len(z):
             raise ValueError(f"actions are {tuple(actions.shape)}, expected ({len(z)}, {ticks - 1} + K, 28) with K of at least 1: {ticks} ticks end at the one that is acted on")
-        seen = []
-        for k in range(actions.shape[1] - ticks + 1):
-            z = self.step(z, actions[:, k:k + ticks])  # the model's own latent goes in again
+        told, seen = self.conditioner.read(actions), []
+        for k in range(actions.shape[1] - self.config.conditioner.ticks + 1):
+            z = self._advance(z, told, k, start=z)  # the model's own latent goes in again
             seen.append(z)
         return torch.stack(seen, 1)  # (B, K, N, D)
 
     def forward(self, frames, actions, seed=0):
         "Rollout loss over the first `jepa.rollout` of K ticks: frames (B, 1+K, 3, H, W), actions (B, 24+K, 28) -> dict with `loss`, latent `errors` (ticks,) and targets `z` (B, N, D). Of frames after those the last alone is looked at, for `tilt`. `seed` is for SIGReg's directions."
         j, ticks, losses, errors = self.config.jepa, self.config.conditioner.ticks, [], []
-        look = self.target if j.anti_collapse == "ema" else self.encode
-        z = first = self.encode(frames[:, 0])
-        truths = [self.target(frames[:, 0]) if j.anti_collapse == "ema" else first]
-        start = truths[0]
-        for k in range(min(j.rollout, frames.shape[1] - 1)):
-            z = start = self._advance(z, actions[:, k:k + ticks], start)
-            truths.append(look(frames[:, k + 1]))
-            losses.append(F.smooth_l1_loss(z.float(), truths[-1].float()))
-            errors.append(F.mse_loss(z.detach().float(), truths[-1].detach().float()))
-        loss = torch.stack(losses).mean() + spread_loss(j, [first] if j.anti_collapse == "ema" else truths, seed)
+        seen, truths = self._looks(frames)
+        z, start, told = seen[0], truths[0], self.conditioner.read(actions)
+        for k, truth in enumerate(truths[1:]):
+            z = start = self._advance(z, told, k, start)
+            losses.append(F.smooth_l1_loss(z.float(), truth.float()))
+            errors.append(F.mse_loss(z.detach().float(), truth.detach().float()))
+        apart = [seen[0]] if j.anti_collapse == "ema" else truths
+        loss = torch.stack(losses).mean() + spread_loss(j, apart, seed)
         if j.inverse:
-            near = [first, self.encode(frames[:, 1]), *truths[2:3]]  # the third makes a second pair, and has been encoded already
-            loss = loss + self.inverse.losses(j, near, self.encode(frames[:, -1]) if j.tilt else None, actions[:, ticks - 1:])
+            near = [seen[0], seen[1], *truths[2:3]]  # the third makes a second pair
+            last = seen[frames.shape[1] - 1] if j.tilt else None
+            loss = loss + self.inverse.losses(j, near, last, actions[:, ticks - 1:])
         return {"loss": loss, "errors": torch.stack(errors), "z": truths[-1].detach()}
 
-    def _advance(self, z, actions, start):
-        return layer_norm(start + self.predictor(*self.conditioner(z, actions)))
+    def _looks(self, frames):
+        """All that training sees of the frames, each network in one pass.
+
+        Gives {frame: latent that hears gradients} and the list of targets t .. t+K.
+        """
+        j, last = self.config.jepa, frames.shape[1] - 1
+        near = range(min(j.rollout, last) + 1)
+        wanted = {0} if j.anti_collapse == "ema" else {*near}
+        wanted |= {1} if j.inverse else set()
+        wanted |= {last} if j.inverse and j.tilt else set()
+        heard = sorted(wanted)
+        seen = self.encode(torch.cat([frames[:, k] for k in heard])).chunk(len(heard))
+        seen = dict(zip(heard, seen))
+        if j.anti_collapse != "ema":
+            return seen, [seen[k] for k in near]
+        return seen, self.target(torch.cat([frames[:, k] for k in near])).chunk(len(near))
+
+    def _advance(self, z, told, k, start):
+        return layer_norm(start + self.predictor(*self.conditioner.at(z, told, k)))
 
 # %% ../nbs/11_jepa.ipynb #0c4e3932
 def rankme(

@@ -25,8 +25,11 @@ class Predictor(nn.Module):
         self.blocks = nn.ModuleList(init_weights(make()) for _ in range(p.depth))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, width)
         nn.init.zeros_(self.out.weight); nn.init.zeros_(self.out.bias)
-        self.register_buffer("angle", rotary_grid(config.frame.grid, width // p.heads), persistent=False)
+        turns = rotary_grid(config.frame.grid, width // p.heads)
+        self.register_buffer("turns", turns, persistent=False)
 
     def forward(self, x, condition=None):
-        for block in self.blocks: x = block(x, condition, self.angle) if self.modulated else block(x, self.angle)
+        given = (condition, self.turns) if self.modulated else (self.turns,)
+        for block in self.blocks:
+            x = block(x, *given)
         return self.out(self.norm(x))  # (b, n, d)

@@ -95,7 +95,7 @@ def held_out(
     if len(names) < 2: raise ValueError(f"{data_dir}: {len(names)} recording(s) that the weights have not seen, at least 2 are needed; give a folder with more")
     return names
 
-# %% ../nbs/14_evaluation.ipynb #f418da01
+# %% ../nbs/14_evaluation.ipynb #10f9d320
 def weights_identity(
     weights,  # folder that the training wrote
 ):
@@ -118,13 +118,13 @@ def kinship(
 ):
     "A sentence: were these weights made from recordings of this folder, or do they meet for the first time?"
     told = json.loads((Path(weights) / "training.json").read_text())
-    used, here = set(told["train"] + told["validation"]), {p.stem for p in find_recordings(data_dir)}
-    if used & here: return f"weights of {weights}: trained on {len(used & here)} other recordings of this folder ({data_dir})"
+    used, here = {group_of(n) for n in told["train"] + told["validation"]}, {group_of(p.stem) for p in find_recordings(data_dir)}
+    if used & here: return f"weights of {weights}, trained on {len(used & here)} other worlds or sessions of {data_dir}"
     like = f"like {min(used)}" if used else "that nobody named"
-    return (f"weights of {weights} ({told.get('preset')}) on recordings of {data_dir}: they were not made for each other. The weights were trained on {len(used)} recordings {like}, "
+    return (f"weights of {weights} ({told.get('preset')}) on recordings of {data_dir}: they were not made for each other. The weights were trained on {len(used)} worlds or sessions {like}, "
             "none of which is here; what follows is how far they carry over, not what a model of these recordings can do. Train one with nbs/study/2_train.ipynb and pass its folder as weights.")
 
-# %% ../nbs/14_evaluation.ipynb #4b2ffbbb
+# %% ../nbs/14_evaluation.ipynb #3692b20b
 class Remembers:
     "A WorldModel that looks at no frame twice and imagines no future twice; what it keeps stays below `limit` bytes."
     def __init__(self, model, limit=2**30):

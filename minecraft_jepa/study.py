@@ -68,7 +68,7 @@ class AboveBar:
 
     def flush(self): sys.stdout.flush()
 
-# %% ../nbs/19_study.ipynb #eec5d4ec
+# %% ../nbs/19_study.ipynb #40d97849
 def _papermill():
     "Papermill and what comes with it, imported as late as it is needed. ImportError names what installs it."
     try: return [importlib.import_module(m) for m in ("papermill", "jupyter_client", "jupyter_client.kernelspec", "traitlets.config", "ipykernel")][:4]
@@ -166,7 +166,7 @@ def run_study(
     record = Path(out_dir) / f"{Path(notebooks).stem if Path(notebooks).name == 'bench' or Path(notebooks).is_file() else 'study'}.json"
     root, took, start = _shipped(notebooks), {}, time.monotonic()
     of_the_sample = root is not None and Path(data_dir).resolve() == root / "data"  # how long other recordings take is not known
-    records = [record] + [root / "figures" / record.name] * of_the_sample
+    records = [record, root / "figures" / record.name] if of_the_sample else [record]
     recorded = next((r for p in records if (r := recorded_seconds(p, settings))), {})
     for i, notebook in enumerate(found):
         left = time_left(recorded, took, [n.stem for n in found[i:]])
@@ -203,7 +203,7 @@ def main(
         run_study(**arguments)
     except ImportError as e: return _fail(f"{p.prog}: {e}")
     except FileNotFoundError as e: p.error(str(e))
-    except stopped as e: return _fail(f"{e}\nThe study stopped here; the failed notebook as far as it came is in {arguments['runs']}.")
+    except stopped as e: return _fail(f"{e}\nThe study stopped here; the failed notebook as far as it came is in {arguments['runs']}. What later notebooks would have written into {arguments['out_dir']} is not there, or of an earlier run.")
     return 0
 
 def _failures():

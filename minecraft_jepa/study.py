@@ -68,7 +68,7 @@ class AboveBar:
 
     def flush(self): sys.stdout.flush()
 
-# %% ../nbs/19_study.ipynb #40d97849
+# %% ../nbs/19_study.ipynb #27573cf4
 def _papermill():
     "Papermill and what comes with it, imported as late as it is needed. ImportError names what installs it."
     try: return [importlib.import_module(m) for m in ("papermill", "jupyter_client", "jupyter_client.kernelspec", "traitlets.config", "ipykernel")][:4]
@@ -112,9 +112,18 @@ def _last_states(copy):
     "Of each line that redraws itself, keep the last state: a bar leaves a line in the executed notebook, not hundreds."
     try: notebook = json.loads(copy.read_text())
     except (OSError, ValueError): return  # nothing was executed
-    for cell in notebook["cells"]:
-        for out in cell.get("outputs", []):
-            if out["output_type"] == "stream": out["text"] = _drawn("".join(out["text"]))
+    for cell in (c for c in notebook["cells"] if c["cell_type"] == "code"):
+        outputs, cell["outputs"], streams = cell["outputs"], [], {}
+        for out in outputs:
+            name = out.get("name") if out["output_type"] == "stream" else None
+            if name: out["text"] = "".join(out["text"])
+            else: streams.pop("stdout", None)  # what is printed after a picture stays after it
+            if name in streams: streams[name]["text"] += out["text"]
+            else:
+                cell["outputs"].append(out)
+                if name: streams[name] = out
+        for out in cell["outputs"]:
+            if out["output_type"] == "stream": out["text"] = _drawn(out["text"])
     write_json(copy, notebook)
 
 def _drawn(text): return "".join(line.rstrip("\r").rsplit("\r")[-1] + "\n" * whole for line, whole in _lines(text))

@@ -228,6 +228,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                            'minecraft_jepa.evaluation.Remembers.target': ( 'evaluation.html#remembers.target',
                                                                                            'minecraft_jepa/evaluation.py'),
                                            'minecraft_jepa.evaluation._digest': ('evaluation.html#_digest', 'minecraft_jepa/evaluation.py'),
+                                           'minecraft_jepa.evaluation._drawn': ('evaluation.html#_drawn', 'minecraft_jepa/evaluation.py'),
                                            'minecraft_jepa.evaluation._frechet': ( 'evaluation.html#_frechet',
                                                                                    'minecraft_jepa/evaluation.py'),
                                            'minecraft_jepa.evaluation._is_what_it_says': ( 'evaluation.html#_is_what_it_says',

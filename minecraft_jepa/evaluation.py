@@ -95,7 +95,7 @@ def held_out(
     if len(names) < 2: raise ValueError(f"{data_dir}: {len(names)} recording(s) that the weights have not seen, at least 2 are needed; give a folder with more")
     return names
 
-# %% ../nbs/14_evaluation.ipynb #10f9d320
+# %% ../nbs/14_evaluation.ipynb #e40b8ef3
 def weights_identity(
     weights,  # folder that the training wrote
 ):
@@ -121,10 +121,10 @@ def kinship(
     used, here = {group_of(n) for n in told["train"] + told["validation"]}, {group_of(p.stem) for p in find_recordings(data_dir)}
     if used & here: return f"weights of {weights}, trained on {len(used & here)} other worlds or sessions of {data_dir}"
     like = f"like {min(used)}" if used else "that nobody named"
-    return (f"weights of {weights} ({told.get('preset')}) on recordings of {data_dir}: they were not made for each other. The weights were trained on {len(used)} worlds or sessions {like}, "
+    return (f"weights of {weights} ({told.get('preset')}) on recordings of {data_dir}: as far as names tell, they were not made for each other. The weights were trained on {len(used)} worlds or sessions {like}, "
             "none of which is here; what follows is how far they carry over, not what a model of these recordings can do. Train one with nbs/study/2_train.ipynb and pass its folder as weights.")
 
-# %% ../nbs/14_evaluation.ipynb #3692b20b
+# %% ../nbs/14_evaluation.ipynb #8a3bff94
 class Remembers:
     "A WorldModel that looks at no frame twice and imagines no future twice; what it keeps stays below `limit` bytes."
     def __init__(self, model, limit=2**30):
@@ -307,13 +307,18 @@ def pixel_scores(
     for name in names:
         frames, actions = evaluation_windows(store, name, model.config.conditioner.ticks, max(at), count)
         future = model.imagine(model.encode(frames[:, 1].to(device)), actions.to(device))[:, [h - 1 for h in at]]
+        truth = torch.stack([model.target(frames[:, 1 + h].to(device)) for h in at], 1)
+        drawn = {d: _drawn(f, future) for d, f in decoders.items()} | {f"{d}_of_truth": _drawn(f, truth) for d, f in decoders.items()}
         for i, h in enumerate(at):
-            real, z = frames[:, 1 + h], model.target(frames[:, 1 + h].to(device))
-            shown = {"copy_last": frames[:, 1]} | {d: f(future[:, i]).cpu() for d, f in decoders.items()} | {f"{d}_of_truth": f(z).cpu() for d, f in decoders.items()}
+            real, shown = frames[:, 1 + h], {"copy_last": frames[:, 1]} | {d: pixels[:, i] for d, pixels in drawn.items()}
             for m, pixels in shown.items():
                 for score, measure in measures.items():
                     scores[score].setdefault(m, {}).setdefault(name, []).append(float(measure(pixels, real).mean()))
     return {s: {m: np.array([rows[n] for n in names]) for m, rows in per.items()} for s, per in scores.items()}
+
+def _drawn(decoder, z, part=32):
+    "Frames (b, k, 3, H, W) of latents (b, k, n, d), many at a time."
+    return torch.cat([decoder(some).cpu() for some in z.flatten(0, 1).split(part)]).unflatten(0, z.shape[:2])
 
 # %% ../nbs/14_evaluation.ipynb #8b386d25
 LEARNED = {"lpips": "alexnet-owt-7be5be79.pth", "fid": "weights-inception-2015-12-05-6726825d.pth"}  # as torchvision and torch-fidelity name them

@@ -160,7 +160,8 @@ def probe_examples(
     for r, name in enumerate(names):
         clip, s = store[name], store[name].state
         t = window_starts(store, name, 2, gap, count)
-        t = t[t + gap < min(map(len, s.values()), default=len(clip.frames))]  # the last frame may have no line, and so no state
+        known = min((len(clip.frames) - getattr(clip, "spare_frames", 0), *map(len, s.values())))  # the last frame may have no line, and so no state
+        t = t[t + gap < known]
         here.append(clip.frames[t]); there.append(clip.frames[t + gap]); owner.append(np.full(len(t), r))
         found = {}
         if "pitch" in s: found["pitch"] = s["pitch"][t]

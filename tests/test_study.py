@@ -1,4 +1,5 @@
 "The study end to end, in small: every notebook in order with two steps in a clone, and what the runner does when one fails."
+import fcntl
 import json
 import os
 import shutil
@@ -81,11 +82,8 @@ def git(folder, *words):
     return subprocess.run(["git", "-C", str(folder), *who, *words], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory, sample):
-    "A clone of this working tree, and what a study of two steps in it printed."
-    if not (ROOT / ".git").exists(): pytest.skip("no git repository, nothing to clone")
-    folder = tmp_path_factory.mktemp("clone") / "repository"
+def make_clone(folder):
+    "A clone of this working tree, with what is not committed yet."
     subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
     for name in git(ROOT, "ls-files", "-m", "-o", "--exclude-standard").split("\n"):
         if name and (ROOT / name).is_file():
@@ -94,12 +92,31 @@ def clone(tmp_path_factory, sample):
         elif name: (folder / name).unlink(missing_ok=True)
     git(folder, "add", "-A")
     git(folder, "commit", "-q", "--allow-empty", "-m", "as it is here")
-    words = [sys.executable, "-m", "minecraft_jepa.study", "--steps", "2", "--data", str(sample)]
-    done = subprocess.run(words, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return folder, done.stdout
 
 
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory, sample):
+    "A clone, and what a study of two steps in it printed: run once, by whichever process of pytest-xdist comes first."
+    if not (ROOT / ".git").exists(): pytest.skip("no git repository, nothing to clone")
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ: base = base.parent
+    folder, said = base / "study-in-a-clone", base / "study-in-a-clone.txt"
+    with open(base / "study-in-a-clone.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not said.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            make_clone(folder)
+            words = [sys.executable, "-m", "minecraft_jepa.study", "--steps", "2", "--data", str(sample)]
+            done = subprocess.run(words, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+            said.write_text(done.stdout)
+    return folder, said.read_text()
+
+
+in_a_clone = pytest.mark.xdist_group("clone")
+
+
+@in_a_clone
 def test_a_study_leaves_the_repository_as_it_was(clone):
     folder, _ = clone
     assert git(folder, "status", "--porcelain") == ""
@@ -108,6 +125,7 @@ def test_a_study_leaves_the_repository_as_it_was(clone):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+@in_a_clone
 def test_every_notebook_leaves_its_numbers(clone):
     folder, _ = clone
     made = {p for p in (folder / "_runs/figures").rglob("*") if p.is_file()}
@@ -116,6 +134,7 @@ def test_every_notebook_leaves_its_numbers(clone):
     assert names >= {"data", "train", "evaluate", "actions", "knows", "rollout_1", "filmstrip", "sora", "luanti_lag", "claims", "compare", "study"}
 
 
+@in_a_clone
 def test_a_study_ends_with_yours_beside_the_shipped(clone):
     folder, said = clone
     assert "yours beside the shipped weights" in said and "error over copying, 15 ticks" in said and "rollout_1.gif" in said
@@ -125,6 +144,7 @@ def test_a_study_ends_with_yours_beside_the_shipped(clone):
     assert found["about"]["yours"]["weights_identity"]["sha256"] == json.loads((folder / "_runs/figures/claims.json").read_text())["weights_identity"]["sha256"]
 
 
+@in_a_clone
 def test_executed_notebooks_show_their_pictures_and_no_path_bar_or_warning(clone):
     folder, _ = clone
     for notebook in STUDY:

@@ -1,6 +1,9 @@
 "What a reader sees: the right key lights up, the arrow points the right way, files are whole."
 import json
+import sys
+from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -179,3 +182,69 @@ def test_filmstrip_and_its_numbers(tmp_path, frames):
 ])
 def test_errors_say_what_does_not_fit(frames, actions, call, message):
     with pytest.raises(ValueError, match=message): call(frames, actions)
+
+
+# A user's own settings, and a notebook
+
+def figures(folder):
+    "Bytes of a figure of axes, and of one that the library makes by itself, without `style` before it."
+    made = drawing.save_figure(drawing.filmstrip({"real": np.full((3, 3, 48, 80), 90, np.uint8)}, ticks=(0, 2)), folder, "strip", {})
+    drawing.style()
+    fig, ax = drawing.plt.subplots()
+    ax.set_title("a title, 50 % & more_of_it")
+    drawing.horizon_plot(ax, [1, 2, 4], {"model": [{"mean": 1.0, "interval": [0.5, 1.5]}] * 3})
+    return made.read_bytes(), drawing.save_figure(fig, folder, "axes", {}).read_bytes()
+
+
+@pytest.mark.parametrize("rc", [{"text.usetex": True}, {"savefig.bbox": "tight", "savefig.pad_inches": 0.3}, {"savefig.transparent": True}, {"savefig.facecolor": "black"},
+                                {"savefig.format": "pdf"}, {"figure.facecolor": "black", "axes.facecolor": "black", "text.color": "white", "lines.color": "white"},
+                                {"axes.prop_cycle": "cycler('color', ['r'])", "font.family": "serif", "figure.autolayout": True}], ids=lambda rc: next(iter(rc)))
+def test_a_users_matplotlibrc_neither_stops_nor_changes_a_figure(rc, tmp_path):
+    plain = figures(tmp_path)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(rc)
+        assert figures(tmp_path) == plain
+
+
+def test_a_figure_of_the_library_leaves_the_sessions_settings(frames):
+    with matplotlib.rc_context({"axes.titlesize": 33}):
+        drawing.plt.close(drawing.filmstrip({"real": frames}, ticks=(0,)))
+        assert matplotlib.rcParams["axes.titlesize"] == 33
+
+
+def test_a_figure_is_shown_once_where_it_is_made(tmp_path, monkeypatch):
+    import IPython.display
+    shown, shell = [], SimpleNamespace(kernel=None)
+    monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: shell)
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    fig, _ = drawing.plt.subplots()
+    path = drawing.save_figure(fig, tmp_path, "a", {})
+    assert [s.data for s in shown] == [path.read_bytes()] and fig.number not in drawing.plt.get_fignums()
+    monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: None)  # a script
+    fig, _ = drawing.plt.subplots()
+    drawing.save_figure(fig, tmp_path, "a", {})
+    assert len(shown) == 1
+
+
+# Times of a GIF
+
+@pytest.mark.parametrize("how,told", [
+    ({"fps": 0}, "fps=0"), ({"fps": -1}, "fps=-1"), ({"fps": float("nan")}, "fps=nan"), ({"fps": float("inf")}, "fps=inf"), ({"fps": "20"}, "fps='20'"), ({"fps": None}, "fps=None"),
+    ({"fps": 0.0015}, "no longer picture"), ({"fps": 1e-320}, "no longer picture"), ({"hold": -0.5}, "hold=-0.5"), ({"hold": float("nan")}, "hold=nan"), ({"hold": 700}, "655.35 s at most"),
+    ({"hold": "1"}, "hold='1'"), ({"fps": 0.0016, "hold": 60}, "hold=60"), ({"limit": 0}, "limit=0"), ({"limit": float("nan")}, "limit=nan")])
+def test_times_that_a_gif_cannot_have_are_told(how, told, tmp_path):
+    pictures = [np.full((8, 8, 3), i, np.uint8) for i in (0, 200)]
+    with pytest.raises(ValueError) as stop: drawing.save_gif(pictures, tmp_path / "a.gif", **how)
+    assert told in str(stop.value) and "a.gif" in str(stop.value) and list(tmp_path.iterdir()) == []
+
+
+def test_equal_pictures_that_stand_too_long_are_told(tmp_path):
+    with pytest.raises(ValueError, match="equal pictures stand for more than 655 seconds"): drawing.save_gif([np.zeros((8, 8, 3), np.uint8)] * 8, tmp_path / "a.gif", fps=0.01)
+
+
+def test_longest_times_and_a_single_picture(tmp_path):
+    one, two = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 200, np.uint8)
+    for pictures, how, times in (([one], {}, [550]), ([one, two], {"hold": 655.3}, [50, 655350]), ([one, two], {"fps": 100 / 65535, "hold": 0}, [655350] * 2), ([one, two], {"fps": np.float32(10), "hold": np.int64(1)}, [100, 1100])):
+        gif = Image.open(drawing.save_gif(pictures, tmp_path / "a.gif", **how))
+        assert [gif.seek(i) or gif.info["duration"] for i in range(gif.n_frames)] == times

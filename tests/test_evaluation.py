@@ -14,12 +14,12 @@ from minecraft_jepa import evaluation
 from minecraft_jepa.actions import NOOP
 from minecraft_jepa.config import preset
 from minecraft_jepa.drawing import compare_plot
-from minecraft_jepa.evaluation import (SCHEMA, bars, by_horizon, compare, horizon_errors, interval, latent_futures, level, pixel_scores,
-                                       psnr, ratio, read_report, ssim, ticks_apart, evaluation_windows)
+from minecraft_jepa.evaluation import (SCHEMA, Remembers, bars, beside, by_horizon, compare, horizon_errors, interval, latent_futures, level, pixel_scores,
+                                       psnr, ratio, read_report, ssim, ticks_apart, evaluation_windows, left_out, usable)
 from minecraft_jepa.jepa import collapse_alarm, collapse_metrics
 from minecraft_jepa.layers import rows_alike
 from minecraft_jepa.probing import (ActionReader, drift, future_leak, pixels_compare, pixels_of, probe, rank_of_truth, read_back, reading_scores,
-                                    retrieval, sensitivity)
+                                    retrieval, ridge, ridges, sensitivity)
 
 CONFIG, GRID, HORIZONS, DEGREES = preset("tiny"), (6, 10), [1, 2, 4, 8, 15], 5.0
 
@@ -331,3 +331,91 @@ def test_learned_metrics_where_their_networks_are(tmp_path, monkeypatch):
     a, b = torch.randint(0, 256, (4, 3, 48, 80), dtype=torch.uint8), torch.full((4, 3, 48, 80), 100, dtype=torch.uint8)
     assert found["lpips"](a, a).tolist() == [0] * 4 and found["lpips"](a, b).shape == (4,) and (found["lpips"](a, b) > 0).all()
     assert found["fid"](a, b) > 10 * abs(found["fid"](a, a))
+
+
+# Recordings that nothing can be judged on
+
+class Odd(Panoramas):
+    "One recording is too short for a window, in another nothing moves."
+    def __init__(self):
+        super().__init__(60)
+        for field in ("frames", "actions"): setattr(self.clips["a_0"], field, getattr(self.clips["a_0"], field)[:30])
+        self.clips["b_0"].frames = self.clips["b_0"].frames[:1].repeat(60, 0)
+
+
+def test_a_recording_without_window_or_movement_is_left_out_by_name(capsys):
+    store = Odd()
+    assert {n: why.split(" ")[0] for n, why in left_out(store, store.names, 25, 15).items()} == {"a_0": "too", "b_0": "nothing"}
+    assert usable(store, store.names, 25, 15, least=1) == ["c_0"]
+    assert "left out: a_0: too short" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="1 recording.s. can be judged, at least 2 are needed .a_0: too short"): usable(store, store.names, 25, 15)
+
+
+def test_one_movement_late_in_a_recording_is_seen():
+    store = Panoramas()
+    store.clips["a_0"].frames = store.clips["a_0"].frames[:1].repeat(300, 0)
+    assert list(left_out(store, store.names, 25, 15)) == ["a_0"]
+    store.clips["a_0"].frames[299, 0, 0, 0] ^= 1
+    assert left_out(store, store.names, 25, 15) == {}
+
+
+def test_latents_that_are_all_alike_are_told_and_no_nan(store):
+    with pytest.raises(ValueError, match="latents of a_0, b_0, c_0.. are all alike"): errors_of(Blind(store), store)
+
+
+def test_a_recording_that_was_not_measured_at_a_horizon_is_left_out_there_alone():
+    random = np.random.default_rng(0)
+    errors = {m: random.uniform(0.2, 1, (5, 3)) for m in ("model", "copy_last", "noop", "other_actions")}
+    holes = {m: e.copy() for m, e in errors.items()}
+    for e in holes.values(): e[3, 2] = np.nan
+    fewer = {m: np.delete(e, 3, 0) for m, e in errors.items()}
+    whole, some, rest = (by_horizon(level(e), [1, 2, 4]) for e in (errors, holes, fewer))
+    assert some["1"] == whole["1"] and some["4"] == rest["4"]
+    assert ratio(holes, [1, 2, 4])["4"] == ratio(fewer, [1, 2, 4])["4"]
+
+
+def test_an_error_of_nothing_gives_no_nan():
+    errors = {m: np.ones((3, 2)) for m in ("model", "copy_last", "noop", "other_actions")}
+    errors["copy_last"][1] = 0
+    for found in (by_horizon(level(errors), [1, 2]), {"r": ratio(errors | {"model": errors["copy_last"]}, [1, 2])}):
+        for row in found.values():
+            for value in row.values(): assert np.isfinite([value["mean"], *value["interval"]]).all()
+
+
+# What is computed once
+
+def test_who_remembers_scores_as_the_model_itself(store):
+    model = Knows(store)
+    asked = []
+    model.target = lambda frames, own=Knows.target: asked.append(len(frames)) or own(model, frames)
+    remembers = Remembers(model)
+    for _ in range(2):
+        again = horizon_errors(remembers, store, store.names, HORIZONS, 6)
+        looked_at = sum(asked)
+    first = horizon_errors(model, store, store.names, HORIZONS, 6)
+    assert all(np.allclose(first[0][m], again[0][m], atol=1e-7) for m in first[0]) and np.isclose(first[1], again[1])
+    assert looked_at <= 3 * 6 * 17 < sum(asked) - looked_at  # each frame once, for two evaluations; by itself the model looks at each again
+    found = [retrieval(m, store, store.names, [1, 4], count=4) for m in (model, remembers)]
+    assert all((found[0][s][m] == found[1][s][m]).all() for s in found[0] for m in found[0][s])
+
+
+def test_ridges_are_ridge_for_each_answer():
+    random = np.random.default_rng(0)
+    for wide in (20, 300):
+        x, new, validation = random.normal(size=(120, wide)), random.normal(size=(9, wide)), np.arange(120) % 3 == 0
+        answers = [x[:, :1] + 0.01 * random.normal(size=(120, 1)), random.normal(size=(120, 2)), x[:, 1:2] ** 2]
+        for y, fit in zip(answers, ridges(x, answers, validation)):
+            one = ridge(x, y, validation)
+            assert fit.error == one.error and torch.equal(fit(new), one(new))
+
+
+# Two runs
+
+def test_other_recordings_are_not_comparable_and_say_so():
+    one = {"mean": 0.5, "interval": [0.4, 0.6]}
+    report = {"preset": "tiny", "recordings": ["a", "b"], "bars": [{"bar": "pitch_r2", "number": 0.7, "wanted": 0.8, "met": False}],
+              "share_of_copying": {h: {"model": one} for h in ("1", "2", "4", "8", "15")}}
+    assert beside(report, report)["comparable"] and "ratios can" in beside(report, report)["told"]
+    found = beside(report | {"recordings": ["mine"], "preset": "small"}, report)
+    assert not found["comparable"] and "not comparable" in found["told"] and "preset small, the shipped of tiny" in found["told"]
+    assert found["rows"][0] == {"what": "pitch_r2", "wanted": 0.8, "yours": 0.7, "shipped": 0.7}

@@ -79,6 +79,7 @@ def latent_futures(
     frames, actions, other = frames.to(device), actions.to(device), other.to(device)
     idle = actions.clone()
     idle[:, ticks - 1:] = torch.as_tensor(NOOP, device=device)
+    other_future = torch.cat([actions[:, : ticks - 1], other[:, ticks - 1 :]], 1)
     z = short = model.encode(frames[:, 1])
     alone = []
     for k in range(len(steps)):  # each step is told its last action alone, and that nothing was done before
@@ -91,6 +92,7 @@ def latent_futures(
     at = [h - 1 for h in horizons]
     guesses = {
         "model": model.imagine(z, actions)[:, at], "noop": model.imagine(z, idle)[:, at], "other_actions": model.imagine(z, other)[:, at],
+        "other_future": model.imagine(z, other_future)[:, at],  # with the true history
         "no_history": torch.stack(alone, 1)[:, at],
         "copy_last": now.expand(-1, len(at), -1, -1), "linear": now + (now - before) * torch.tensor(horizons, device=device)[:, None, None]}
     return truth[:, 1:], guesses

@@ -5,16 +5,21 @@
 # %% auto #0
 __all__ = ['COLOURS', 'LABELS', 'MARKERS', 'TICKS_PER_SECOND', 'DPI', 'style', 'colours', 'save_figure', 'enlarge',
            'action_boxes', 'draw_action', 'tick_caption', 'side_by_side', 'save_gif', 'filmstrip', 'horizon_plot',
-           'curves_plot', 'compare_plot']
+           'curves_plot', 'compare_plot', 'beside_plot']
 
 # %% ../nbs/15_drawing.ipynb #64e13741
 import io
 import itertools
 import math
+import numbers
 import os
+import struct
+import sys
 import warnings
+from functools import wraps
 from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
@@ -27,7 +32,7 @@ from .config import write_json
 # %% ../nbs/15_drawing.ipynb #2216c507
 COLOURS = {  # by method, the same in every figure
     "model": "#0173b2", "copy_last": "#de8f05", "noop": "#029e73", "other_actions": "#cc78bc", "linear": "#949494", "no_history": "#8c564b",
-    "real": "#222222", "imagined": "#0173b2", "dit": "#d55e00", "head": "#56b4e9", "train": "#949494", "validation": "#0173b2",
+    "real": "#222222", "imagined": "#0173b2", "dit": "#d55e00", "head": "#56b4e9", "train": "#949494", "validation": "#0173b2", "yours": "#0173b2", "shipped": "#949494",
 }
 LABELS = {   # what the legends say
     "model": "world model", "copy_last": "copy the last frame", "noop": "no-op actions", "other_actions": "actions of another clip",
@@ -41,7 +46,11 @@ _SPARE = ("#ca9161", "#d55e00", "#ece133", "#56b4e9", "#fbafe4")  # for names th
 
 # %% ../nbs/15_drawing.ipynb #f37412a6
 def style():
-    "Set the plot style of the project, for the rest of the session."
+    "Set the plot style of the project, for the rest of the session, whatever a matplotlibrc says."
+    if not plt.get_fignums():
+        try: plt.switch_backend(matplotlib.get_backend())
+        except ImportError: plt.switch_backend("agg")  # MPLBACKEND names a screen that is not there
+    matplotlib.rcdefaults()
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", font="DejaVu Sans", rc={  # matplotlib brings the font along
         "figure.figsize": (7, 4.2), "figure.dpi": 100, "savefig.dpi": DPI, "figure.constrained_layout.use": True,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
@@ -50,6 +59,15 @@ def style():
         "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10,
         "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlepad": 10, "legend.fontsize": 10, "legend.frameon": False,
         "lines.linewidth": 1.8, "lines.markersize": 5.5, "image.interpolation": "nearest"})
+
+def _in_our_style(draw):
+    "Make the figure in the project's style, and leave the session's as it is."
+    @wraps(draw)
+    def styled(*args, **kwargs):
+        with plt.rc_context():
+            style()
+            return draw(*args, **kwargs)
+    return styled
 
 def colours(
     names,  # what one figure shows, in order
@@ -78,21 +96,34 @@ def _write(path, data):
     part.write_bytes(data)
     os.replace(part, path)
 
+_SAVED = {"savefig.bbox": None, "savefig.facecolor": "auto", "savefig.edgecolor": "auto",
+          "savefig.transparent": False, "text.usetex": False}  # whatever a matplotlibrc says
+
 def save_figure(
     fig,      # matplotlib figure
     out_dir,  # folder, made if missing
     name,     # the files are NAME.png and NAME.json
     numbers,  # what the figure shows: dicts, lists, arrays and numbers
 ) -> Path:
-    "Save figure and numbers side by side, close the figure, return the path of the PNG."
+    "Save figure and numbers side by side, show the figure in a notebook, close it, return the path of the PNG."
     path = Path(out_dir) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     png = io.BytesIO()
-    fig.savefig(png, format="png", dpi=DPI, metadata={"Software": None})  # the tag would change with matplotlib's version
+    with plt.rc_context(_SAVED):
+        fig.savefig(png, format="png", dpi=DPI, metadata={"Software": None})  # the tag would change with matplotlib's version
     write_json(path.with_suffix(".json"), _plain(numbers))
     _write(path, png.getvalue())
     plt.close(fig)
+    _show(png.getvalue())
     return path
+
+def _show(png):
+    "Show a PNG under the cell of a notebook; elsewhere nothing."
+    ipython = sys.modules.get("IPython")  # not there unless this runs in it
+    shell = ipython.get_ipython() if ipython else None
+    if not hasattr(shell, "kernel"): return
+    from IPython.display import Image as Shown, display
+    display(Shown(png, width=Image.open(io.BytesIO(png)).width * 2 // 3))  # as large as at 100 dots an inch
 
 # %% ../nbs/15_drawing.ipynb #b42f72b9
 def enlarge(
@@ -291,11 +322,25 @@ def _encode_gif(frames, milliseconds, colours):
     pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0, disposal=1)
     return file.getvalue()
 
+_LONGEST = 65_535  # hundredths of a second that one picture of a GIF can stay
+
+def _is_number(value): return isinstance(value, numbers.Real) and math.isfinite(value)
+
+def _delays(path, many, fps, hold):
+    "Milliseconds that each of `many` pictures stays. ValueError where GIF has no such time."
+    least, longest = 100 / _LONGEST, _LONGEST / 100
+    if not _is_number(fps) or not least <= fps <= 50:
+        raise ValueError(f"{path}: fps={fps!r} must lie between {least:.5f} (GIF knows no longer picture) and 50 (browsers slow faster GIFs down to 10)")
+    delay = 10 * round(100 / float(fps))
+    if not _is_number(hold) or not 0 <= hold <= longest - delay / 1000:
+        raise ValueError(f"{path}: hold={hold!r} must be seconds from 0 to {longest - delay / 1000:.2f}: a picture of a GIF stays for {longest:.2f} s at most")
+    return [delay] * (many - 1) + [delay + 10 * round(100 * float(hold))]
+
 def save_gif(
     frames,             # pictures, uint8 (h, w, 3)
     path,               # NAME.gif, its folder is made if missing
-    fps=20,             # frames a second, rounded to the hundredth of a second that GIF knows
-    hold: float = 0.5,  # seconds the last picture stays before the loop starts again
+    fps=20,             # frames a second, 0.00153 to 50, rounded to the hundredth of a second that GIF knows
+    hold: float = 0.5,  # seconds the last picture stays before the loop starts again, 655 at most
     limit: float = 3.0, # megabytes; the palette shrinks to 128 and 64 colours to stay below
 ) -> Path:
     "Write a looping GIF, whole or not at all, and return its path. Equal neighbours are merged into one longer frame."
@@ -304,11 +349,11 @@ def save_gif(
     for i, f in enumerate(frames):
         if f.dtype != np.uint8 or f.ndim != 3 or f.shape[-1] != 3 or f.shape != frames[0].shape:
             raise ValueError(f"{path}: frame {i} is {f.dtype} {f.shape}; all must be uint8 (h, w, 3) of one size, as frame 0 {frames[0].shape}")
-    if not 0 < fps <= 50: raise ValueError(f"{path}: fps={fps} must lie above 0 and up to 50; browsers slow faster GIFs down to 10")
-    milliseconds = [10 * round(100 / fps)] * len(frames)
-    milliseconds[-1] += 10 * round(100 * hold)
+    milliseconds = _delays(path, len(frames), fps, hold)
+    if not _is_number(limit) or not limit > 0: raise ValueError(f"{path}: limit={limit!r} must be megabytes above 0")
     for colours in (256, 128, 64):
-        data = _encode_gif(frames, milliseconds, colours)
+        try: data = _encode_gif(frames, milliseconds, colours)
+        except (OverflowError, struct.error): raise ValueError(f"{path}: equal pictures stand for more than {_LONGEST / 100:.0f} seconds, the longest that GIF knows; give fewer of them or a larger fps") from None
         if len(data) <= limit * 1e6: break
     else: warnings.warn(f"{path}: {len(data) / 1e6:.1f} MB is over {limit} MB even with 64 colours; give fewer frames or a smaller scale")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -316,6 +361,7 @@ def save_gif(
     return path
 
 # %% ../nbs/15_drawing.ipynb #a86467e7
+@_in_our_style
 def filmstrip(
     rows,                           # caption -> uint8 frames (k, 3, h, w), frame 0 is the given frame
     ticks=(0, 1, 2, 4, 8, 15),      # frames shown
@@ -405,6 +451,7 @@ def _running_mean(values, rows):
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")  # fewer at both ends
 
 # %% ../nbs/15_drawing.ipynb #1b58af95
+@_in_our_style
 def compare_plot(
     compared,                   # of `evaluation.compare`: quantity -> (first, second, whether the second is better)
     names=("first", "second"),  # what the runs are called
@@ -425,3 +472,30 @@ def compare_plot(
         ax.invert_yaxis(); ax.set_title(kind, fontsize=10)
     axes[0, -1].legend()
     return fig, axes[0]
+
+# %% ../nbs/15_drawing.ipynb #224d97b9
+@_in_our_style
+def beside_plot(
+    found,  # of `evaluation.beside`
+) -> plt.Figure:
+    "Left, each bar as a share of what is wanted; right, the error over copying by horizon, for both runs."
+    pair = colours(found["share_of_copying"])
+    wanted = [r for r in found["rows"] if r["wanted"]]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=[1.2, 1])
+    for who, shift in zip(pair, (-0.19, 0.19)):
+        shares = [(r[who] or 0) / r["wanted"] for r in wanted]
+        at = np.arange(len(wanted)) + shift
+        left.barh(at, shares, 0.36, color=pair[who], label=who)
+        for y, share, row in zip(at, shares, wanted):
+            text = "not measured" if row[who] is None else f"{row[who]:.3g}"
+            left.text(max(share, 0) + 0.02, y, text, va="center", fontsize=8)
+    left.axvline(1, color="#222222", linestyle=":", linewidth=1)
+    left.set_yticks(range(len(wanted)), [r["what"].replace("_", " ").replace(", intervals apart", "") for r in wanted])
+    left.invert_yaxis(); left.grid(axis="y", visible=False); left.set_xlim(min(left.get_xlim()[0], 0), max(left.get_xlim()[1], 1.15))
+    left.set_xlabel("share of what is wanted (dotted)"); left.set_title("The bars")
+    ticks = list(next(iter(found["share_of_copying"].values())))
+    horizon_plot(right, [int(h) for h in ticks], {who: [row[h] for h in ticks] for who, row in found["share_of_copying"].items()}, ylabel="latent error / that of copying")
+    right.axhline(1, color=COLOURS["copy_last"], linestyle=":", linewidth=1.2)
+    right.set_ylim(bottom=0); right.set_title("Beside copying the last frame")
+    fig.suptitle("" if found["comparable"] else "judged on different recordings: not comparable", fontsize=11, color="#b00020")
+    return fig

@@ -7,20 +7,21 @@ __all__ = ['HOURS', 'study_notebooks', 'recorded_seconds', 'time_left', 'AboveBa
 
 # %% ../nbs/19_study.ipynb #6c1b0e86
 import argparse
+import importlib
 import json
 import os
 import re
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
-import papermill
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
-from traitlets.config import Config
 
 from .config import PRESETS, write_json
+from .drawing import beside_plot, save_figure
+from .evaluation import beside, read_report
 
 # %% ../nbs/19_study.ipynb #ae357af9
 HOURS = "8_ablations",  # run by a command of their own
@@ -40,9 +41,10 @@ def recorded_seconds(
     settings,  # must be those it was run with
 ) -> dict[str, float]:
     "Seconds of each notebook in an earlier study, {} where none fits."
-    try: record = json.loads(Path(path).read_text())
-    except (OSError, ValueError): return {}  # only an estimate hangs on it
-    return record["seconds"] if record.get("settings") == settings else {}
+    try:
+        record = json.loads(Path(path).read_text())
+        return dict(record["seconds"]) if record["settings"] == settings else {}
+    except (OSError, ValueError, TypeError, KeyError): return {}  # only an estimate hangs on it
 
 def time_left(
     recorded,  # {notebook: seconds} of an earlier study
@@ -66,6 +68,28 @@ class AboveBar:
 
     def flush(self): sys.stdout.flush()
 
+# %% ../nbs/19_study.ipynb #eec5d4ec
+def _papermill():
+    "Papermill and what comes with it, imported as late as it is needed. ImportError names what installs it."
+    try: return [importlib.import_module(m) for m in ("papermill", "jupyter_client", "jupyter_client.kernelspec", "traitlets.config", "ipykernel")][:4]
+    except Exception as e: raise ImportError(f"notebooks are run by papermill, which can't be imported here ({type(e).__name__}: {e}); install it: pip install -e '.[dev]'") from None
+
+@contextmanager
+def _own_kernel():
+    "What papermill needs to start a kernel of this Python, with its files in a temporary folder."
+    _, client, specs, traits = _papermill()
+    with tempfile.TemporaryDirectory(prefix="kernel-", ignore_cleanup_errors=True) as folder:
+        env = {"IPYTHONDIR": f"{folder}/ipython", "PYTHONSTARTUP": "", "MPLBACKEND": "agg", "TQDM_MININTERVAL": "5"}
+        spec = specs.KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                                name="python3", display_name="Python 3", language="python", env=env)
+
+        class ThisPython(client.AsyncKernelManager):
+            kernel_spec = property(lambda self: spec)
+
+        fits = os.name == "posix" and len(folder) < 80  # the path of a socket is 107 bytes long at most
+        files = {"connection_file": f"{folder}/kernel.json", "transport": "ipc" if fits else "tcp"}  # no open port, no warning about one
+        yield {"kernel_manager_class": ThisPython, "config": traits.Config({"KernelManager": files})}
+
 # %% ../nbs/19_study.ipynb #dbf49028
 def run_notebook(
     notebook,    # path of the notebook
@@ -73,16 +97,52 @@ def run_notebook(
     parameters,  # values for its cell tagged `parameters`; a Path is made relative to the notebook
 ):
     "Execute one notebook, showing what it prints. PapermillExecutionError carries the failed cell's traceback."
+    papermill = _papermill()[0]
     notebook, copy = Path(notebook).resolve(), Path(copy).resolve()
     copy.parent.mkdir(parents=True, exist_ok=True)
     values = {k: os.path.relpath(v, notebook.parent) if isinstance(v, Path) else v for k, v in parameters.items()}
     prints = AboveBar()
-    sockets = Config({"KernelManager": {"transport": "ipc" if os.name == "posix" else "tcp"}})  # no open port, no warning about one
-    papermill.execute_notebook(
-        notebook, copy, values, cwd=notebook.parent, kernel_name="python3", language="python", config=sockets, stdout_file=prints, stderr_file=prints,
-        progress_bar={"desc": notebook.stem, "disable": None, "leave": False, "bar_format": "{desc}: |{bar:30}| {n_fmt}/{total_fmt} cells, {elapsed}"})
+    bar = {"desc": notebook.stem, "disable": None, "leave": False, "bar_format": "{desc}: |{bar:30}| {n_fmt}/{total_fmt} cells, {elapsed}"}
+    with _own_kernel() as kernel:
+        try: papermill.execute_notebook(notebook, copy, values, cwd=notebook.parent, kernel_name="python3", language="python",
+                                        stdout_file=prints, stderr_file=prints, progress_bar=bar, **kernel)
+        finally: _last_states(copy)
+
+def _last_states(copy):
+    "Of each line that redraws itself, keep the last state: a bar leaves a line in the executed notebook, not hundreds."
+    try: notebook = json.loads(copy.read_text())
+    except (OSError, ValueError): return  # nothing was executed
+    for cell in notebook["cells"]:
+        for out in cell.get("outputs", []):
+            if out["output_type"] == "stream": out["text"] = _drawn("".join(out["text"]))
+    write_json(copy, notebook)
+
+def _drawn(text): return "".join(line.rstrip("\r").rsplit("\r")[-1] + "\n" * whole for line, whole in _lines(text))
+
+def _lines(text):
+    "(line, whether it ended) of a text."
+    *lines, rest = text.replace("\r\n", "\n").split("\n")
+    return [(line, True) for line in lines] + [(rest, False)] * bool(rest)
 
 # %% ../nbs/19_study.ipynb #888220c6
+def _shipped(notebooks):
+    "The checkout that holds these notebooks, where its shipped numbers are; None elsewhere."
+    return next((p for p in Path(notebooks).resolve().parents if (p / "data/weights/tiny/evaluate.json").is_file()), None)
+
+def _beside_shipped(out_dir, notebooks):
+    "Print and draw what this run reached beside the shipped weights; nothing where one of the two is not there."
+    root = _shipped(notebooks)
+    if root is None: return
+    try: yours, shipped = read_report(Path(out_dir) / "evaluate.json"), read_report(root / "data/weights/tiny/evaluate.json")
+    except ValueError as e: return print(f"not set beside the shipped weights: {e}")
+    found = beside(yours, shipped)
+    print("\nyours beside the shipped weights (three hours of two cores): " + found["told"])
+    for row in found["rows"]: print(f"  {row['what']:<46}" + "".join(f"{label} {_number(row[key]):<8}" for label, key in (("yours", "yours"), ("shipped", "shipped"), ("wanted", "wanted")) if row[key] is not None or key != "wanted"))
+    save_figure(beside_plot(found), out_dir, "compare", found)
+    print(f"  drawn in {Path(out_dir) / 'compare.png'}")
+
+def _number(value): return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
+
 def clock(
     seconds: float,  # 0 or more
 ) -> str:
@@ -92,7 +152,7 @@ def clock(
 def run_study(
     preset_name="tiny",      # a name in config.PRESETS
     data_dir="data",         # recordings
-    out_dir="figures",       # figures, their numbers and study.json
+    out_dir="_runs/figures", # figures, their numbers and study.json
     steps=0,                 # length of each notebook's main loop; 0: its own default
     seed=0,
     device="cpu",            # or 'cuda'
@@ -104,7 +164,10 @@ def run_study(
     parameters = {"preset_name": preset_name, "data_dir": Path(data_dir).resolve(), "out_dir": Path(out_dir).resolve(),
                   "weights": (Path(runs) / "weights" / preset_name).resolve(), "steps": steps, "seed": seed, "device": device}
     record = Path(out_dir) / f"{Path(notebooks).stem if Path(notebooks).name == 'bench' or Path(notebooks).is_file() else 'study'}.json"
-    recorded, took, start = recorded_seconds(record, settings), {}, time.monotonic()
+    root, took, start = _shipped(notebooks), {}, time.monotonic()
+    of_the_sample = root is not None and Path(data_dir).resolve() == root / "data"  # how long other recordings take is not known
+    records = [record] + [root / "figures" / record.name] * of_the_sample
+    recorded = next((r for p in records if (r := recorded_seconds(p, settings))), {})
     for i, notebook in enumerate(found):
         left = time_left(recorded, took, [n.stem for n in found[i:]])
         print(f"[{i + 1}/{len(found)}] {notebook.stem}  {clock(time.monotonic() - start)} elapsed, " + (f"about {clock(left)} left" if left else "no record of how long this takes"), flush=True)
@@ -113,6 +176,9 @@ def run_study(
         took[notebook.stem] = round(time.monotonic() - begin, 1)
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     write_json(record, {"settings": settings, "seconds": took})
+    if "3_evaluate" in took: _beside_shipped(out_dir, notebooks)
+    gifs = sorted(Path(out_dir).glob("rollout_*.gif")) if "4_rollout" in took else []
+    if gifs: print("one second imagined beside reality: " + ", ".join(map(str, gifs)))
     print(f"done in {clock(time.monotonic() - start)}: figures in {out_dir}, executed notebooks in {runs}")
     return took
 
@@ -124,7 +190,7 @@ def main(
     p = argparse.ArgumentParser(prog="python -m minecraft_jepa.study", description="Run the study's notebooks in order.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--preset", dest="preset_name", default="tiny", choices=list(PRESETS), help="size of frames, networks and training")
     p.add_argument("--data", dest="data_dir", default="data", metavar="FOLDER", help="recordings, NAME.mp4 + NAME.jsonl")
-    p.add_argument("--out", dest="out_dir", default="figures", metavar="FOLDER", help="for figures and their numbers")
+    p.add_argument("--out", dest="out_dir", default="_runs/figures", metavar="FOLDER", help="for figures and their numbers")
     p.add_argument("--steps", type=int, default=0, help="length of each notebook's main loop; 0: its own default")
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the networks run")
@@ -132,12 +198,23 @@ def main(
     p.add_argument("--runs", default="_runs", metavar="FOLDER", help="for executed notebooks and weights")
     arguments = vars(p.parse_args(argv))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin at a barrier make torch several times slower when another process wants the core (LOG.md)
-    try: run_study(**arguments)
-    except (PapermillExecutionError, DeadKernelError) as e:
-        print(f"{e}\nThe study stopped here; the failed notebook as far as it came is in {arguments['runs']}.", file=sys.stderr)
-        return 1
+    try:
+        stopped = _failures()
+        run_study(**arguments)
+    except ImportError as e: return _fail(f"{p.prog}: {e}")
     except FileNotFoundError as e: p.error(str(e))
+    except stopped as e: return _fail(f"{e}\nThe study stopped here; the failed notebook as far as it came is in {arguments['runs']}.")
     return 0
+
+def _failures():
+    "What ends a notebook: an error in a cell, or a kernel that died."
+    _papermill()
+    return importlib.import_module("papermill.exceptions").PapermillExecutionError, importlib.import_module("nbclient.exceptions").DeadKernelError
+
+def _fail(text):
+    "Say it on stderr; the exit status."
+    print(text, file=sys.stderr)
+    return 1
 
 # %% ../nbs/19_study.ipynb #309ea8ea
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # a notebook is "__main__" too

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'FREE_RIVALS', 'camera_turn', 'shift_tokens', 'CopyFit', 'best_gain', 'encode_windows', 'fit_copies',
-           'copy_errors', 'paired_comparison', 'ticks_better', 'relative_to_best_rival']
+           'copy_errors', 'paired_comparison', 'paired_table', 'ticks_better', 'relative_to_best_rival']
 
 # %% ../nbs/22_baselines.ipynb #f020db1d
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from einops import rearrange
 from scipy import stats
 
 from .actions import CURSOR, MOUSE
-from .evaluation import evaluation_windows
+from .evaluation import LEAST_ERROR, evaluation_windows
 
 # %% ../nbs/22_baselines.ipynb #4a902d28
 def camera_turn(
@@ -168,14 +168,17 @@ def paired_comparison(
         recordings on which the first is `better`, how many there are (`of`), and the two-sided p
         of the `sign_test`. Below a ratio of 1 the first is better.
 
+    A recording that was too short for one of them (NaN) is left out. What is below `LEAST_ERROR`
+    counts as that, so that a perfect method has a ratio too.
+
     Raises:
-        ValueError: for other than one positive error a recording and method.
+        ValueError: for other than one error a recording and method.
     """
     first, second = np.asarray(first, float), np.asarray(second, float)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
         raise ValueError(f"errors are {first.shape} and {second.shape}, expected one a recording")
-    if not ((first > 0) & (second > 0)).all():
-        raise ValueError("an error is not above 0, so there is no ratio: were the latents equal?")
+    judged = ~np.isnan(first) & ~np.isnan(second)
+    first, second = (np.maximum(e[judged], LEAST_ERROR) for e in (first, second))
     log_ratio = np.log(first / second)
     low = high = log_ratio.mean()
     if len(first) > 1 and np.ptp(log_ratio) > 1e-12:
@@ -192,21 +195,29 @@ def paired_comparison(
     }
 
 
-def ticks_better(
+def paired_table(
     errors,    # {method: (recordings, horizons)}
     horizons,  # ticks
-    rival,     # name of a method
-    ticks=range(1, 16),
+    rivals,    # names of methods
     method="model",
+) -> dict[str, dict[str, dict]]:
+    """{rival: {ticks: `paired_comparison` of the method with it}}, ready for JSON."""
+    return {
+        rival: {
+            str(h): paired_comparison(errors[method][:, i], errors[rival][:, i])
+            for i, h in enumerate(horizons)
+        }
+        for rival in rivals
+    }
+
+
+def ticks_better(
+    comparisons,  # {ticks: `paired_comparison`}, of one rival
+    ticks=range(1, 16),
 ) -> list[int]:
-    """List the ticks at which a method beats a rival: interval below 1 and sign test below .05."""
-    better = []
-    for h in ticks:
-        i = list(horizons).index(h)
-        found = paired_comparison(errors[method][:, i], errors[rival][:, i])
-        if found["interval"][1] < 1 and found["sign_test"] < 0.05:
-            better.append(h)
-    return better
+    """List the ticks at which the interval lies below 1 and the sign test below .05."""
+    rows = {h: comparisons[str(h)] for h in ticks if str(h) in comparisons}
+    return [h for h, row in rows.items() if row["interval"][1] < 1 and row["sign_test"] < 0.05]
 
 # %% ../nbs/22_baselines.ipynb #55698e23
 FREE_RIVALS = ("copy_last", "linear", "shrunk_copy", "shifted_copy")
@@ -222,7 +233,7 @@ def relative_to_best_rival(
     known = [rival for rival in rivals if rival in errors]
     table = {}
     for i, h in enumerate(horizons):
-        best = min(known, key=lambda rival: errors[rival][:, i].mean())
+        best = min(known, key=lambda rival: np.nanmean(errors[rival][:, i]))
         comparison = paired_comparison(errors[method][:, i], errors[best][:, i])
         table[str(h)] = {"rival": best} | comparison
     return table

@@ -29,7 +29,15 @@ class ActionTokens(nn.Module):
         self.position = nn.Parameter(sincos_table(torch.arange(ticks), width))  # distinct from the start, then learned
 
     def forward(self, actions):
+        self.check(actions)
         return self.look(actions) + self.position  # (b, ticks, d)
+
+    def check(self, actions):
+        "ValueError when they are not one window."
+        ticks = len(self.position)
+        if actions.ndim != 3 or tuple(actions.shape[1:]) != (ticks, ACTION_DIM):
+            raise ValueError(f"actions are {tuple(actions.shape)}, expected (batch, {ticks}, "
+                             f"{ACTION_DIM}): ticks t-{ticks - 1} .. t")
 
     def look(self, actions):
         "As many tokens as there are ticks, (b, T, 28) -> (b, T, d), without position."
@@ -57,6 +65,7 @@ class CrossAttentionConditioner(nn.Module):
         self.recency = nn.Parameter(recency_bias(c.ticks, c.heads))
 
     def forward(self, z, actions):
+        self.tokens.check(actions)
         return self.at(z, self.read(actions), 0)
 
     def read(self, actions):
@@ -64,7 +73,8 @@ class CrossAttentionConditioner(nn.Module):
         told = self.tokens.look(actions)  # (b, T, d)
         ahead = [block.attend.kv for block in self.blocks]
         whole = all(type(kv.weight) is nn.Parameter for kv in ahead)  # no shards of FSDP
-        if torch.is_grad_enabled() or not whole:
+        once = told.shape[1] <= len(self.tokens.position)  # a single window
+        if torch.is_grad_enabled() or once or not whole:
             return told, None
         return told, [(F.linear(told, kv.weight), kv(self.tokens.position)) for kv in ahead]
 
@@ -92,6 +102,7 @@ class AdaLNConditioner(nn.Module):
         self.blocks = nn.ModuleList(init_weights(Block(width, c.heads)) for _ in range(c.depth))
 
     def forward(self, z, actions):
+        self.tokens.check(actions)
         return self.at(z, self.read(actions), 0)
 
     def read(self, actions):

@@ -10,18 +10,40 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .layers import FeedForward, layer_norm, sincos_grid
+from .layers import FeedForward, as_tensor, layer_norm, sincos_grid
 
 # %% ../nbs/07_encoder.ipynb #139313a9
 def normalise(
     frames,  # (b, 3, H, W), uint8 or float in 0..1
 ):
-    "Frames as float in -1..1. ValueError for another type or shape."
+    "Frames as float in -1..1. ValueError for another type, shape or range, with the remedy."
+    frames = as_tensor(frames, "frames")
     if frames.ndim != 4 or frames.shape[1] != 3:
-        raise ValueError(f"frames are {tuple(frames.shape)}, expected (batch, 3, height, width)")
-    if frames.dtype == torch.uint8: frames = frames.float() / 255
-    elif not frames.is_floating_point(): raise ValueError(f"frames are {frames.dtype}, expected uint8 or float in 0..1")
+        told = f"frames are {tuple(frames.shape)}, expected (batch, 3, height, width)"
+        raise ValueError(told + _remedy(tuple(frames.shape)))
+    if frames.dtype == torch.uint8:
+        return frames.float() / 255 * 2 - 1
+    if not frames.is_floating_point():
+        raise ValueError(f"frames are {frames.dtype}, expected uint8 or float in 0..1")
+    if type(frames) is torch.Tensor and frames.device.type != "meta" and frames.numel():
+        _check_range(frames)
     return frames * 2 - 1
+
+def _remedy(shape):
+    "What makes frames of another shape fit."
+    if len(shape) == 4 and shape[-1] == 3:
+        return ": frames.permute(0, 3, 1, 2) puts the colours first"
+    if len(shape) == 3 and 3 in (shape[0], shape[-1]):
+        last = "" if shape[0] == 3 else ".permute(2, 0, 1)"
+        return f": frames{last}[None] is a batch of one"
+    return ": frames.flatten(0, 1) makes one batch of clips" if len(shape) == 5 else ""
+
+@torch.compiler.disable
+def _check_range(frames):
+    low, high = (float(x) for x in frames.detach().aminmax())
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # true of nan too; a resized frame may overshoot
+        raise ValueError(f"frames hold {low:g} .. {high:g}, expected uint8 or float in 0..1: "
+                         "divide by 255, or hand over uint8")
 
 # %% ../nbs/07_encoder.ipynb #1c244487
 class Encoder(nn.Module):
@@ -39,6 +61,9 @@ class Encoder(nn.Module):
         self.vit.register_buffer("pos_embed", sincos_grid(f.grid, e.width)[None], persistent=False)
 
     def forward(self, frames):
-        if tuple(frames.shape[-2:]) != self.size:
+        frames = as_tensor(frames, "frames")
+        if frames.ndim == 4 and frames.shape[1] == 3 and tuple(frames.shape[-2:]) != self.size:
             raise ValueError(f"frames are {frames.shape[-2]}x{frames.shape[-1]}, this encoder takes {self.size[0]}x{self.size[1]}: resize them, or use the preset they were stored for")
-        return layer_norm(self.vit(normalise(frames)))  # (b, n, d)
+        weight = self.vit.patch_embed.proj.weight
+        x = normalise(frames).to(weight.device, weight.dtype)
+        return layer_norm(self.vit(x))  # (b, n, d)

@@ -19,7 +19,7 @@ from .actions import ACTION_DIM, CURSOR, MOUSE, SWITCHES
 from .conditioner import make_conditioner
 from .ema import ema_update, frozen_copy
 from .encoder import Encoder
-from .layers import Matching, Pretrained, layer_norm, read_weights
+from .layers import Matching, Pretrained, as_numbers, clean_names, layer_norm, read_weights, whole_number
 from .predictor import Predictor
 
 # %% ../nbs/11_jepa.ipynb #052620a1
@@ -41,7 +41,7 @@ class Taught(Pretrained):
 
     def start_from(self, folder):
         "Take over what another run of the same architecture learned; of its inverse-dynamics head, which is used in training alone, what fits. ValueError as for `from_pretrained`."
-        head = {k: v for k, v in self.state_dict().items() if k.startswith("inverse.")}
+        head = {k: v for k, v in clean_names(self.state_dict()).items() if k.startswith("inverse.")}
         state = {k: v for k, v in read_weights(folder, self.file, self.config).items() if not k.startswith("inverse.") or (k in head and head[k].shape == v.shape)}
         self._load_saved(head | state, Path(folder) / self.file)
 
@@ -57,10 +57,11 @@ class Taught(Pretrained):
         same = all(torch.equal(v, state["teacher." + k]) for k, v in ((k.removeprefix("encoder."), v) for k, v in state.items() if k.startswith("encoder.")))
         return {k: v for k, v in state.items() if not (same and k.startswith("teacher."))}
 
-    def _load_saved(self, state, path):
+    def _load_saved(self, state, path, assign=False):
         if not any(k.startswith("teacher.") for k in state):
-            state |= {"teacher." + k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-        super()._load_saved(state, path)
+            own = {k: v for k, v in state.items() if k.startswith("encoder.")}
+            state |= {"teacher." + k.removeprefix("encoder."): v.clone() for k, v in own.items()}
+        super()._load_saved(state, path, assign)
 
 # %% ../nbs/11_jepa.ipynb #73e98310
 def _processes(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -83,7 +84,7 @@ def sigreg(
     seed=0,       # decides them; the same in all processes
 ):
     "Epps-Pulley statistic of the latents along random directions against N(0, 1), over the number of frames. 0 for a Gaussian."
-    direction = torch.randn(z.shape[-1], slices, generator=torch.Generator().manual_seed(seed)).to(z)
+    direction = torch.randn(z.shape[-1], slices, generator=torch.Generator().manual_seed(whole_number(seed, "seed"))).to(z)
     x = z.flatten(0, 1) @ F.normalize(direction, dim=0)                 # (b n, slices)
     t = torch.linspace(0, 3, 17, device=z.device)                       # the integrand is even
     gauss, angle = (-t**2 / 2).exp(), x[..., None] * t                  # (17,), (b n, slices, 17)
@@ -192,14 +193,24 @@ class WorldModel(Taught):
         return self.teacher(frames)
 
     def step(self, z, actions):
-        "Latent of frame t (B, N, D) and actions t-24 .. t (B, 25, 28) -> latent of frame t+1 (B, N, D)."
+        """Latent of frame t (B, N, D) and actions t-24 .. t (B, 25, 28) -> latent of frame t+1.
+
+        One latent goes with many actions, and many with one. ValueError names what does not fit.
+        """
+        z, actions = self._given(z, actions)
+        if actions.shape[1] != self.config.conditioner.ticks:
+            ticks = self.config.conditioner.ticks
+            raise ValueError(f"actions are {tuple(actions.shape)}, expected ({len(z)}, {ticks}, "
+                             f"{ACTION_DIM}): ticks t-{ticks - 1} .. t; `imagine` takes more")
         return self._advance(z, self.conditioner.read(actions), 0, start=z)
 
     def imagine(self, z, actions):
-        "Latent of frame t (B, N, D) and actions t-24 .. t+K-1 (B, 24+K, 28) -> latents of frames t+1 .. t+K (B, K, N, D)."
-        ticks = self.config.conditioner.ticks
-        if actions.ndim != 3 or actions.shape[1] < ticks or len(actions) != len(z):
-            raise ValueError(f"actions are {tuple(actions.shape)}, expected ({len(z)}, {ticks - 1} + K, 28) with K of at least 1: {ticks} ticks end at the one that is acted on")
+        """Latent of frame t (B, N, D) and actions t-24 .. t+K-1 (B, 24+K, 28) -> (B, K, N, D).
+
+        Gives the latents of frames t+1 .. t+K. One latent goes with many actions, and many with
+        one. ValueError names what does not fit.
+        """
+        z, actions = self._given(z, actions)
         told, seen = self.conditioner.read(actions), []
         for k in range(actions.shape[1] - self.config.conditioner.ticks + 1):
             z = self._advance(z, told, k, start=z)  # the model's own latent goes in again
@@ -239,6 +250,22 @@ class WorldModel(Taught):
         if j.anti_collapse != "ema":
             return seen, [seen[k] for k in near]
         return seen, self.target(torch.cat([frames[:, k] for k in near])).chunk(len(near))
+
+    def _given(self, z, actions):
+        "Latents and actions as tensors like the weights. ValueError names what does not fit."
+        weight, c = self.predictor.out.weight, self.config
+        z = as_numbers(z, "z", weight)
+        actions, ticks = as_numbers(actions, "actions", weight), c.conditioner.ticks
+        if z.ndim != 3 or tuple(z.shape[1:]) != (c.frame.patches, c.encoder.width):
+            raise ValueError(f"z is {tuple(z.shape)}, expected latents (batch, {c.frame.patches}, "
+                             f"{c.encoder.width}), as `encode` gives them")
+        wrong = actions.ndim != 3 or actions.shape[1] < ticks or actions.shape[2] != ACTION_DIM
+        if wrong or len(actions) != len(z) and 1 not in (len(actions), len(z)):
+            raise ValueError(
+                f"actions are {tuple(actions.shape)}, expected ({len(z)}, {ticks - 1} + K, "
+                f"{ACTION_DIM}) with K of at least 1: {ticks} ticks end at the one acted on")
+        batch = max(len(z), len(actions)) if len(z) and len(actions) else 0
+        return z.expand(batch, -1, -1), actions.expand(batch, -1, -1)
 
     def _advance(self, z, told, k, start):
         return layer_norm(start + self.predictor(*self.conditioner.at(z, told, k)))

@@ -330,10 +330,12 @@ def _delays(path, many, fps, hold):
     "Milliseconds that each of `many` pictures stays. ValueError where GIF has no such time."
     least, longest = 100 / _LONGEST, _LONGEST / 100
     if not _is_number(fps) or not least <= fps <= 50:
-        raise ValueError(f"{path}: fps={fps!r} must lie between {least:.5f} (GIF knows no longer picture) and 50 (browsers slow faster GIFs down to 10)")
+        raise ValueError(f"{path}: fps={fps!r} must lie between {least:.5f} (GIF knows no longer picture) "
+                         "and 50 (browsers slow faster GIFs down to 10)")
     delay = 10 * round(100 / float(fps))
     if not _is_number(hold) or not 0 <= hold <= longest - delay / 1000:
-        raise ValueError(f"{path}: hold={hold!r} must be seconds from 0 to {longest - delay / 1000:.2f}: a picture of a GIF stays for {longest:.2f} s at most")
+        raise ValueError(f"{path}: hold={hold!r} must be seconds from 0 to {longest - delay / 1000:.2f}: "
+                         f"a picture of a GIF stays for {longest:.2f} s at most")
     return [delay] * (many - 1) + [delay + 10 * round(100 * float(hold))]
 
 def save_gif(
@@ -350,10 +352,13 @@ def save_gif(
         if f.dtype != np.uint8 or f.ndim != 3 or f.shape[-1] != 3 or f.shape != frames[0].shape:
             raise ValueError(f"{path}: frame {i} is {f.dtype} {f.shape}; all must be uint8 (h, w, 3) of one size, as frame 0 {frames[0].shape}")
     milliseconds = _delays(path, len(frames), fps, hold)
-    if not _is_number(limit) or not limit > 0: raise ValueError(f"{path}: limit={limit!r} must be megabytes above 0")
+    if not _is_number(limit) or not limit > 0:
+        raise ValueError(f"{path}: limit={limit!r} must be megabytes above 0")
     for colours in (256, 128, 64):
         try: data = _encode_gif(frames, milliseconds, colours)
-        except (OverflowError, struct.error): raise ValueError(f"{path}: equal pictures stand for more than {_LONGEST / 100:.0f} seconds, the longest that GIF knows; give fewer of them or a larger fps") from None
+        except (OverflowError, struct.error):
+            raise ValueError(f"{path}: equal pictures stand for more than {_LONGEST / 100:.0f} seconds, the longest "
+                             "that GIF knows; give fewer of them or a larger fps") from None
         if len(data) <= limit * 1e6: break
     else: warnings.warn(f"{path}: {len(data) / 1e6:.1f} MB is over {limit} MB even with 64 colours; give fewer frames or a smaller scale")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -473,7 +478,7 @@ def compare_plot(
     axes[0, -1].legend()
     return fig, axes[0]
 
-# %% ../nbs/15_drawing.ipynb #224d97b9
+# %% ../nbs/15_drawing.ipynb #f31543b4
 @_in_our_style
 def beside_plot(
     found,  # of `evaluation.beside`
@@ -491,11 +496,17 @@ def beside_plot(
             left.text(max(share, 0) + 0.02, y, text, va="center", fontsize=8)
     left.axvline(1, color="#222222", linestyle=":", linewidth=1)
     left.set_yticks(range(len(wanted)), [r["what"].replace("_", " ").replace(", intervals apart", "") for r in wanted])
-    left.invert_yaxis(); left.grid(axis="y", visible=False); left.set_xlim(min(left.get_xlim()[0], 0), max(left.get_xlim()[1], 1.15))
-    left.set_xlabel("share of what is wanted (dotted)"); left.set_title("The bars")
+    left.invert_yaxis()
+    left.grid(axis="y", visible=False)
+    left.set_xlim(min(left.get_xlim()[0], 0), max(left.get_xlim()[1], 1.15))
+    left.set_xlabel("share of what is wanted (dotted)")
+    left.set_title("The bars")
     ticks = list(next(iter(found["share_of_copying"].values())))
-    horizon_plot(right, [int(h) for h in ticks], {who: [row[h] for h in ticks] for who, row in found["share_of_copying"].items()}, ylabel="latent error / that of copying")
+    series = {who: [row[h] for h in ticks] for who, row in found["share_of_copying"].items()}
+    horizon_plot(right, [int(h) for h in ticks], series, ylabel="latent error / that of copying")
     right.axhline(1, color=COLOURS["copy_last"], linestyle=":", linewidth=1.2)
-    right.set_ylim(bottom=0); right.set_title("Beside copying the last frame")
-    fig.suptitle("" if found["comparable"] else "judged on different recordings: not comparable", fontsize=11, color="#b00020")
+    right.set_ylim(bottom=0)
+    right.set_title("Beside copying the last frame")
+    warning = "" if found["comparable"] else "judged on different recordings: not comparable"
+    fig.suptitle(warning, fontsize=11, color="#b00020")
     return fig

@@ -68,26 +68,33 @@ class AboveBar:
 
     def flush(self): sys.stdout.flush()
 
-# %% ../nbs/19_study.ipynb #27573cf4
+# %% ../nbs/19_study.ipynb #5108a22b
 def _papermill():
     "Papermill and what comes with it, imported as late as it is needed. ImportError names what installs it."
-    try: return [importlib.import_module(m) for m in ("papermill", "jupyter_client", "jupyter_client.kernelspec", "traitlets.config", "ipykernel")][:4]
-    except Exception as e: raise ImportError(f"notebooks are run by papermill, which can't be imported here ({type(e).__name__}: {e}); install it: pip install -e '.[dev]'") from None
+    needed = "papermill", "jupyter_client", "jupyter_client.kernelspec", "traitlets.config", "ipykernel"
+    try: return [importlib.import_module(m) for m in needed][:4]
+    except Exception as e:  # lacking, or installed and broken
+        raise ImportError(f"notebooks are run by papermill, which can't be imported here ({type(e).__name__}: {e}); "
+                          "install it: pip install -e '.[dev]'") from None
 
 @contextmanager
 def _own_kernel():
     "What papermill needs to start a kernel of this Python, with its files in a temporary folder."
     _, client, specs, traits = _papermill()
     with tempfile.TemporaryDirectory(prefix="kernel-", ignore_cleanup_errors=True) as folder:
-        env = {"IPYTHONDIR": f"{folder}/ipython", "PYTHONSTARTUP": "", "MPLBACKEND": "agg", "TQDM_MININTERVAL": "5"}
-        spec = specs.KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-                                name="python3", display_name="Python 3", language="python", env=env)
+        env = {"IPYTHONDIR": f"{folder}/ipython", "PYTHONSTARTUP": "", "MPLBACKEND": "agg",
+               "TQDM_MININTERVAL": "5"}
+        quiet = "--log-level=CRITICAL"  # at its end a kernel is interrupted, which is no error
+        spec = specs.KernelSpec(
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", quiet],
+            name="python3", display_name="Python 3", language="python", env=env)
 
         class ThisPython(client.AsyncKernelManager):
             kernel_spec = property(lambda self: spec)
 
         fits = os.name == "posix" and len(folder) < 80  # the path of a socket is 107 bytes long at most
-        files = {"connection_file": f"{folder}/kernel.json", "transport": "ipc" if fits else "tcp"}  # no open port, no warning about one
+        files = {"connection_file": f"{folder}/kernel.json",
+                 "transport": "ipc" if fits else "tcp"}  # no open port, no warning about one
         yield {"kernel_manager_class": ThisPython, "config": traits.Config({"KernelManager": files})}
 
 # %% ../nbs/19_study.ipynb #dbf49028
@@ -102,10 +109,12 @@ def run_notebook(
     copy.parent.mkdir(parents=True, exist_ok=True)
     values = {k: os.path.relpath(v, notebook.parent) if isinstance(v, Path) else v for k, v in parameters.items()}
     prints = AboveBar()
-    bar = {"desc": notebook.stem, "disable": None, "leave": False, "bar_format": "{desc}: |{bar:30}| {n_fmt}/{total_fmt} cells, {elapsed}"}
+    bar = {"desc": notebook.stem, "disable": None, "leave": False,
+           "bar_format": "{desc}: |{bar:30}| {n_fmt}/{total_fmt} cells, {elapsed}"}
     with _own_kernel() as kernel:
-        try: papermill.execute_notebook(notebook, copy, values, cwd=notebook.parent, kernel_name="python3", language="python",
-                                        stdout_file=prints, stderr_file=prints, progress_bar=bar, **kernel)
+        try: papermill.execute_notebook(
+                notebook, copy, values, cwd=notebook.parent, kernel_name="python3", language="python",
+                stdout_file=prints, stderr_file=prints, progress_bar=bar, **kernel)
         finally: _last_states(copy)
 
 def _last_states(copy):
@@ -126,7 +135,9 @@ def _last_states(copy):
             if out["output_type"] == "stream": out["text"] = _drawn(out["text"])
     write_json(copy, notebook)
 
-def _drawn(text): return "".join(line.rstrip("\r").rsplit("\r")[-1] + "\n" * whole for line, whole in _lines(text))
+def _drawn(text):
+    "What a terminal shows of a text in which lines are redrawn."
+    return "".join(line.rstrip("\r").rsplit("\r")[-1] + "\n" * whole for line, whole in _lines(text))
 
 def _lines(text):
     "(line, whether it ended) of a text."
@@ -142,15 +153,22 @@ def _beside_shipped(out_dir, notebooks):
     "Print and draw what this run reached beside the shipped weights; nothing where one of the two is not there."
     root = _shipped(notebooks)
     if root is None: return
-    try: yours, shipped = read_report(Path(out_dir) / "evaluate.json"), read_report(root / "data/weights/tiny/evaluate.json")
+    try:
+        yours = read_report(Path(out_dir) / "evaluate.json")
+        shipped = read_report(root / "data/weights/tiny/evaluate.json")
     except ValueError as e: return print(f"not set beside the shipped weights: {e}")
     found = beside(yours, shipped)
-    print("\nyours beside the shipped weights (three hours of two cores): " + found["told"])
-    for row in found["rows"]: print(f"  {row['what']:<46}" + "".join(f"{label} {_number(row[key]):<8}" for label, key in (("yours", "yours"), ("shipped", "shipped"), ("wanted", "wanted")) if row[key] is not None or key != "wanted"))
+    print(f"\nyours beside the shipped weights (three hours of two cores): {found['told']}")
+    print(f"  {'':<48}" + "".join(f"{who:>9}" for who in ("yours", "shipped", "wanted")))
+    for row in found["rows"]:
+        cells = "".join(f"{_number(row[who]):>9}" for who in ("yours", "shipped", "wanted"))
+        print(f"  {row['what']:<48}{cells}")
     save_figure(beside_plot(found), out_dir, "compare", found)
-    print(f"  drawn in {Path(out_dir) / 'compare.png'}")
+    print(f"  drawn in {Path(out_dir) / 'compare.png'}\n")
 
-def _number(value): return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
+def _number(value):
+    "As the table shows it."
+    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
 
 def clock(
     seconds: float,  # 0 or more
@@ -212,13 +230,16 @@ def main(
         run_study(**arguments)
     except ImportError as e: return _fail(f"{p.prog}: {e}")
     except FileNotFoundError as e: p.error(str(e))
-    except stopped as e: return _fail(f"{e}\nThe study stopped here; the failed notebook as far as it came is in {arguments['runs']}. What later notebooks would have written into {arguments['out_dir']} is not there, or of an earlier run.")
+    except stopped as e:
+        return _fail(f"{e}\nThe study stopped here; the failed notebook as far as it came is in {arguments['runs']}. "
+                     f"What later notebooks would have written into {arguments['out_dir']} is not there, or of an earlier run.")
     return 0
 
 def _failures():
     "What ends a notebook: an error in a cell, or a kernel that died."
     _papermill()
-    return importlib.import_module("papermill.exceptions").PapermillExecutionError, importlib.import_module("nbclient.exceptions").DeadKernelError
+    of_papermill = importlib.import_module("papermill.exceptions").PapermillExecutionError
+    return of_papermill, importlib.import_module("nbclient.exceptions").DeadKernelError
 
 def _fail(text):
     "Say it on stderr; the exit status."

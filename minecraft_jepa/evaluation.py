@@ -35,10 +35,12 @@ def window_starts(
 ):
     "Evenly spread t, each with a frame before it. ValueError where the recording has none."
     starts = store.starts(name, max(ticks, 2), horizon)
-    if not len(starts): raise ValueError(f"{name}: {_no_window(ticks, horizon)}; use longer recordings or a smaller horizon")
+    if not len(starts):
+        raise ValueError(f"{name}: {_no_window(ticks, horizon)}; use longer recordings or a smaller horizon")
     return starts[np.unique(np.linspace(0, len(starts) - 1, count).round().astype(int))]
 
-def _no_window(ticks, horizon): return f"too short, or cut by teleports, for {ticks} ticks of history and {horizon} imagined"
+def _no_window(ticks, horizon):
+    return f"too short, or cut by teleports, for {ticks} ticks of history and {horizon} imagined"
 
 def left_out(
     store,    # ClipStore
@@ -47,8 +49,12 @@ def left_out(
     horizon,  # ticks after t
 ):
     "{name: why} of the recordings that nothing can be judged on: without a window, or without any movement."
-    short = {n: _no_window(ticks, horizon) for n in names if not len(store.starts(n, max(ticks, 2), horizon))}
-    return short | {n: "nothing moves in it, so that to copy the last frame has no error" for n in names if n not in short and _still(store[n].frames)}
+    found = {}
+    for n in names:
+        if not len(store.starts(n, max(ticks, 2), horizon)): found[n] = _no_window(ticks, horizon)
+        elif _still(store[n].frames):
+            found[n] = "nothing moves in it, so that to copy the last frame has no error"
+    return found
 
 def _still(frames, part=200):
     "Whether all frames are one picture; of a recording that moves, only the first part is read."
@@ -63,7 +69,8 @@ def usable(
     kept = [n for n in names if n not in out]
     if len(kept) < least:
         told = "; ".join(f"{n}: {why}" for n, why in list(out.items())[:3]) or "there are no others"
-        raise ValueError(f"{len(kept)} recording(s) can be judged, at least {least} are needed ({told}); give longer recordings, or more of them")
+        raise ValueError(f"{len(kept)} recording(s) can be judged, at least {least} are needed ({told}); "
+                         "give longer recordings, or more of them")
     return kept
 
 def evaluation_windows(
@@ -96,7 +103,7 @@ def held_out(
     if len(names) < 2: raise ValueError(f"{data_dir}: {len(names)} recording(s) that the weights have not seen, at least 2 are needed; give a folder with more")
     return names
 
-# %% ../nbs/14_evaluation.ipynb #e40b8ef3
+# %% ../nbs/14_evaluation.ipynb #853259e4
 def weights_identity(
     weights,  # folder that the training wrote
 ):
@@ -111,7 +118,8 @@ def recordings_identity(
 ):
     "{'folder', 'recordings', 'names_sha256'}: how many, and a digest of their names."
     names = sorted(p.stem for p in find_recordings(data_dir))
-    return {"folder": Path(data_dir).resolve().name, "recordings": len(names), "names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return {"folder": Path(data_dir).resolve().name, "recordings": len(names), "names_sha256": digest}
 
 def kinship(
     data_dir,  # folder of recordings
@@ -119,13 +127,17 @@ def kinship(
 ):
     "A sentence: were these weights made from recordings of this folder, or do they meet for the first time?"
     told = json.loads((Path(weights) / "training.json").read_text())
-    used, here = {group_of(n) for n in told["train"] + told["validation"]}, {group_of(p.stem) for p in find_recordings(data_dir)}
-    if used & here: return f"weights of {weights}, trained on {len(used & here)} other worlds or sessions of {data_dir}"
+    used = {group_of(n) for n in told["train"] + told["validation"]}
+    here = {group_of(p.stem) for p in find_recordings(data_dir)}
+    if used & here:
+        return f"weights of {weights}, trained on {len(used & here)} other worlds or sessions of {data_dir}"
     like = f"like {min(used)}" if used else "that nobody named"
-    return (f"weights of {weights} ({told.get('preset')}) on recordings of {data_dir}: as far as names tell, they were not made for each other. The weights were trained on {len(used)} worlds or sessions {like}, "
-            "none of which is here; what follows is how far they carry over, not what a model of these recordings can do. Train one with nbs/study/2_train.ipynb and pass its folder as weights.")
+    return (f"weights of {weights} ({told.get('preset')}) on recordings of {data_dir}: as far as names tell, "
+            f"they were not made for each other. The weights were trained on {len(used)} worlds or sessions {like}, "
+            "none of which is here; what follows is how far they carry over, not what a model of these "
+            "recordings can do. Train one with nbs/study/2_train.ipynb and pass its folder as weights.")
 
-# %% ../nbs/14_evaluation.ipynb #8a3bff94
+# %% ../nbs/14_evaluation.ipynb #c4518574
 class Remembers:
     "A WorldModel that looks at no frame twice and imagines no future twice; what it keeps stays below `limit` bytes."
     def __init__(self, model, limit=2**30):
@@ -163,7 +175,9 @@ class Remembers:
         "Drop what was not asked for the longest."
         while self.held > self.limit: self.held -= self.kept.popitem(last=False)[1].nbytes
 
-def _digest(x): return hashlib.blake2b(x.detach().cpu().contiguous().numpy().tobytes(), digest_size=16).digest() + str(x.dtype).encode()
+def _digest(x):
+    data = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()  # of any type, bfloat16 too
+    return hashlib.blake2b(data, digest_size=16).digest() + str(x.dtype).encode()
 
 # %% ../nbs/14_evaluation.ipynb #2491d393
 @torch.no_grad()
@@ -223,7 +237,9 @@ def horizon_errors(
             total, squares, seen = total + z.sum(0), squares + (z**2).sum(0), seen + len(z)
         for m in parts[0]: errors.setdefault(m, []).append(torch.cat([p[m] for p in parts]).mean(0).cpu().numpy())
     variance = float((squares / seen - (total / seen) ** 2).mean())
-    if not variance > 1e-12: raise ValueError(f"the latents of {', '.join(names[:3])}.. are all alike, so no error can be set against their variance: all frames show one picture, or the weights have collapsed")
+    if not variance > 1e-12:
+        raise ValueError(f"the latents of {', '.join(names[:3])}.. are all alike, so no error can be set against "
+                         "their variance: all frames show one picture, or the weights have collapsed")
     return {m: np.stack(e) / variance for m, e in errors.items()}, variance
 
 # %% ../nbs/14_evaluation.ipynb #b2c56f28
@@ -407,12 +423,18 @@ def beside(
     ticks, reports = ("1", "2", "4", "8", "15"), {"yours": yours, "shipped": shipped}
     share = {who: {h: r["share_of_copying"][h]["model"] for h in ticks} for who, r in reports.items()}
     numbers = {who: {b["bar"]: b["number"] for b in r["bars"]} for who, r in reports.items()}
-    rows = [{"what": b["bar"], "wanted": b["wanted"], **{who: numbers[who].get(b["bar"]) for who in reports}} for b in yours["bars"]]
-    rows += [{"what": f"error over copying, {h} tick{'s' * (h != '1')}", "wanted": None, **{who: share[who][h]["mean"] for who in reports}} for h in ticks]
+    rows = [{"what": b["bar"], "wanted": b["wanted"], **{who: numbers[who].get(b["bar"]) for who in reports}}
+            for b in yours["bars"]]
+    rows += [{"what": f"error over copying, {h} tick{'s' * (h != '1')}", "wanted": None,
+              **{who: share[who][h]["mean"] for who in reports}} for h in ticks]
     same = yours["recordings"] == shipped["recordings"]
     count = {who: len(r["recordings"]) for who, r in reports.items()}
-    told = f"judged on the same {count['yours']} recordings. Errors of two encoders can't be compared, ratios can." if same else \
-        f"not comparable, for yours was judged on {count['yours']} recordings ({', '.join(yours['recordings'][:2])}..) and the shipped on {count['shipped']} others ({', '.join(shipped['recordings'][:2])}..). Read each column by itself."
-    if yours["preset"] != shipped["preset"]: told += f" Yours is of the preset {yours['preset']}, the shipped of {shipped['preset']}."
+    some = {who: ", ".join(r["recordings"][:2]) for who, r in reports.items()}
+    told = f"judged on the same {count['yours']} recordings. Errors of two encoders can't be compared, ratios can."
+    if not same:
+        told = (f"not comparable, for yours was judged on {count['yours']} recordings ({some['yours']}..) and the "
+                f"shipped on {count['shipped']} others ({some['shipped']}..). Read each column by itself.")
+    if yours["preset"] != shipped["preset"]:
+        told += f" Yours is of the preset {yours['preset']}, the shipped of {shipped['preset']}."
     about = {who: {k: r.get(k) for k in ("preset", "recordings", "weights", "weights_identity", "data")} for who, r in reports.items()}
     return {"comparable": same, "told": told, "rows": rows, "share_of_copying": share, "about": about}

@@ -181,11 +181,10 @@ def test_store_of_another_size_or_format_is_refused(folder, tmp_path):
     assert ClipStore.build(folder, small, progress=False)[SHORT].frames.shape[2:] == (24, 40)  # in the cache each size has its own
 
 
-def test_a_store_stands_in_for_the_recordings(folder, tmp_path):
+def test_a_store_stands_in_for_the_recordings(store):
     "`build` and `split_recordings` take a store where they take a folder of recordings."
-    built = ClipStore.build(DATA, FRAME, tmp_path / "store", progress=False)
-    again = ClipStore.build(tmp_path / "store", FRAME)
-    assert again.folders == built.folders and split_recordings(tmp_path / "store") == SPLIT
+    folder = store.folders[SHORT].parent
+    assert ClipStore.build(folder, FRAME).folders == store.folders and split_recordings(folder) == SPLIT
 
 
 def test_clip_that_was_cut_short_is_refused(folder, tmp_path):

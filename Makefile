@@ -49,13 +49,13 @@ test: .venv/installed
 soak: .venv/installed
 	SOAK=1 $(PYTEST)
 
-# Tests that take seconds and touch every direct dependency of the package
 lowest: .venv/installed
-	$(BIN)/python -m venv --clear .venv-lowest
-	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e .
-	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python pytest hypothesis imageio
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q tests/test_actions.py \
-		tests/test_recordings.py tests/test_clips.py tests/test_model.py tests/test_drawing.py
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .lowest
+	$(BIN)/uv pip install --quiet --python .lowest/bin/python --resolution lowest-direct -e .
+	$(BIN)/uv pip install --quiet --python .lowest/bin/python pytest hypothesis
+	OMP_NUM_THREADS=1 .lowest/bin/python -m pytest -q tests/test_actions.py \
+		tests/test_recordings.py tests/test_drawing.py tests/test_model.py \
+		tests/test_remote.py tests/test_contractor.py
 
 export: .venv/installed
 	$(BIN)/nbdev_export

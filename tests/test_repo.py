@@ -134,12 +134,8 @@ def packages(requirements): return {re.match(r"[\w.-]+", r)[0].replace("_", "-")
 def needed(paths):
     "Packages, as pip names them, that files import and Python does not bring."
     pip_name = {"PIL": "pillow", "skimage": "scikit-image", "IPython": "ipykernel", "Xlib": "python-xlib", "nbclient": "papermill", "nbformat": "papermill", "traitlets": "papermill"}
-<<<<<<< HEAD
     tops = {name.split(".")[0] for p in paths for name in imported(code(p))} - set(sys.stdlib_module_names) - {"minecraft_jepa"}
     tops -= {p.stem for p in (ROOT / "tests").glob("*.py")}  # what tests share
-=======
-    tops = {name.split(".")[0] for p in paths for name in imported(code(p))} - set(sys.stdlib_module_names) - {"minecraft_jepa"} - {p.stem for p in (ROOT / "tests").glob("*.py")}
->>>>>>> data
     return {pip_name.get(top, top).replace("_", "-").lower() for top in tops}
 
 

@@ -90,8 +90,10 @@ def _strip_stuck_attack(actions, lines):
 
 def _slot_of(line):
     "The slot in hand; -1 where the line does not tell."
-    try: return _field(line, ("hotbar",), _slot, -1)
-    except ValueError: return -1
+    try:
+        return _field(line, ("hotbar",), _slot, -1)
+    except ValueError:
+        return -1
 
 def _add_scrolled_slots(actions, lines):
     "Press the key of a slot that is in hand on the next line but not on this one, unless the player pressed it."
@@ -118,17 +120,23 @@ def read_actions(
             action = encode_action(line)
             _field(line, ("mouse", "newButtons"), _integers, [])
             _field(line, ("hotbar",), _slot, -1)
-        except ValueError as e: faults[t] = str(e)
-        else: actions[t] = action
+        except ValueError as e:
+            faults[t] = str(e)
+        else:
+            actions[t] = action
     _strip_stuck_attack(actions, [{} if t in faults else line for t, line in enumerate(lines)])
     _add_scrolled_slots(actions, lines)
-    for t in faults: actions[t] = NOOP
+    for t in faults:
+        actions[t] = NOOP
     return actions, faults
 
 def encode_actions(
     lines,  # dicts, in order
 ) -> np.ndarray:
-    "The actions of a recording, (T, 28) float32, as `read_actions`; ValueError names line and field where one holds none."
+    """The actions of a recording, (T, 28) float32, as `read_actions`; ValueError names line and
+    field where one holds none.
+    """
     actions, faults = read_actions(lines)
-    for t, what in faults.items(): raise ValueError(f"line {t + 1}: {what}")
+    for t, what in faults.items():
+        raise ValueError(f"line {t + 1}: {what}")
     return actions

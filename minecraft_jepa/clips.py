@@ -35,7 +35,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .config import PRESETS, preset, write_json
-from .recordings import RecordingError, _place_of, cache_root, cores, find_recordings, group_of, open_recording, pair_of, split_recordings, whole_number
+from .recordings import (
+    RecordingError, _place_of, cache_root, cores, find_recordings, group_of, open_recording,
+    pair_of, split_recordings, whole_number)
 
 # %% ../nbs/04_clips.ipynb #6fe0c5cb
 FORMAT = 5  # of a clip on disk: raise it whenever the same files would give other numbers
@@ -45,8 +47,8 @@ class Clip:
     """A decoded recording, memory-mapped.
 
     Action t acts between frames t and t+1, so that of the last frame leads nowhere; no window reads
-    it. With `spare_frames` that frame had no line: its action is `NOOP`, its state that of the frame
-    before. A label of frame t is known where t < len(frames) - spare_frames.
+    it. With `spare_frames` that frame had no line: its action is `NOOP`, its state that of the
+    frame before. What the state says of frame t is known where t < len(frames) - spare_frames.
     """
     frames: np.ndarray      # (T, 3, H, W) uint8
     actions: np.ndarray     # (T, 28) float32
@@ -74,7 +76,8 @@ def source_of(
     for half, p in zip(("mp4", "jsonl"), pair_of(path)):
         stat, old = p.stat(), (known or {}).get(half, {})
         same = (stat.st_size, stat.st_mtime_ns) == (old.get("bytes"), old.get("mtime_ns"))
-        found[half] = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": old["sha256"] if same else _sha256(p)}
+        code = old["sha256"] if same else _sha256(p)
+        found[half] = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": code}
     return found
 
 def _sha256(path):
@@ -92,7 +95,8 @@ def decode_clip(
     "Decode a recording into the folder `target`."
     source = source_of(path)
     recording = open_recording(path)
-    part = target.parent / f".clip.part-{uuid.uuid4().hex}"  # others may read it, as the umask says; a name of 250 characters leaves no room for more
+    # others may read it, as the umask says; a name of 250 characters leaves no room for more
+    part = target.parent / f".clip.part-{uuid.uuid4().hex}"
     part.mkdir()
     try:
         with open(part / "frames.npy", "wb") as f:  # written, not mapped: a full disk is then an error and no crash
@@ -101,7 +105,8 @@ def decode_clip(
         np.save(part / "actions.npy", recording.actions); np.save(part / "teleported.npy", recording.teleported)
         for name, values in recording.state.items(): np.save(part / f"state_{name}.npy", values)
         write_json(part / "clip.json", {"format": FORMAT, "name": recording.name, "ticks": len(recording), "height": frame.height, "width": frame.width,
-                                        "runs": runs_of(recording.teleported), "state": list(recording.state), "spare_frames": recording.spare_frames, "source": source})
+                                        "runs": runs_of(recording.teleported), "state": list(recording.state),
+                                        "spare_frames": recording.spare_frames, "source": source})
         old = part.with_name(part.name + "-old")
         if target.exists(): os.replace(target, old)
         os.replace(part, target)
@@ -110,15 +115,18 @@ def decode_clip(
 
 # %% ../nbs/04_clips.ipynb #5ce26c55
 def cache_dir():
-    "Where stores are kept: $MINECRAFT_JEPA_CACHE, else ~/.cache/minecraft_jepa. ValueError where there is no such place."
+    """Where stores are kept: $MINECRAFT_JEPA_CACHE, else ~/.cache/minecraft_jepa. ValueError where
+    there is no such place.
+    """
     return cache_root() / "clips"
 
 def store_of(
     folder,  # of recordings
-    frame,   # config.frame
+    frame,  # config.frame
 ) -> Path:
     "The store in the cache that belongs to a folder and a size."
-    return cache_dir() / f"{_place_of(folder)}-{frame.height}x{frame.width}-{FORMAT}"  # one of an older format is not in the way
+    # one of an older format is not in the way
+    return cache_dir() / f"{_place_of(folder)}-{frame.height}x{frame.width}-{FORMAT}"
 
 class _OpenFiles:
     "Frames and actions of the clips read last, so that few files are open at a time."
@@ -133,6 +141,51 @@ class _OpenFiles:
         np.lib.format.read_magic(f); np.lib.format.read_array_header_1_0(f)
         self.clips[name] = f.fileno(), f.tell(), np.load(folder / "actions.npy")
         return self.clips[name]
+
+# %% ../nbs/04_clips.ipynb #228bcbbb
+def _read_windows(clips, picks, ticks, rollout, far):
+    "What `Clips.read` gives, of picks that are known to be there."
+    if not picks: raise ValueError("no windows are asked for; give at least one (name, t)")
+    last, extra = max(rollout, far), far > rollout
+    about, files = (
+        clips.about[picks[0][0]],
+        clips._here.__dict__.setdefault("files", _OpenFiles()),
+    )
+    frames = np.empty(
+        (len(picks), 1 + rollout + extra, 3, about["height"], about["width"]), np.uint8
+    )
+    actions = np.empty((len(picks), ticks - 1 + last, 28), np.float32)
+    pixels, frame, preadv, known = (
+        memoryview(frames).cast("B"),
+        frames[0, 0].nbytes,
+        os.preadv,
+        files.clips,
+    )
+    long, at, got = (1 + rollout) * frame, 0, 0
+    for i, (name, t) in enumerate(picks):
+        f, begin, play = known.get(name) or files.get(name, clips.folders[name])
+        got += preadv(f, (pixels[at : at + long],), begin + t * frame)
+        actions[i] = play[t - ticks + 1 : t + last]
+        at += long
+        if extra:
+            got += preadv(f, (pixels[at : at + frame],), begin + (t + far) * frame)
+            at += frame
+    if got < at:
+        raise StaleStore(
+            f"{_cut(clips, picks, last, frame)}: its frames are cut short; delete this folder "
+            "and build the store again"
+        )
+    return torch.from_numpy(frames), torch.from_numpy(actions)
+
+def _refuse(clips, name, t, ticks, rollout):
+    clips._known(name)
+    raise IndexError(
+        f"{name}: no window at tick {t}; it has {clips._lengths[name]} ticks, {ticks - 1} are "
+        f"needed before and {rollout} after")
+
+def _cut(clips, picks, rollout, frame):
+    for folder, t in ((clips.folders[n], t) for n, t in picks):
+        if (folder / "frames.npy").stat().st_size < (t + rollout + 1) * frame + 128: return folder
 
 # %% ../nbs/04_clips.ipynb #f85e5597
 class Clips:
@@ -160,49 +213,38 @@ class Clips:
         return self._clips[name]
 
     def runs(self, name, ticks=25, rollout=1):
-        "Stretches [first, end) of the t whose window (ticks t-ticks+1 .. t+rollout-1, frames t .. t+rollout) crosses no gap and no end."
+        "[first, end) of the t whose ticks t-ticks+1 .. t+rollout-1 cross no gap and no end."
         self._known(name)
         ticks, rollout = whole_number(ticks, "ticks", 1), whole_number(rollout, "rollout", 0)
-        return [(a + ticks - 1, b - rollout) for a, b in self.about[name]["runs"] if b - rollout > a + ticks - 1]
+        runs = [(a + ticks - 1, b - rollout) for a, b in self.about[name]["runs"]]
+        return [(first, end) for first, end in runs if end > first]
 
     def starts(self, name, ticks=25, rollout=1):
         "All t of `runs`."
         return np.concatenate([np.arange(0), *(np.arange(*run) for run in self.runs(name, ticks, rollout))])
 
     def read(self, picks, ticks=25, rollout=1, far=0):
-        "Windows at [(name, t)]: frames t .. t+K (B, 1+K, 3, H, W) uint8 and actions t-ticks+1 .. t+K-1 (B, ticks-1+K, 28) float32. With `far` beyond K: frame t+far after the others, and the actions up to it. IndexError beyond a recording."
-        ticks, rollout, far = whole_number(ticks, "ticks", 1), whole_number(rollout, "rollout", 0), whole_number(far, "far", 0)
-        last, extra, long = max(rollout, far), far > rollout, self._lengths
+        """Windows at [(name, t)]: frames t .. t+K (B, 1+K, 3, H, W) uint8 and actions t-ticks+1 ..
+        t+K-1 (B, ticks-1+K, 28) float32. With `far` beyond K: frame t+far after the others, and the
+        actions up to it. IndexError beyond a recording.
+        """
+        ticks, rollout = whole_number(ticks, "ticks", 1), whole_number(rollout, "rollout", 0)
+        far, long = whole_number(far, "far", 0), self._lengths
+        last = max(rollout, far)
         picks = [(name, t if type(t) is int else whole_number(t, "t")) for name, t in picks]
-        if not picks: raise ValueError("no windows are asked for; give at least one (name, t)")
         for name, t in picks:
-            if name not in long or not ticks - 1 <= t < long[name] - last: self._refuse(name, t, ticks, last)
-        about, files = self.about[picks[0][0]], self._here.__dict__.setdefault("files", _OpenFiles())
-        frames = np.empty((len(picks), 1 + rollout + extra, 3, about["height"], about["width"]), np.uint8)
-        actions = np.empty((len(picks), ticks - 1 + last, 28), np.float32)
-        pixels, frame, preadv, known = memoryview(frames).cast("B"), frames[0, 0].nbytes, os.preadv, files.clips
-        long, at, got = (1 + rollout) * frame, 0, 0
-        for i, (name, t) in enumerate(picks):
-            f, begin, play = known.get(name) or files.get(name, self.folders[name])
-            got += preadv(f, (pixels[at:at + long],), begin + t * frame)
-            actions[i] = play[t - ticks + 1:t + last]
-            at += long
-            if extra: got += preadv(f, (pixels[at:at + frame],), begin + (t + far) * frame); at += frame
-        if got < at: raise StaleStore(f"{self._cut(picks, last, frame)}: its frames are cut short; delete this folder and build the store again")
-        return torch.from_numpy(frames), torch.from_numpy(actions)
-
-    def _refuse(self, name, t, ticks, rollout):
-        self._known(name)
-        raise IndexError(f"{name}: no window at tick {t}; it has {self._lengths[name]} ticks, {ticks - 1} are needed before and {rollout} after")
-
-    def _cut(self, picks, rollout, frame):
-        return next(self.folders[n] for n, t in picks if (self.folders[n] / "frames.npy").stat().st_size < (t + rollout + 1) * frame + 128)
+            inside = name in long and ticks - 1 <= t < long[name] - last
+            if not inside: _refuse(self, name, t, ticks, last)
+        return _read_windows(self, picks, ticks, rollout, far)
 
     def window(self, name, t, ticks=25, rollout=1):
-        "One window: frames (1+K, 3, H, W) and actions (ticks-1+K, 28). IndexError beyond the recording, ValueError where t is no whole number."
+        """One window: frames (1+K, 3, H, W) and actions (ticks-1+K, 28). IndexError beyond the
+        recording, ValueError where t is no whole number.
+        """
         self._known(name)
-        t, ticks, rollout = whole_number(t, "t"), whole_number(ticks, "ticks", 1), whole_number(rollout, "rollout", 0)
-        if not ticks - 1 <= t < self._lengths[name] - rollout: self._refuse(name, t, ticks, rollout)
+        ticks, rollout = whole_number(ticks, "ticks", 1), whole_number(rollout, "rollout", 0)
+        t = whole_number(t, "t")
+        if not ticks - 1 <= t < self._lengths[name] - rollout: _refuse(self, name, t, ticks, rollout)
         frames, actions = self.read([(name, t)], ticks, rollout)
         return frames[0], actions[0]
 
@@ -211,7 +253,8 @@ def _load_clip(folder):
     load = lambda file: np.load(folder / f"{file}.npy", mmap_mode="r")
     about = json.loads((folder / "clip.json").read_text())
     state = {k: np.array(load(f"state_{k}")) for k in about["state"]}
-    return Clip(load("frames"), np.array(load("actions")), np.array(load("teleported")), state, about.get("spare_frames", 0))
+    actions, teleported = np.array(load("actions")), np.array(load("teleported"))
+    return Clip(load("frames"), actions, teleported, state, about.get("spare_frames", 0))
 
 def is_stale(
     clip,  # folder of a clip
@@ -222,63 +265,100 @@ def is_stale(
     except FileNotFoundError: return True
     return about["format"] != FORMAT or _hashes(source_of(path, about["source"])) != _hashes(about["source"])
 
-_UNLOCKABLE = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP  # what the disks of clusters say
+# what the disks of clusters say
+_UNLOCKABLE = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP
 
 def _open_lock(path):
     "An open file to lock. Who may not write one that another user made reads it."
-    try: return open(path, "a")
+    try:
+        return open(path, "a")
     except PermissionError:
-        if not path.is_file(): raise
+        if not path.is_file():
+            raise
         return open(path)
 
 @contextmanager
 def _locked(store_dir):
-    "One build into a folder at a time; what a killed one left is removed. On a disk that knows no locks: with a warning."
+    """One build into a folder at a time; what a killed one left is removed. On a disk that knows
+    no locks: with a warning.
+    """
     store_dir.mkdir(parents=True, exist_ok=True)
     with _open_lock(store_dir / ".lock") as lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as e:
-            if e.errno not in _UNLOCKABLE: raise
-            print(f"{store_dir}: this disk does not lock files ({e.strerror}), so build into it from one process at a time, or set MINECRAFT_JEPA_CACHE to a folder on a local disk", file=sys.stderr, flush=True)
+            if e.errno not in _UNLOCKABLE:
+                raise
+            print(
+                f"{store_dir}: this disk does not lock files ({e.strerror}), so build into it from "
+                "one process at a time, or set MINECRAFT_JEPA_CACHE to a folder on a local disk",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             for left in store_dir.glob(".*.part-*"):
-                if left.is_dir(): shutil.rmtree(left, ignore_errors=True)
-                else: left.unlink(missing_ok=True)
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
         yield
 
 # %% ../nbs/04_clips.ipynb #e55f7cc4
 def _settings(frame): return {"format": FORMAT, "height": frame.height, "width": frame.width}
 
 def _is_ready(store_dir, paths, frame):
-    "Whether a store holds all {name: mp4} as they are: then nothing is written, so it may be one that is only read."
-    try: settings = json.loads((store_dir / "store.json").read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError): return False
-    if os.access(store_dir, os.W_OK) and any(store_dir.glob(".*.part-*")): return False  # left by a kill
-    return settings == _settings(frame) and not any(is_stale(store_dir / n, p) for n, p in paths.items())
+    """Whether a store holds all {name: mp4} as they are: then nothing is written, so it may be one
+    that is only read.
+    """
+    try:
+        settings = json.loads((store_dir / "store.json").read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    # left by a kill
+    if os.access(store_dir, os.W_OK) and any(store_dir.glob(".*.part-*")):
+        return False
+    return settings == _settings(frame) and not any(
+        is_stale(store_dir / n, p) for n, p in paths.items()
+    )
 
 def _settle(store_dir, folder, frame):
-    "Write what the store holds, and the split that goes with it; StaleStore where it already holds another size."
+    """Write what the store holds, and the split that goes with it; StaleStore where it already
+    holds another size.
+    """
     settings, path = _settings(frame), store_dir / "store.json"
-    if path.is_file() and json.loads(path.read_text()) != settings and any(store_dir.glob("[!.]*/clip.json")):
-        raise StaleStore(f"{store_dir} holds clips of other settings: {' '.join(path.read_text().split())}; give another folder, or delete this one")
+    if (
+        path.is_file()
+        and json.loads(path.read_text()) != settings
+        and any(store_dir.glob("[!.]*/clip.json"))
+    ):
+        raise StaleStore(
+            f"{store_dir} holds clips of other settings: {' '.join(path.read_text().split())}; "
+            "give another folder, or delete this one"
+        )
     write_json(path, settings)
     _copy_split(store_dir, folder)
 
 def _copy_split(store_dir, folder):
-    "What the sides are, where it is not there yet: whole or not at all, and not with the rights of a folder that may only be read."
+    """What the sides are, where it is not there yet: whole or not at all, and not with the rights
+    of a folder that may only be read.
+    """
     for about in ("split.json", "manifest.json"):
         source, target = folder / about, store_dir / about
-        if not source.is_file() or target.is_file() and target.read_bytes() == source.read_bytes(): continue
+        if not source.is_file() or target.is_file() and target.read_bytes() == source.read_bytes():
+            continue
         part = store_dir / f".{about}.part-{uuid.uuid4().hex}"
         try:
             shutil.copyfile(source, part)
             os.replace(part, target)
-        finally: part.unlink(missing_ok=True)
+        finally:
+            part.unlink(missing_ok=True)
 
 def _die_with_parent():
     "For a worker process: end when the parent does, however it ends (prctl(2), PR_SET_PDEATHSIG)."
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
+
+# %% ../nbs/04_clips.ipynb #bee3da0f
 def _decode_one(path, frame, target, threads):
     try: decode_clip(path, frame, target, threads)
     except RecordingError as e: return str(e)
@@ -287,38 +367,57 @@ class DecodingStopped(ChildProcessError):
     "A decoding process was killed; what to do."
 
 def _decode_all(paths, frame, store_dir, workers, progress):
-    "Decode {name: mp4} side by side, in processes: threads would wait for each other's lines to be parsed. What can't be decoded, as text in the order of the names."
+    """Decode {name: mp4} side by side, in processes: threads would wait for each other's lines to
+    be parsed. What can't be decoded, as text in the order of the names.
+    """
     workers = min(workers, len(paths))
     one = partial(_decode_one, frame=frame, threads=workers <= 1)
     targets = [store_dir / n for n in paths]
-    bar = partial(tqdm, total=len(paths), desc="decoding recordings", disable=not (progress and paths))
-    if workers <= 1: return [e for e in bar(one(p, target=t) for p, t in zip(paths.values(), targets)) if e]
+    bar = partial(
+        tqdm, total=len(paths), desc="decoding recordings", disable=not (progress and paths)
+    )
+    if workers <= 1:
+        return [e for e in bar(one(p, target=t) for p, t in zip(paths.values(), targets)) if e]
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _die_with_parent)
-    try: return [e for e in bar(pool.map(_decode_target, [one] * len(paths), paths.values(), targets)) if e]
+    try:
+        return [
+            e
+            for e in bar(pool.map(_decode_target, [one] * len(paths), paths.values(), targets))
+            if e
+        ]
     except BrokenProcessPool:
         folder = next(iter(paths.values())).parent
         raise DecodingStopped(
             f"{store_dir}: a decoding process was killed, most likely because memory was short. "
             f"What is decoded is kept; run the same again with fewer workers than {workers}: "
-            f"python -m minecraft_jepa.clips {folder} {store_dir} --workers {workers // 2}") from None
-    finally: pool.shutdown(cancel_futures=True)  # on Ctrl-C: those begun are finished, no other is begun
+            f"python -m minecraft_jepa.clips {folder} {store_dir} --workers {workers // 2}"
+        ) from None
+    # on Ctrl-C: those begun are finished, no other is begun
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 def _decode_target(one, path, target): return one(path, target=target)
 
+
+# %% ../nbs/04_clips.ipynb #b9970165
 _FULL = errno.ENOSPC, errno.EDQUOT
 _CLOSED = errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG
 
 @contextmanager
 def _told(store_dir):
     "What a disk refuses, with the folder and the remedy."
-    try: yield
-    except ChildProcessError: raise
+    try:
+        yield
+    except ChildProcessError:
+        raise
     except OSError as e:
         place = Path(e.filename or store_dir)
         ours = place == store_dir or store_dir in place.parents or place in store_dir.parents
         remedy = "give another folder, or set MINECRAFT_JEPA_CACHE to one that can be written"
-        if e.errno in _FULL: remedy = f"make room and run the same again, or {remedy}"
-        elif not ours or e.errno not in _CLOSED: raise
+        if e.errno in _FULL:
+            remedy = f"make room and run the same again, or {remedy}"
+        elif not ours or e.errno not in _CLOSED:
+            raise
         raise OSError(e.errno, f"{e.strerror}; {remedy}", str(place)) from None
 
 def _command(folder, frame, store_dir, delete=False):
@@ -326,10 +425,14 @@ def _command(folder, frame, store_dir, delete=False):
     size = f"--preset {name}" if name else f"--height {frame.height} --width {frame.width}" if frame else "--preset PRESET"
     return "build it with: " + f"rm -r {store_dir} && " * delete + f"python -m minecraft_jepa.clips {folder or 'RECORDINGS'} {store_dir} {size}"
 def _build(store_dir, folder, paths, frame, workers, progress):
-    "Decode what is not there or stale; what can't be decoded, as text. A store that is whole and may only be read is left alone."
+    """Decode what is not there or stale; what can't be decoded, as text. A store that is whole and
+    may only be read is left alone.
+    """
     if _is_ready(store_dir, paths, frame):
-        try: _copy_split(store_dir, folder)
-        except OSError: pass  # the sides of a store that is only read stay as they are
+        try:
+            _copy_split(store_dir, folder)
+        except OSError:
+            pass  # the sides of a store that is only read stay as they are
         return []
     with _locked(store_dir):
         _settle(store_dir, folder, frame)
@@ -395,8 +498,10 @@ def main(
     a = p.parse_args(argv)
     size = {f"frame_{k}": v for k, v in (("height", a.height), ("width", a.width)) if v is not None}
     try:
-        if (a.recordings / "store.json").is_file(): raise ValueError(f"{a.recordings} is a clip store already; give a folder of recordings")
-        store = ClipStore.build(a.recordings, preset(a.preset, **size).frame, a.store, workers=a.workers)
+        if (a.recordings / "store.json").is_file():
+            raise ValueError(f"{a.recordings} is a clip store already; give a folder of recordings")
+        frame = preset(a.preset, **size).frame
+        store = ClipStore.build(a.recordings, frame, a.store, workers=a.workers)
     except (ValueError, OSError, ImportError) as e: sys.exit(f"{p.prog}: {e}")
     ticks = sum(about["ticks"] for about in store.about.values())
     print(f"{a.store}: {len(store.names)} clips, {ticks / 72_000:.2f} hours, {sum(f.stat().st_size for f in a.store.rglob('*.npy')) / 2**20:.0f} MiB")
@@ -415,8 +520,10 @@ def sample_windows(
     far=0,         # beyond K: a further frame t+far, and the actions up to it
 ):
     "Endless batches: frames (B, 1+K, 3, H, W) uint8 and actions (B, ticks-1+K, 28), of which each process gets its `B / world`. Every start of every recording is equally likely. With `far` frames are (B, 2+K, 3, H, W), actions (B, ticks-1+far, 28)."
-    ticks, rollout, batch, world = whole_number(ticks, "ticks", 1), whole_number(rollout, "rollout", 0), whole_number(batch, "batch", 1), whole_number(world, "world", 1)
-    seed, start_step, rank, far = whole_number(seed, "seed", 0), whole_number(start_step, "start_step", 0), whole_number(rank, "rank", 0), whole_number(far, "far", 0)
+    ticks, rollout = whole_number(ticks, "ticks", 1), whole_number(rollout, "rollout", 0)
+    batch, seed = whole_number(batch, "batch", 1), whole_number(seed, "seed", 0)
+    rank, world = whole_number(rank, "rank", 0), whole_number(world, "world", 1)
+    start_step, far = whole_number(start_step, "start_step", 0), whole_number(far, "far", 0)
     if rank >= world: raise ValueError(f"rank={rank} must be below world={world}")
     if batch % world: raise ValueError(f"batch={batch} can't be shared by {world} processes; choose a multiple of {world}")
     runs = [(n, a, b) for n in names for a, b in store.runs(n, ticks, max(rollout, far))]
@@ -462,19 +569,23 @@ def _image_shift(frames):
     best, row = agree.argmax(1).clip(1, 2 * reach - 1), np.arange(len(agree))
     left, top, right = agree[row, best - 1], agree[row, best], agree[row, best + 1]
     part = np.clip((left - right) / np.minimum(left - 2 * top + right, -1e-6) / 2, -0.5, 0.5)  # top of the parabola through three points
-    shift = np.where(agree.max(1) > 0, (best - reach + part) * coarser, 0)  # 0 where there is nothing to see
+    # 0 where there is nothing to see
+    shift = np.where(agree.max(1) > 0, (best - reach + part) * coarser, 0)
     return shift, agree.max(1)
 
 # %% ../nbs/04_clips.ipynb #b33164e3
 def lag_correlation(
-    shift,      # (T-1,), of `image_shift`
+    shift,  # (T-1,), of `image_shift`
     agreement,  # (T-1,), the same
-    turn,       # (T,) degrees to the right in each tick
-    lags,       # ticks by which the turn is taken later
-    sure=0.7,   # frames that agree less are left out: what they show is not only moved
-    limit=8,    # degrees a tick; faster turns leave the reach
+    turn,  # (T,) degrees to the right in each tick
+    lags,  # ticks by which the turn is taken later
+    sure=0.7,  # frames that agree less are left out: what they show is not only moved
+    limit=8,  # degrees a tick; faster turns leave the reach
 ) -> list[float]:
-    "Correlation of the picture's shift to the left with the turn, for each lag. A recording in step has its peak at 0."
+    """Correlation of the picture's shift to the left with the turn, for each lag.
+
+    A recording in step has its peak at 0.
+    """
     lags = [whole_number(lag, "lag") for lag in lags]
     farthest = max(map(abs, lags), default=0)
     t = np.arange(farthest, len(shift) - farthest)
@@ -483,9 +594,10 @@ def lag_correlation(
 
 def _correlation(a, b):
     "Pearson's; 0 where one of them does not change."
-    if len(a) < 2 or not np.ptp(a) or not np.ptp(b): return 0.0
+    if len(a) < 2 or not np.ptp(a) or not np.ptp(b):
+        return 0.0
     a, b = (np.asarray(x, float) - np.mean(x, dtype=float) for x in (a, b))
-    spread = np.sqrt((a ** 2).sum() * (b ** 2).sum())
+    spread = np.sqrt((a**2).sum() * (b**2).sum())
     return float(np.clip((a * b).sum() / spread, -1, 1)) if spread else 0.0
 
 # %% ../nbs/04_clips.ipynb #39961e73

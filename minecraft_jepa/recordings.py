@@ -24,37 +24,59 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .actions import ACTION_NAMES, CURSOR, DEGREES_PER_PIXEL, MOUSE, NOOP, WINDOW, read_actions
+from .actions import (
+    ACTION_NAMES, CURSOR, DEGREES_PER_PIXEL, MOUSE, NOOP, WINDOW, read_actions)
 from .config import write_json
 
 # %% ../nbs/02_recordings.ipynb #85845b48
 def whole_number(
-    value,         # of any type
+    value,  # of any type
     name="value",  # for the message
-    least=None,    # smallest that is allowed
+    least=None,  # smallest that is allowed
 ) -> int:
-    "A whole number of any library as an int. ValueError where it is none, such as 2.0 or True, or below `least`."
+    """A whole number of any library as an int.
+
+    ValueError where it is none, such as 2.0 or True, or below `least`.
+    """
     boolean = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
-    try: number = None if boolean else operator.index(value)
-    except TypeError: number = None
-    if number is None: raise ValueError(f"{name}={str(value)[:40]} must be a whole number, not {type(value).__name__}")
-    if least is not None and number < least: raise ValueError(f"{name}={number} must be at least {least}")
+    try:
+        number = None if boolean else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise ValueError(
+            f"{name}={str(value)[:40]} must be a whole number, not {type(value).__name__}"
+        )
+    if least is not None and number < least:
+        raise ValueError(f"{name}={number} must be at least {least}")
     return number
 
 def _quota():
     "Cores' worth of time that the control group of this process may take; inf without a limit."
     found = [math.inf]
-    try: group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().split("0::", 1)[1].split("\n")[0])
-    except (OSError, IndexError): group = Path("/sys/fs/cgroup")
+    try:
+        group = Path(
+            "/sys/fs/cgroup"
+            + Path("/proc/self/cgroup").read_text().split("0::", 1)[1].split("\n")[0]
+        )
+    except (OSError, IndexError):
+        group = Path("/sys/fs/cgroup")
     for folder in {group, *group.parents, Path("/sys/fs/cgroup")}:
-        try: quota, period = (folder / "cpu.max").read_text().split()
-        except (OSError, ValueError): continue
-        if quota != "max": found.append(int(quota) / int(period))
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+        except (OSError, ValueError):
+            continue
+        if quota != "max":
+            found.append(int(quota) / int(period))
     return min(found)
 
 def cores() -> int:
-    "Processor cores that this process may use, at least 1: the machine's, less what affinity or a control group forbids."
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may use, at least 1: the machine's, less what affinity or
+    a control group forbids.
+    """
+    allowed = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return max(1, min(allowed, math.ceil(min(_quota(), allowed))))
 
 # %% ../nbs/02_recordings.ipynb #d814afe0
@@ -68,14 +90,19 @@ def _text(raw):
 
 def _read_json(path, remedy):
     "What a JSON file holds. RecordingError names file, line and remedy."
-    try: return json.loads(_text(path.read_bytes()), strict=False)
+    try:
+        return json.loads(_text(path.read_bytes()), strict=False)
     except (ValueError, RecursionError) as e:
-        what = f", line {e.lineno}: not JSON ({e.msg})" if isinstance(e, json.JSONDecodeError) else f": not JSON ({e})"
+        what = (
+            f", line {e.lineno}: not JSON ({e.msg})"
+            if isinstance(e, json.JSONDecodeError)
+            else f": not JSON ({e})"
+        )
         raise RecordingError(f"{path}{what}; {remedy}") from None
 
 # %% ../nbs/02_recordings.ipynb #ea59659e
 def cache_root() -> Path:
-    """Folder of all that is kept: $MINECRAFT_JEPA_CACHE, else ~/.cache/minecraft_jepa, as an absolute path.
+    """Folder of all that is kept: $MINECRAFT_JEPA_CACHE, else ~/.cache/minecraft_jepa; absolute.
 
     `~` and variables in it mean what they mean in a shell; an empty one counts as unset. ValueError
     where no such folder can be: it is a file or a URL, a variable is unset, there is no home.
@@ -83,18 +110,37 @@ def cache_root() -> Path:
     given = os.environ.get("MINECRAFT_JEPA_CACHE", "").strip()
     path, told = os.path.expandvars(given), f"MINECRAFT_JEPA_CACHE={given}"
     missing = re.search(r"\$\w+|\$\{", path)
-    if missing: raise ValueError(f"{told}: {missing[0]} is not set; give a folder, or unset MINECRAFT_JEPA_CACHE")
-    if "://" in path: raise ValueError(f"{told}: this is a URL; set MINECRAFT_JEPA_CACHE to a folder of this machine")
-    try: path = Path(path).expanduser().absolute() if path else Path.home().absolute() / ".cache" / "minecraft_jepa"
-    except RuntimeError: raise ValueError("there is no home folder to keep decoded clips in; set MINECRAFT_JEPA_CACHE to a folder that can be written") from None
+    if missing:
+        raise ValueError(
+            f"{told}: {missing[0]} is not set; give a folder, or unset MINECRAFT_JEPA_CACHE"
+        )
+    if "://" in path:
+        raise ValueError(
+            f"{told}: this is a URL; set MINECRAFT_JEPA_CACHE to a folder of this machine"
+        )
+    try:
+        path = (
+            Path(path).expanduser().absolute()
+            if path
+            else Path.home().absolute() / ".cache" / "minecraft_jepa"
+        )
+    except RuntimeError:
+        raise ValueError(
+            "there is no home folder to keep decoded clips in; set MINECRAFT_JEPA_CACHE to a "
+            "folder that can be written"
+        ) from None
     for part in (path, *path.parents):
-        if os.path.isfile(part): raise ValueError(f"{part} is a file; set MINECRAFT_JEPA_CACHE to a folder that can be written")
+        if os.path.isfile(part):
+            raise ValueError(
+                f"{part} is a file; set MINECRAFT_JEPA_CACHE to a folder that can be written"
+            )
     return path
 
 def _place_of(folder):
     "Name that belongs to a folder, whatever stands at its end."
     folder = Path(folder).resolve()
-    return f"{folder.name[:50]}-{hashlib.sha256(str(folder).encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
+    code = hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    return f"{folder.name[:50]}-{code}"
 
 # %% ../nbs/02_recordings.ipynb #32a344e8
 def paint_cursor(
@@ -120,18 +166,27 @@ def _values(lines, name, kinds=(int, float)):
     return [v if type(v) in kinds and abs(v) < 1e300 else None for v in found]
 
 def _clock(lines, name):
-    "Values of a field that counts time, None where a line lacks it, and their differences, (T-1,), nan there; None, None where most lack it."
+    """Values of a field that counts time, None where a line lacks it, and their differences,
+    (T-1,), nan there; None, None where most lack it.
+    """
     values = _values(lines, name)
-    if len(values) < 2 or 2 * values.count(None) > len(values): return None, None
-    return values, np.array([math.nan if None in (a, b) else float(b - a) for a, b in zip(values, values[1:])])
+    if len(values) < 2 or 2 * values.count(None) > len(values):
+        return None, None
+    return values, np.array(
+        [math.nan if None in (a, b) else float(b - a) for a, b in zip(values, values[1:])]
+    )
 
 def _state(lines, unread):
-    "{field: (T,)} of what all lines tell but those in `unread`, and {t: field} where it is no finite number; there the value before stands."
+    """{field: (T,)} of what all lines tell but those in `unread`, and {t: field} where it is no
+    finite number; there the value before stands.
+    """
     state, lost = {}, {}
     for name in STATE:
         values = _values(lines, name, (int, float, bool))
-        if 2 * values.count(None) >= len(values): continue
-        if not all(name in line or t in unread for t, line in enumerate(lines)): continue
+        if 2 * values.count(None) >= len(values):
+            continue
+        if not all(name in line or t in unread for t, line in enumerate(lines)):
+            continue
         known = [t for t, v in enumerate(values) if v is not None]
         lost |= {t: name for t, v in enumerate(values) if v is None}
         before = np.searchsorted(known, np.arange(len(values)), "right") - 1
@@ -144,8 +199,58 @@ def _av():
     return av
 
 # %% ../nbs/02_recordings.ipynb #ee80d96d
+def _lost_clocks(lines):
+    clocks = {name: _clock(lines, name)[0] for name in ("tick", "milli")}
+    return {
+        t: name
+        for name, values in clocks.items()
+        if values
+        for t, v in enumerate(values)
+        if v is None
+    }
+
+def _moved(lines, faults, lost):
+    """Where between this frame and the next the player is moved to another place, ticks are
+    missing, a clock goes back, or nobody knows.
+    """
+    moved = np.array([bool(line.get("teleported")) for line in lines], bool)
+    (_, ticks), (_, milli) = _clock(lines, "tick"), _clock(lines, "milli")
+    # recorders count in ones; should one count otherwise, its usual step is no gap
+    if ticks is not None and np.isfinite(ticks).any():
+        moved[:-1] |= ticks != np.nanmedian(ticks)
+    if milli is not None:
+        moved[:-1] |= milli < 0
+    for t in faults:
+        moved[t] = True
+    for t in lost:
+        moved[max(t - 1, 0)] = moved[t] = True
+    return moved
+
+# %% ../nbs/02_recordings.ipynb #d2cd52e3
 _CLOSE = [ACTION_NAMES.index(key) for key in ("e", "escape")]  # keys that close a screen
 
+def _cursor(recording, t):
+    """x and y of the cursor in frame t, shares of the window; None where there is none.
+
+    In a frame without a line it is where the last action leaves it.
+    """
+    spare = recording.spare_frames and t == len(recording) - 1
+    line, action = recording.lines[t - spare], recording.actions[t - spare]
+    if line.get("isGuiOpen") is not True or t - spare in recording.faults:
+        return None
+    if not spare:
+        return action[CURSOR]
+    if action[_CLOSE].any():
+        return None
+    return (action[CURSOR] + action[MOUSE] / DEGREES_PER_PIXEL / np.array(WINDOW)).clip(0, 1)
+
+def _pixels(frame):
+    "(H, W, 3) RGB of a frame of three planes; they come as G, B, R."
+    rgb = np.empty((3, frame.height, frame.width), np.uint8)
+    for c, plane in zip((1, 2, 0), frame.planes): rgb[c] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:frame.height, :frame.width]
+    return rgb.transpose(1, 2, 0)
+
+# %% ../nbs/02_recordings.ipynb #fba17f48
 class Recording:
     """One pair of files, of T frames. Made by `open_recording`.
 
@@ -153,40 +258,28 @@ class Recording:
     window reads, the state of the frame before it, and counts as teleported.
     """
     def __init__(self,
-        path,           # of the mp4
-        lines,          # what the lines hold, in order
-        actions=None,   # (len(lines), 28); None: of the lines
-        spare_frames=0, # frames after the last line's: 0 or 1
-        numbers=None,   # of the lines in their file; None: 1, 2 ...
+        path,            # of the mp4
+        lines,           # what the lines hold, in order
+        actions=None,    # (len(lines), 28); None: of the lines
+        spare_frames=0,  # frames after the last line's: 0 or 1
+        numbers=None,    # of the lines in their file; None: 1, 2 ...
     ):
         found, self.faults = read_actions(lines)  # {t: why the line has no action}
         actions = found if actions is None else actions
         lines = [line if isinstance(line, dict) else {} for line in lines]
-        self.path, self.name, self.group = path, path.stem, group_of(path.stem)
         self.numbers = list(numbers or range(1, len(lines) + 1))
-        self.spare_frames, self.spare_lines = spare_frames, 0  # spare lines are beyond the last frame, and dropped
+        self.path, self.name, self.group = path, path.stem, group_of(path.stem)
+        self.spare_frames, self.spare_lines = spare_frames, 0  # these lines are dropped
         self.state, lost = _state(lines, self.faults)
-        self.lost = lost | self._lost_clocks(lines) | {t: "the cursor" for t in self.faults if lines[t].get("isGuiOpen")}  # {t: what is not known of its frame}
-        moved = self._moved(lines)
+        cursors = {t: "the cursor" for t in self.faults if lines[t].get("isGuiOpen")}
+        self.lost = lost | _lost_clocks(lines) | cursors  # {t: what is not known of its frame}
+        moved = _moved(lines, self.faults, self.lost)
         if spare_frames:
             lines, moved = [*lines, {}], np.append(moved, True)
             actions = np.concatenate([actions, NOOP[None]])
             self.state = {k: np.append(v, v[-1:]) for k, v in self.state.items()}
-        self.lines, self.actions, self.teleported = lines, actions, moved  # dicts; (T, 28); (T,), a gap between this frame and the next
-
-    def _lost_clocks(self, lines):
-        clocks = {name: _clock(lines, name)[0] for name in ("tick", "milli")}
-        return {t: name for name, values in clocks.items() if values for t, v in enumerate(values) if v is None}
-
-    def _moved(self, lines):
-        "Where between this frame and the next the player is moved to another place, ticks are missing, a clock goes back, or nobody knows."
-        moved = np.array([bool(line.get("teleported")) for line in lines], bool)
-        (_, ticks), (_, milli) = _clock(lines, "tick"), _clock(lines, "milli")
-        if ticks is not None and np.isfinite(ticks).any(): moved[:-1] |= ticks != np.nanmedian(ticks)  # recorders count in ones; should one count otherwise, its usual step is no gap
-        if milli is not None: moved[:-1] |= milli < 0
-        for t in self.faults: moved[t] = True
-        for t in self.lost: moved[max(t - 1, 0)] = moved[t] = True
-        return moved
+        # dicts; (T, 28); (T,), a gap between this frame and the next
+        self.lines, self.actions, self.teleported = lines, actions, moved
 
     def __len__(self): return len(self.lines)
 
@@ -196,7 +289,7 @@ class Recording:
         threads=True,  # decode in several threads; False where recordings are decoded side by side
     ):
         "Yields the frames in order, (height, width, 3) uint8 RGB, each pixel the mean of those it covers. RecordingError when the video breaks off before the lines do."
-        height, width = (side if side is None else whole_number(side, "size of a frame", 1) for side in (height, width))
+        height, width = (x if x is None else whole_number(x, "size", 1) for x in (height, width))
         av, seen = _av(), 0
         scale = av.video.reformatter.VideoReformatter()  # one for all frames: making its tables anew for each costs more than decoding
         try:
@@ -205,7 +298,7 @@ class Recording:
                 for frame in video.decode(video=0):
                     if seen == len(self): return
                     if frame.is_corrupt: raise RecordingError(f"{self.path}: frame {seen} of {len(self)} is damaged; {_AGAIN}")
-                    cursor = self._cursor(seen)
+                    cursor = _cursor(self, seen)
                     if cursor is not None: frame = self._with_cursor(frame, cursor)
                     yield _pixels(scale.reformat(frame, height and width, height, "gbrp", interpolation="AREA", threads=1))  # more wait for each other longer than they work
                     seen += 1
@@ -213,25 +306,11 @@ class Recording:
             raise RecordingError(f"{self.path}: the video breaks at frame {seen} of {len(self)} ({e}); {_AGAIN}") from None
         if seen < len(self): raise RecordingError(f"{self.path}: only {seen} of {len(self)} frames can be decoded; {_AGAIN}")
 
-    def _cursor(self, t):
-        "x and y of the cursor in frame t, shares of the window; None where there is none. In a frame without a line it is where the last action leaves it."
-        spare = self.spare_frames and t == len(self) - 1
-        line, action = self.lines[t - spare], self.actions[t - spare]
-        if line.get("isGuiOpen") is not True or t - spare in self.faults: return None
-        if not spare: return action[CURSOR]
-        if action[_CLOSE].any(): return None
-        return (action[CURSOR] + action[MOUSE] / DEGREES_PER_PIXEL / np.array(WINDOW)).clip(0, 1)
-
     def _with_cursor(self, frame, cursor):
         pixels = frame.to_ndarray(format="rgb24")
         paint_cursor(pixels, *cursor)
         return _av().VideoFrame.from_ndarray(pixels, format="rgb24")
 
-def _pixels(frame):
-    "(H, W, 3) RGB of a frame of three planes; they come as G, B, R."
-    rgb = np.empty((3, frame.height, frame.width), np.uint8)
-    for c, plane in zip((1, 2, 0), frame.planes): rgb[c] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:frame.height, :frame.width]
-    return rgb.transpose(1, 2, 0)
 
 # %% ../nbs/02_recordings.ipynb #ea9d6704
 @dataclass(frozen=True)
@@ -242,13 +321,16 @@ class Name:
     started: str  # YYYYMMDD-HHMMSS; '' where the name does not say
 
 _WORDS = "part|chunk|piece|clip|seg|segment|section|split|scene|cut|copy"
-_PIECE = re.compile(rf"(.*?[^-_. ])(?:[-_. ]+(?:(?:{_WORDS})[-_. ]*\d*)|[-_. ]*\(\d+\)|\.\d{{3,}})+", re.IGNORECASE | re.DOTALL)
+_PIECE = re.compile(
+    rf"(.*?[^-_. ])(?:[-_. ]+(?:(?:{_WORDS})[-_. ]*\d*)|[-_. ]*\(\d+\)|\.\d{{3,}})+",
+    re.IGNORECASE | re.DOTALL)
 
 def parse_name(
     name,  # of a recording, without suffix
 ) -> Name:
     "Player, session and start. For other names than a contractor's, both are the recording that a piece was cut from."
-    contractor = re.fullmatch(r"(.+)-([0-9a-f]{12})-(\d{8}-\d{6}).*", name, re.DOTALL)  # what follows the time names a piece
+    # what follows the time names a piece
+    contractor = re.fullmatch(r"(.+)-([0-9a-f]{12})-(\d{8}-\d{6}).*", name, re.DOTALL)
     if contractor: return Name(contractor[1], f"{contractor[1]}-{contractor[2]}", contractor[3])
     piece = _PIECE.fullmatch(name)
     name = piece[1] if piece else name
@@ -264,7 +346,10 @@ def group_of(
 # %% ../nbs/02_recordings.ipynb #82769534
 def _half(base, suffix):
     "Path of a half of the recording; its ending may be written in capitals."
-    exact, *others = (base.with_name(base.name + s) for s in (suffix, suffix.upper(), f".{suffix[1:].capitalize()}"))
+    exact, *others = (
+        base.with_name(base.name + s)
+        for s in (suffix, suffix.upper(), f".{suffix[1:].capitalize()}")
+    )
     return exact if exact.is_file() else next((p for p in others if p.is_file()), exact)
 
 def pair_of(
@@ -281,39 +366,59 @@ def pair_of(
 
 # %% ../nbs/02_recordings.ipynb #32ad72e0
 _line = json.JSONDecoder(strict=False).decode  # control characters may stand in what was typed
-_BLANK = " \t\r\n\0\ufeff"                    # also what Windows, and a disk after a power cut, leave
+_BLANK = " \t\r\n\0\ufeff"  # also what Windows, and a disk after a power cut, leave
 
 def _read_lines(path, frames):
-    "Of at most `frames` lines number in the file and what they hold; how many follow. RecordingError where one is not JSON, but for a last one that is broken off and not needed."
-    text = _text(path.read_bytes())  # not splitlines: it would also split at U+2028, which JSON allows in a string
-    rows = [(n, t) for n, t in ((n, t.strip(_BLANK)) for n, t in enumerate(text.split("\n"), 1)) if t]
-    if not rows: raise RecordingError(f"{path}, line 1: not JSON (the file is empty); {_AGAIN}")
+    """Of at most `frames` lines number in the file and what they hold; how many follow.
+    RecordingError where one is not JSON, but for a last one that is broken off and not needed.
+    """
+    # not splitlines: it would also split at U+2028, which JSON allows in a string
+    text = _text(path.read_bytes())
+    rows = [
+        (n, t) for n, t in ((n, t.strip(_BLANK)) for n, t in enumerate(text.split("\n"), 1)) if t
+    ]
+    if not rows:
+        raise RecordingError(f"{path}, line 1: not JSON (the file is empty); {_AGAIN}")
     found = []
     for number, row in rows[:frames]:
-        try: found.append((number, _line(row)))
+        try:
+            found.append((number, _line(row)))
         except (ValueError, RecursionError) as e:
-            if number == rows[-1][0] and len(found) >= frames - 1 > 0: break
-            raise RecordingError(f"{path}, line {number}: not JSON ({getattr(e, 'msg', e)}); {_AGAIN}") from None
+            if number == rows[-1][0] and len(found) >= frames - 1 > 0:
+                break
+            raise RecordingError(
+                f"{path}, line {number}: not JSON ({getattr(e, 'msg', e)}); {_AGAIN}"
+            ) from None
     return found, max(len(rows) - frames, 0)
 
 _LARGEST = 4096  # pixels a side: what a damaged header asks for beyond that is not to be allocated
 
 def _count_frames(path):
-    "Frames that the video shows, from its packets: nothing is decoded. Packets that an edit list hides are there, but are not shown."
+    """Frames that the video shows, from its packets: nothing is decoded. Packets that an edit list
+    hides are there, but are not shown.
+    """
     av = _av()
     try:
         with av.open(str(path)) as video:
             stream = video.streams.video[0]
             promised = len(getattr(stream, "index_entries", ())) or stream.frames
             sides = stream.width or 0, stream.height or 0
-            if not 0 < min(sides) <= max(sides) <= _LARGEST: raise RecordingError(f"{path}: not a readable video (its frames are {sides[0]}x{sides[1]}); {_AGAIN}")
+            if not 0 < min(sides) <= max(sides) <= _LARGEST:
+                raise RecordingError(
+                    f"{path}: not a readable video (its frames are {sides[0]}x{sides[1]}); {_AGAIN}"
+                )
             packets = [(p.is_corrupt, p.is_discard) for p in video.demux(video=0) if p.size > 0]
     except (av.error.FFmpegError, IndexError, MemoryError, UnicodeDecodeError, OverflowError) as e:
         raise RecordingError(f"{path}: not a readable video ({e}); {_AGAIN}") from None
     whole = sum(not corrupt for corrupt, _ in packets)
-    if not whole or whole < max(promised, len(packets)): raise RecordingError(f"{path}: the file is cut short, {whole} of {max(promised, len(packets))} frames are there; {_AGAIN}")
+    if not whole or whole < max(promised, len(packets)):
+        raise RecordingError(
+            f"{path}: the file is cut short, {whole} of {max(promised, len(packets))} frames are "
+            f"there; {_AGAIN}"
+        )
     shown = sum(not hidden for _, hidden in packets)
-    if not shown: raise RecordingError(f"{path}: its edit list hides all {whole} frames; {_AGAIN}")
+    if not shown:
+        raise RecordingError(f"{path}: its edit list hides all {whole} frames; {_AGAIN}")
     return shown
 
 # %% ../nbs/02_recordings.ipynb #23fc1c86
@@ -332,9 +437,15 @@ def open_recording(
     why = [f"line {numbers[t]}: {what}" for t, what in faults.items()]
     if len(lines) < frames - 1:
         also = f", and {why[0]}" if why else ""
-        raise RecordingError(f"{path}, line {numbers[-1]}: the file ends here, but {video.name} has {frames} frames{also}; download both again or leave the recording out")
+        raise RecordingError(
+            f"{path}, line {numbers[-1]}: the file ends here, but {video.name} has {frames} "
+            f"frames{also}; download both again or leave the recording out"
+        )
     if len(faults) > _NEARLY_ALL * len(lines):
-        raise RecordingError(f"{path}, {why[0]} ({len(faults)} of {len(lines)} lines hold no action); leave the recording out, or check that it is a VPT recording")
+        raise RecordingError(
+            f"{path}, {why[0]} ({len(faults)} of {len(lines)} lines hold no action); leave the "
+            "recording out, or check that it is a VPT recording"
+        )
     return recording
 
 # %% ../nbs/02_recordings.ipynb #eb5431c9
@@ -350,45 +461,79 @@ def check_recording(
     except RecordingError as e: return row | {"used": False, "why": str(e)}
     lines = len(recording) + recording.spare_lines - recording.spare_frames
     gui = float(np.mean([bool(line.get("isGuiOpen")) for line in recording.lines]))
-    return row | {"remarks": _remarks(recording), "frames": len(recording), "lines": lines, "gaps": int(recording.teleported[:-1].sum()), "gui": gui}
+    gaps = int(recording.teleported[:-1].sum())
+    told = {"remarks": _remarks(recording), "frames": len(recording), "lines": lines}
+    return row | told | {"gaps": gaps, "gui": gui}
 
+
+# %% ../nbs/02_recordings.ipynb #7ad8ab66
 def _where(recording, ticks):
     "`'3 lines (line 7 first)'`"
-    return f"{len(ticks)} line{'s' * (len(ticks) > 1)} (line {recording.numbers[min(ticks)]}{' first' * (len(ticks) > 1)})"
+    line = recording.numbers[min(ticks)]
+    return f"{len(ticks)} lines (line {line} first)" if len(ticks) > 1 else f"1 line (line {line})"
 
 def _remarks(recording):
     "What is odd about a recording that is used, a sentence each."
-    told, faults, read = [], recording.faults, recording.lines[:len(recording) - recording.spare_frames]
-    if recording.spare_lines: told.append(f"{recording.spare_lines} lines beyond the last frame are dropped")
-    if recording.spare_frames: told.append("the last frame has no line: it is the target of the last action")
-    if faults: told.append(f"no action in {_where(recording, faults)}: {faults[min(faults)]}; no window crosses such a tick")
+    told, faults, read = (
+        [],
+        recording.faults,
+        recording.lines[: len(recording) - recording.spare_frames],
+    )
+    if recording.spare_lines:
+        told.append(f"{recording.spare_lines} lines beyond the last frame are dropped")
+    if recording.spare_frames:
+        told.append("the last frame has no line: it is the target of the last action")
+    if faults:
+        told.append(
+            f"no action in {_where(recording, faults)}: {faults[min(faults)]}; no window crosses "
+            "such a tick"
+        )
     for field in dict.fromkeys(recording.lost.values()):
         at = [t for t, name in recording.lost.items() if name == field]
-        told.append(f"{field} is not known in {_where(recording, at)}; no window holds such a frame")
+        told.append(
+            f"{field} is not known in {_where(recording, at)}; no window holds such a frame"
+        )
     clocks = {name: _clock(read, name)[1] for name in ("tick", "milli")}
     for name, steps in clocks.items():
-        if steps is not None and (steps < 0).any(): told.append(f"{name} goes back after line {recording.numbers[int(np.argmax(steps < 0))]}; no window crosses it")
+        if steps is not None and (steps < 0).any():
+            told.append(
+                f"{name} goes back after line {recording.numbers[int(np.argmax(steps < 0))]}; no "
+                "window crosses it"
+            )
     lacking = [k for k in STATE if k not in recording.state] + ["tick"] * (clocks["tick"] is None)
-    if lacking: told.append(f"lines without {', '.join(lacking)}")
+    if lacking:
+        told.append(f"lines without {', '.join(lacking)}")
     version = _version_of(recording.path)
     on_screen = [t for t, line in enumerate(read) if line.get("isGuiOpen") is True]
     if version in _SCREEN_FACTORS and on_screen:
-        told.append(f"recorder version {version}: the mouse's movement on an open screen would have to be taken x {_SCREEN_FACTORS[version]:g}; it is not scaled ({len(on_screen)} ticks)")
+        told.append(
+            f"recorder version {version}: the mouse's movement on an open screen would have to be "
+            f"taken x {_SCREEN_FACTORS[version]:g}; it is not scaled ({len(on_screen)} ticks)"
+        )
     return told
 
 # %% ../nbs/02_recordings.ipynb #78909787
-_SCREEN_FACTORS = {"5.7": 0.5, "5.8": 0.5, "6.7": 2, "6.8": 2, "6.9": 2}  # OpenAI's loader names them and does not apply them
+# OpenAI's loader names them and does not apply them
+_SCREEN_FACTORS = {"5.7": 0.5, "5.8": 0.5, "6.7": 2, "6.8": 2, "6.9": 2}
 
 @lru_cache(8)
 def _addresses(manifest, changed):
     "{name: URL} of a manifest; `changed`, its time of change, is for the cache."
-    try: return {n: r["url"] for n, r in json.loads(_text(Path(manifest).read_bytes()))["recordings"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError): return {}
+    try:
+        return {
+            n: r["url"]
+            for n, r in json.loads(_text(Path(manifest).read_bytes()))["recordings"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 def _version_of(path):
-    "Version of the recorder, such as '6.13', as the address in the manifest beside a recording tells it; '' where none does."
+    """Version of the recorder, such as '6.13', as the address in the manifest beside a recording
+    tells it; '' where none does.
+    """
     manifest = path.with_name("manifest.json")
-    if not manifest.is_file(): return ""
+    if not manifest.is_file():
+        return ""
     url = _addresses(str(manifest), manifest.stat().st_mtime_ns).get(path.stem, "")
     version = re.search(r"/v?(\d+\.\d+)(?:\.\d+)?/(?:[^/]*/)*[^/]*$", str(url))
     return version[1] if version else ""
@@ -398,8 +543,16 @@ CHECKED = "checked.json"
 
 def _stems(folder):
     "Names of which a half is in the folder. What begins with a dot is hidden, and no recording."
-    try: found = [p for p in Path(folder).iterdir() if not p.name.startswith(".") and p.suffix.lower() in (".mp4", ".jsonl")]
-    except (FileNotFoundError, NotADirectoryError): raise RecordingError(f"{folder}: no such folder; give one that holds NAME.mp4 and NAME.jsonl") from None
+    try:
+        found = [
+            p
+            for p in Path(folder).iterdir()
+            if not p.name.startswith(".") and p.suffix.lower() in (".mp4", ".jsonl")
+        ]
+    except (FileNotFoundError, NotADirectoryError):
+        raise RecordingError(
+            f"{folder}: no such folder; give one that holds NAME.mp4 and NAME.jsonl"
+        ) from None
     return sorted({p.stem for p in found if p.is_file()})
 
 def _signature(base):
@@ -409,48 +562,82 @@ def _signature(base):
 
 def _checks_elsewhere(folder): return cache_root() / "checked" / f"{_place_of(folder)}.json"
 
+
+# %% ../nbs/02_recordings.ipynb #0af098aa
 _RULES = 2  # of checking: raise it when what is used changes; older rows hold no more
 
 def read_checks(
     folder,  # of recordings
 ) -> dict[str, dict]:
-    "Rows of `checked.json` that still hold, by name; {} without the file. For a folder that may only be read they are in the cache."
-    try: paths = [Path(folder) / CHECKED, _checks_elsewhere(folder)]
-    except ValueError: paths = [Path(folder) / CHECKED]
+    """Rows of `checked.json` that still hold, by name; {} without the file. For a folder that may
+    only be read they are in the cache.
+    """
+    try:
+        paths = [Path(folder) / CHECKED, _checks_elsewhere(folder)]
+    except ValueError:
+        paths = [Path(folder) / CHECKED]
     rows, remedy = {}, "not written by check_folder; delete it and check the folder again"
     for path in sorted((p for p in paths if os.path.isfile(p)), key=lambda p: p.stat().st_mtime_ns):
         found = _read_json(path, remedy)
-        try: rows |= {n: row for n, row in found["recordings"].items() if found["version"] == _RULES and row["files"] == _signature(Path(folder) / n)}
-        except (KeyError, TypeError, AttributeError): raise RecordingError(f"{path}: {remedy}") from None
+        try:
+            rows |= {
+                n: row
+                for n, row in found["recordings"].items()
+                if found["version"] == _RULES and row["files"] == _signature(Path(folder) / n)
+            }
+        except (KeyError, TypeError, AttributeError):
+            raise RecordingError(f"{path}: {remedy}") from None
     return rows
 
+
+# %% ../nbs/02_recordings.ipynb #2eabde44
 def check_folder(
-    folder,         # of recordings, some of them perhaps broken
-    decode=False,   # decode every frame: finds all damage, takes as long as building a clip store
-    workers=None,   # recordings at a time; None: one a core
+    folder,  # of recordings, some of them perhaps broken
+    decode=False,  # decode every frame: finds all damage, takes as long as building a clip store
+    workers=None,  # recordings at a time; None: one a core
     progress=True,  # show a bar
 ) -> list[dict]:
-    "Check every recording, write the rows to `checked.json` and give them, sorted by name. From then on what is broken is left out. Rows of unchanged files are kept."
+    """Check every recording, write the rows to `checked.json` and give them, sorted by name.
+
+    From then on what is broken is left out. Rows of unchanged files are kept.
+    """
     workers = cores() if workers is None else whole_number(workers, "workers", 1)
     folder, names, known = Path(folder), _stems(folder), read_checks(folder)
+
     def row(name):
-        if name in known and (known[name]["decoded"] or not decode): return known[name]
+        if name in known and (known[name]["decoded"] or not decode):
+            return known[name]
         files = _signature(folder / name)
         return check_recording(folder / f"{name}.mp4", decode) | {"files": files}
+
     with ThreadPoolExecutor(workers) as pool:
-        rows = list(tqdm(pool.map(row, names), total=len(names), desc="checking recordings", disable=not progress))
+        rows = list(
+            tqdm(
+                pool.map(row, names),
+                total=len(names),
+                desc="checking recordings",
+                disable=not progress,
+            )
+        )
     _keep_checks(folder, {"version": _RULES, "recordings": {r["name"]: r for r in rows}})
     return rows
 
 def _keep_checks(folder, checks):
     "Beside the recordings; where that may not be written, in the cache."
-    try: return write_json(folder / CHECKED, checks)
-    except OSError as e: why = f"{folder / CHECKED} can't be written ({e.strerror})"
+    try:
+        return write_json(folder / CHECKED, checks)
+    except OSError as e:
+        why = f"{folder / CHECKED} can't be written ({e.strerror})"
     try:
         other = _checks_elsewhere(folder)
         other.parent.mkdir(parents=True, exist_ok=True)
         write_json(other, checks)
-    except (OSError, ValueError) as e: warnings.warn(f"{why}, nor can the cache ({e}); what is broken is not left out. Set MINECRAFT_JEPA_CACHE to a folder that can be written", stacklevel=3)
+    except (OSError, ValueError) as e:
+        warnings.warn(
+            f"{why}, nor can the cache ({e}); what is broken is not left out. Set "
+            "MINECRAFT_JEPA_CACHE to a folder that can be written",
+            stacklevel=3,
+        )
 
 # %% ../nbs/02_recordings.ipynb #bb1056ad
 def find_recordings(
@@ -461,7 +648,9 @@ def find_recordings(
     stems, checks = _stems(folder), read_checks(folder)
     if not stems: raise RecordingError(f"{folder}: no recordings (NAME.mp4 + NAME.jsonl) in this folder; give another one")
     used = [n for n in stems if n not in checks or checks[n]["used"]]
-    if not used: raise RecordingError(f"{folder}: none of the {len(stems)} recordings can be used; check_folder tells why: {checks[stems[0]]['why']}")
+    if not used:
+        why = f"check_folder tells why: {checks[stems[0]]['why']}"
+        raise RecordingError(f"{folder}: none of the {len(stems)} recordings can be used; {why}")
     try: return [pair_of(folder / f"{n}.mp4")[0] for n in used]
     except RecordingError as e: raise RecordingError(f"{e}; or let recordings.check_folder leave out what is broken") from None
 
@@ -505,7 +694,8 @@ def split_recordings(
     "{'train', 'validation', 'test': names}. RecordingError when split.json forgets or repeats a recording, or when a group is on two sides."
     folder = Path(folder)
     seed = whole_number(seed, "seed", 0)
-    if (folder / "store.json").is_file(): names, left_out = sorted(p.parent.name for p in folder.glob("[!.]*/clip.json")), None
+    if (folder / "store.json").is_file():
+        names, left_out = sorted(p.parent.name for p in folder.glob("[!.]*/clip.json")), None
     else:
         names = [p.stem for p in find_recordings(folder)]
         left_out = set(_stems(folder)) - set(names)
@@ -513,7 +703,9 @@ def split_recordings(
     if (folder / "manifest.json").is_file():
         manifest = _read_json(folder / "manifest.json", "mend it, or write a split.json")
         try: sides = {n: r["side"] for n, r in manifest["recordings"].items()}
-        except (KeyError, TypeError, AttributeError): raise RecordingError(f"{folder / 'manifest.json'}: not written by download.write_manifest; mend it, or write a split.json") from None
+        except (KeyError, TypeError, AttributeError):
+            remedy = "not written by download.write_manifest; mend it, or write a split.json"
+            raise RecordingError(f"{folder / 'manifest.json'}: {remedy}") from None
         strange = set(names) - set(sides)
         if strange: raise RecordingError(f"{folder / 'manifest.json'}: {sorted(strange)[0]} is in the folder, but not listed; move it elsewhere, or write a split.json")
         return {side: [n for n in names if sides[n] == side] for side in SIDES}

@@ -39,7 +39,8 @@ def cut_segments(
     reach,    # longest rollout
 ) -> list[dict]:
     "Each with `first` start, `starts` (their number), `frames` from `first` on, and the first tick of `actions`; the last action is that of the last frame but one."
-    length, history, reach = whole_number(length, "length", 1), whole_number(history, "history", 1), whole_number(reach, "reach", 1)
+    length, reach = whole_number(length, "length", 1), whole_number(reach, "reach", 1)
+    history = whole_number(history, "history", 1)
     runs = [(whole_number(a, "first"), whole_number(b, "end")) for a, b in runs]
     return [{"first": t, "starts": min(length, b - t), "frames": min(length + reach, b - t), "actions": max(a, t - history + 1)}
             for a, b in runs for t in range(a, b, length) if b - t > 1]
@@ -67,9 +68,12 @@ def _encode(pixels, quality):
     return out.getvalue()
 
 def _key(name, first):
-    "Begin of the names of a segment's files: letters, digits, - and _ alone, so that any reader of tars takes them; the whole name is in the json."
+    """Begin of the names of a segment's files: letters, digits, - and _ alone, so that any reader
+    of tars takes them; the whole name is in the json.
+    """
     plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60]
-    if plain != name: plain += f"-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    if plain != name:
+        plain += f"-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
     return f"{plain}-{first:06d}"
 
 def _members(store, segment, quality):
@@ -109,6 +113,8 @@ def _plan_of(store, segments, quality):
     told = [{n: [a["format"], a["height"], a["width"], {k: v["sha256"] for k, v in a["source"].items()}] for n, a in sources.items()}, segments, quality]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
+
+# %% ../nbs/05_shards.ipynb #e4dddfa3
 def write_shards(
     store,            # ClipStore
     url,              # folder: a path, or s3://, or whatever fsspec writes to
@@ -123,13 +129,15 @@ def write_shards(
     **storage,        # for fsspec: endpoint_url, key, secret ...
 ) -> dict:
     "Write shards, and `shards.json` last. Shards that stand there from an earlier run with the same plan are kept. Gives what shards.json holds."
-    length, per_shard, history = whole_number(length, "length", 1), whole_number(per_shard, "per_shard", 1), whole_number(history, "history", 1)
-    reach, quality = whole_number(reach, "reach", 1), None if quality is None else whole_number(quality, "quality", 1)
+    length, per_shard = whole_number(length, "length", 1), whole_number(per_shard, "per_shard", 1)
+    history, reach = whole_number(history, "history", 1), whole_number(reach, "reach", 1)
+    if quality is not None: quality = whole_number(quality, "quality", 1)
     workers = cores() if workers is None else whole_number(workers, "workers", 1)
     fs, root = fsspec.core.url_to_fs(str(url), **storage)
     names = store.names if names is None else list(names)
     for n in names:
-        if n not in store.about: raise ShardError(f"no clip {n!r} in the store; it has {', '.join(store.names[:5])}")
+        has = ", ".join(store.names[:5])
+        if n not in store.about: raise ShardError(f"no clip {n!r} in the store; it has {has}")
     segments = [{"name": n, **s} for n in names for s in cut_segments(store.about[n]["runs"], length, history, reach)]
     if not segments: raise ShardError(f"no segment can be cut from {', '.join(names) or 'no recordings'}; use longer recordings")
     parts = [segments[i:i + per_shard] for i in range(0, len(segments), per_shard)]
@@ -187,9 +195,11 @@ def draw_windows(
 def every(
     draws,  # of `draw_windows`
     first,  # 0 .. step-1
-    step,   # takers in turn
+    step,  # takers in turn
 ):
-    "Each `step`-th draw from `first` on; what is done with between two of them is told with the second."
+    """Each `step`-th draw from `first` on; what is done with between two of them is told with the
+    second.
+    """
     waiting = []
     for n, (s, k, done) in enumerate(draws):
         waiting += done
@@ -259,14 +269,20 @@ def _place():
 def _read_about(url, storage):
     "What shards.json at a URL holds."
     fs, root = _open_storage(url, storage)
-    try: return json.loads(fs.cat_file(f"{root}/shards.json"))
-    except FileNotFoundError: raise ShardError(f"{url}: no shards.json there; write_shards writes it last, so run it again to finish") from None
+    try:
+        return json.loads(fs.cat_file(f"{root}/shards.json"))
+    except FileNotFoundError:
+        raise ShardError(
+            f"{url}: no shards.json there; write_shards writes it last, so run it again to finish"
+        ) from None
 
 def _shared_place():
     "Epoch and batches taken, where worker processes that live on see them change."
     place = torch.zeros(2, dtype=torch.int64)
-    try: return place.share_memory_()
-    except RuntimeError: return place  # no shared memory on this machine, so no workers either
+    try:
+        return place.share_memory_()
+    except RuntimeError:
+        return place  # no shared memory on this machine, so no workers either
 
 # %% ../nbs/05_shards.ipynb #c2fdc384
 class _Order:
@@ -277,28 +293,38 @@ class _Order:
     def taken(self): return int(self._at[1])
 
     def resume(self, epoch, batches=0):
-        "Go on in `epoch` after `batches` that this rank took, with as many ranks and workers as before. Workers that live on (persistent_workers) do so too."
+        """Go on in `epoch` after `batches` that this rank took, with as many ranks and workers as
+        before. Workers that live on (persistent_workers) do so too.
+        """
         epoch, batches = whole_number(epoch, "epoch", 0), whole_number(batches, "batches", 0)
         self._at[0], self._at[1] = epoch, batches
 
     def resume_at(self, step, workers=0):
-        "Go on after `step` batches that this rank took since epoch 0; epochs may differ in length. ShardError where one has no batch."
+        """Go on after `step` batches that this rank took since epoch 0, of whatever length.
+
+        ShardError where an epoch has no batch.
+        """
         step, workers, epoch = whole_number(step, "step", 0), whole_number(workers, "workers", 0), 0
         while True:
             self.resume(epoch)
             length = sum(self.batches(workers))
-            if not length: raise ShardError(
-                f"{self.url}: {sum(map(len, self.starts))} windows are no batch of {self.batch} for each of "
-                f"{self.world * max(workers, 1)} readers; take a smaller batch, fewer readers or more recordings")
-            if step < length: return self.resume(epoch, step)
+            if not length:
+                many, readers = sum(map(len, self.starts)), self.world * max(workers, 1)
+                raise ShardError(
+                    f"{self.url}: {many} windows are no batch of {self.batch} for each of {readers} "
+                    "readers; take a smaller batch, fewer readers or more recordings")
+            if step < length:
+                return self.resume(epoch, step)
             step, epoch = step - length, epoch + 1
 
     def _deal(self, workers):
         "Segments of each reader in order, and whether every reader goes through all of them."
         readers = self.world * max(workers, 1)
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.segments)).tolist()
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.segments)).tolist()
         dealt = [order[c::readers] for c in range(readers)]
-        if self.even and min(self._windows(mine) for mine in dealt) < self.batch: return [order] * readers, True
+        if self.even and min(self._windows(mine) for mine in dealt) < self.batch:
+            return [order] * readers, True
         return dealt, False
 
     def _windows(self, segments): return sum(len(self.starts[s]) for s in segments)
@@ -312,40 +338,72 @@ class _Order:
         workers = max(whole_number(workers, "workers", 0), 1)
         dealt, shared = self._deal(workers)
         windows = [self._windows(mine) for mine in dealt]
-        if shared: return [windows[0] // (len(dealt) * self.batch)] * workers
-        if self.even: return [min(windows) // self.batch] * workers
-        return [-(-n // self.batch) for n in windows[self.rank * workers:(self.rank + 1) * workers]]
+        if shared:
+            return [windows[0] // (len(dealt) * self.batch)] * workers
+        if self.even:
+            return [min(windows) // self.batch] * workers
+        first = self.rank * workers
+        return [-(-n // self.batch) for n in windows[first:first + workers]]
 
 # %% ../nbs/05_shards.ipynb #e06b8bb3
 class ShardPlan(_Order):
     "Which reader gives which windows, in how many batches. Nothing but shards.json is read."
-    def __init__(self,
-        url,           # that `write_shards` was given
-        ticks=25,      # history
-        rollout=1,     # K
+    def __init__(
+        self,
+        url,  # that `write_shards` was given
+        ticks=25,  # history
+        rollout=1,  # K
         batch=16,
         seed=0,
-        names=None,    # recordings; None: all
-        even=True,     # every reader the same number of full batches, as training on many GPUs needs; False: every window, and last batches may be short
-        buffer=32,     # decoded segments that windows are drawn from
-        rank=None,     # None: as torch.distributed or torchrun say
+        names=None,  # recordings; None: all
+        # every reader the same number of full batches, as training on many GPUs needs; False: every
+        # window, and last batches may be short
+        even=True,
+        buffer=32,  # decoded segments that windows are drawn from
+        rank=None,  # None: as torch.distributed or torchrun say
         world=None,
-        far=0,         # beyond K: a further frame t+far, and the actions up to it
-        **storage,     # for fsspec
+        far=0,  # beyond K: a further frame t+far, and the actions up to it
+        **storage,  # for fsspec
     ):
         self.url, self.storage, self.even, place = str(url), storage, even, _place()
-        self.ticks, self.rollout, self.far = whole_number(ticks, "ticks"), whole_number(rollout, "rollout"), whole_number(far, "far", 0)
-        self.batch, self.seed, self.buffer = whole_number(batch, "batch", 1), whole_number(seed, "seed", 0), whole_number(buffer, "buffer", 1)
+        self.ticks, self.rollout, self.far = (
+            whole_number(ticks, "ticks"),
+            whole_number(rollout, "rollout"),
+            whole_number(far, "far", 0),
+        )
+        self.batch, self.seed, self.buffer = (
+            whole_number(batch, "batch", 1),
+            whole_number(seed, "seed", 0),
+            whole_number(buffer, "buffer", 1),
+        )
         self.world = place[1] if world is None else whole_number(world, "world", 1)
         self.rank = place[0] if rank is None else whole_number(rank, "rank", 0)
-        if self.rank >= self.world: raise ValueError(f"rank={self.rank} must be below world={self.world}")
+        if self.rank >= self.world:
+            raise ValueError(f"rank={self.rank} must be below world={self.world}")
         self.ahead, self.about = max(self.rollout, self.far), _read_about(self.url, storage)
-        for what, asked, most in (("ticks", self.ticks, "history"), ("rollout", self.rollout, "reach"), ("far", self.ahead, "reach")):
-            if not 1 <= asked <= self.about[most]: raise ShardError(f"{url}: {what}={asked}, the shards were cut for 1 to {self.about[most]}; write them with a larger {most}")
+        for what, asked, most in (
+            ("ticks", self.ticks, "history"),
+            ("rollout", self.rollout, "reach"),
+            ("far", self.ahead, "reach"),
+        ):
+            if not 1 <= asked <= self.about[most]:
+                raise ShardError(
+                    f"{url}: {what}={asked}, the shards were cut for 1 to {self.about[most]}; "
+                    f"write them with a larger {most}"
+                )
         wanted = None if names is None else set(names)
-        self.segments = [{"file": s["file"], **g} for s in self.about["shards"] for g in s["segments"] if wanted is None or g["name"] in wanted]
+        self.segments = [
+            {"file": s["file"], **g}
+            for s in self.about["shards"]
+            for g in s["segments"]
+            if wanted is None or g["name"] in wanted
+        ]
         self.starts = [starts_in(g, self.ticks, self.ahead) for g in self.segments]
-        if not sum(map(len, self.starts)): raise ShardError(f"{url}: no window of {ticks} ticks and {self.ahead} ahead in {'these recordings' if names is not None else 'the shards'}; choose others")
+        if not sum(map(len, self.starts)):
+            raise ShardError(
+                f"{url}: no window of {ticks} ticks and {self.ahead} ahead in "
+                f"{'these recordings' if names is not None else 'the shards'}; choose others"
+            )
         self._at = _shared_place()
 
 
@@ -360,7 +418,8 @@ class ShardWindows(ShardPlan, torch.utils.data.IterableDataset):
         mine = dealt[c]
         skip = self.taken // workers + (w < self.taken % workers)  # batches are taken from the workers in turn
         seeds = [self.seed, self.epoch] if shared else [self.seed, self.epoch, c]
-        draws = draw_windows([len(self.starts[s]) for s in mine], self.buffer, np.random.default_rng(seeds))
+        counts = [len(self.starts[s]) for s in mine]
+        draws = draw_windows(counts, self.buffer, np.random.default_rng(seeds))
         if shared: draws = every(draws, c, len(dealt))
         return self._batches(mine, draws, skip, todo)
 
@@ -371,7 +430,8 @@ class ShardWindows(ShardPlan, torch.utils.data.IterableDataset):
             for n, (s, k, done) in enumerate(draws):
                 if n // self.batch >= todo: return
                 if n // self.batch >= skip:
-                    segments.ask(min(max(len(past) + self.buffer + 4, s + 1), len(mine)), past)  # those in the buffer, and four to come
+                    ahead = max(len(past) + self.buffer + 4, s + 1)  # those in the buffer, and four to come
+                    segments.ask(min(ahead, len(mine)), past)
                     batch.append(self._window(segments.here[s].result(), mine[s], k))
                 past.update(done)
                 for d in done: segments.here.pop(d, None)
@@ -388,15 +448,19 @@ class ShardWindows(ShardPlan, torch.utils.data.IterableDataset):
 
 # %% ../nbs/05_shards.ipynb #40a64400
 def some_windows(
-    url,        # of shards
-    count,      # windows at most
-    ticks=25,   # history
+    url,  # of shards
+    count,  # windows at most
+    ticks=25,  # history
     rollout=1,  # K
     seed=0,
-    names=None, # recordings; None: all
-    far=0,      # beyond K: a further frame t+far, and the actions up to it
+    names=None,  # recordings; None: all
+    far=0,  # beyond K: a further frame t+far, and the actions up to it
     **storage,  # for fsspec
 ):
-    "A batch of `count` windows, or of all where there are fewer; the same on every rank, so that each can judge by it. Frames (B, 1+K, 3, H, W), actions (B, ticks-1+K, 28)."
-    windows = ShardWindows(url, ticks, rollout, count, seed, names, even=False, rank=0, world=1, far=far, **storage)
+    """A batch of `count` windows, or of all where there are fewer; the same on every rank, so that
+    each can judge by it. Frames (B, 1+K, 3, H, W), actions (B, ticks-1+K, 28).
+    """
+    windows = ShardWindows(
+        url, ticks, rollout, count, seed, names, even=False, rank=0, world=1, far=far, **storage
+    )
     return next(iter(windows))

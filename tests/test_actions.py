@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from minecraft_jepa.actions import ACTION_DIM, ACTION_NAMES, DEGREES_PER_PIXEL, KEYS, NOOP, decode_action, encode_action, encode_actions
+from minecraft_jepa.actions import ACTION_DIM, ACTION_NAMES, DEGREES_PER_PIXEL, KEYS, NOOP, decode_action, encode_action, encode_actions, read_actions
 from minecraft_jepa.recordings import find_recordings, open_recording
 
 DATA = Path(__file__).parent.parent / "data"
@@ -125,3 +125,31 @@ def test_bundled_recordings_survive_both_ways(path):
     chosen, slot = recording.actions[:, 11:20].sum(1), recording.state["hotbar"]
     turned_to = np.flatnonzero(chosen != by_key)  # each slot was chosen by its key, and no key is counted twice; or by the wheel, and then it is another one
     assert (chosen >= by_key).all() and (turned_to < len(slot) - 1).all() and (slot[turned_to] != slot[turned_to + 1]).all()
+
+
+def test_no_cursor_without_isGuiOpen():
+    "With no word of a screen the mouse may be caught, and then x and y are no place in the window."
+    line = held([]) | {"mouse": {"x": 1270.0, "y": 10.0, "dx": 0, "dy": 0, "buttons": []}}
+    cursor = lambda line: encode_action(line)[20:22].tolist()
+    assert cursor(line) == cursor(line | {"isGuiOpen": False}) == [0.5, 0.5]
+    assert cursor(line | {"isGuiOpen": True}) == pytest.approx([1270 / 1280, 10 / 720])
+    shown = decode_action(encode_action(line | {"isGuiOpen": True}))
+    assert shown["isGuiOpen"] is True and decode_action(NOOP)["isGuiOpen"] is False
+
+
+@pytest.mark.parametrize("odd", [{"mouse": None}, {"keyboard": None}, {"mouse": {}}, {"keyboard": {"keys": None}}, {"hotbar": 9}, {"isGuiOpen": "no"}])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_line_without_an_action_is_told_apart_from_standing_still(odd, at):
+    good = held([1])
+    actions, faults = read_actions([good | odd if t == at else good for t in range(3)])
+    assert list(faults) == [at] and ("expected" in faults[at] or "missing" in faults[at])
+    assert np.array_equal(actions[at], NOOP) and [a[NAMES["use"]] for a in actions] == [float(t != at) for t in range(3)]
+    with pytest.raises(ValueError, match=f"line {at + 1}: "): encode_actions([good | odd if t == at else good for t in range(3)])
+
+
+def test_slot_and_stuck_attack_are_found_across_a_line_without_an_action():
+    slots = [held([]) | {"hotbar": 0}, held([]) | {"hotbar": 4, "mouse": None}, held([]) | {"hotbar": 4}]
+    assert read_actions(slots)[0][:, NAMES["5"]].tolist() == [1, 0, 0]
+    stuck = [held([0], [0]), {"mouse": None, "keyboard": None}, held([0], []), held([0], [0])]
+    assert read_actions(stuck)[0][:, NAMES["attack"]].tolist() == [0, 0, 0, 1]
+    assert read_actions([])[0].shape == (0, 28)

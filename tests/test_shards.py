@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.utils.data import DataLoader
 
+import pairs
 from minecraft_jepa import shards
 from minecraft_jepa.clips import ClipStore, runs_of
 from minecraft_jepa.config import preset
-from minecraft_jepa.shards import ShardError, ShardWindows, cut_segments, draw_windows, starts_in, write_shards
+from minecraft_jepa.shards import ShardError, ShardWindows, cut_segments, draw_windows, every, some_windows, starts_in, write_shards
+from soak import repeats
 
 DATA = Path(__file__).parent.parent / "data"
 NAMES = ["world-303_0880", "world-319_1320", "world-321_0740"]
@@ -47,6 +49,7 @@ def windows(url, **options): return ShardWindows(url, TICKS, ROLLOUT, BATCH, **{
 def drawn(reader, workers): return [[key(a) for a in actions] for _, actions in DataLoader(reader, batch_size=None, num_workers=workers)]
 
 
+@settings(max_examples=repeats(30, 100))
 @given(st.sets(st.integers(0, 149), max_size=6), st.integers(1, 60), st.integers(1, 30), st.integers(1, 9), st.data())
 def test_segments_hold_every_window_once(gaps, length, history, reach, data):
     ticks, rollout = data.draw(st.integers(1, history)), data.draw(st.integers(1, reach))
@@ -58,6 +61,7 @@ def test_segments_hold_every_window_once(gaps, length, history, reach, data):
             assert s["actions"] <= t - ticks + 1 and t + rollout < s["first"] + s["frames"]  # all it needs is there
 
 
+@settings(max_examples=repeats(30, 100))
 @given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 8), st.integers(0, 99))
 def test_every_window_is_drawn_once_and_released_last(counts, buffer, seed):
     draws = list(draw_windows(counts, buffer, np.random.default_rng(seed)))
@@ -203,15 +207,16 @@ def s3():
     server.stop()
 
 
-def test_over_s3_two_ranks_two_workers(store, s3, all_windows):
+def test_over_s3_two_ranks_two_workers(store, s3):
     import fsspec
     fsspec.filesystem("s3", **s3).mkdir("recordings")
-    write_shards(store, "s3://recordings/vpt", length=60, per_shard=7, progress=False, **s3)
+    write_shards(store, "s3://recordings/vpt", names=NAMES[1:2], length=60, per_shard=7, progress=False, **s3)
+    all_windows = Counter(key(store.window(NAMES[1], t, TICKS, ROLLOUT)[1]) for t in store.starts(NAMES[1], TICKS, ROLLOUT))
     whole = [drawn(windows("s3://recordings/vpt", rank=r, world=2, **s3), 2) for r in range(2)]
     assert Counter(k for rank in whole for b in rank for k in b) == all_windows
     rest = windows("s3://recordings/vpt", rank=0, world=2, **s3)
-    rest.resume(0, 8)
-    assert drawn(rest, 2) == whole[0][8:]
+    rest.resume(0, 4)
+    assert len(whole[0]) > 8 and drawn(rest, 2) == whole[0][4:]
 
 
 def test_writing_goes_on_and_a_half_written_set_is_refused(store, tmp_path, monkeypatch):
@@ -244,3 +249,150 @@ def test_damaged_and_missing_shards_are_named(written, tmp_path):
     with pytest.raises(ShardError, match="no segment can be cut"): write_shards(ClipStore({}, {}), tmp_path, progress=False)
     for wrong in ({"ticks": 26}, {"rollout": 17}, {"ticks": 0}):
         with pytest.raises(ShardError, match="cut for 1 to"): ShardWindows(written, **wrong)
+
+
+FEW = 40
+
+
+def shards_of(folder, name="toy", lines=FEW, **how):
+    "Shards of one recording made in code, lossless."
+    pairs.make_pair(folder / "v", name, FEW, lines)
+    store = ClipStore.build(folder / "v", preset("tiny").frame, folder / "store", progress=False, workers=1)
+    write_shards(store, folder / "shards", **{"length": 10, "reach": 8, "quality": None, "workers": 1, "progress": False} | how)
+    return store, folder / "shards"
+
+
+@pytest.mark.parametrize("lines", [FEW, FEW - 1])
+@pytest.mark.parametrize("length", [10, 7, 200])
+def test_last_window_ends_on_the_last_frame(tmp_path, lines, length):
+    "With a line for it or without; the last action that leads anywhere is used, and that of the last frame never."
+    store, folder = shards_of(tmp_path, lines=lines, length=length)
+    for rollout in (1, 3):
+        found = [(f, a) for frames, actions in ShardWindows(folder, 5, rollout, 4, even=False) for f, a in zip(frames, actions)]
+        by_first = {pairs.ticks_of(a)[0]: (f, a) for f, a in found}
+        assert len(found) == len(by_first) == len(store.starts("toy", 5, rollout)) == FEW - 4 - rollout
+        frames, actions = by_first[FEW - 5 - rollout]
+        assert torch.equal(frames, store.window("toy", FEW - 1 - rollout, 5, rollout)[0]) and frames[-1].float().mean() > 120
+        assert {t for _, a in found for t in pairs.ticks_of(a)} == set(range(FEW - 1))
+
+
+@pytest.mark.parametrize("name", ["a-player-with-a-very-long-alias-" * 3 + "0123456789ab-20220101-000000", "n" * 240, "\u00e9\u4e2d" * 40, "with.dots.in-it", "a b(1)"], ids=["contractor", "long", "letters", "dots", "blank"])
+def test_recordings_of_any_name_go_into_shards(tmp_path, name):
+    store, folder = shards_of(tmp_path, name)
+    frames, actions = next(iter(ShardWindows(folder, 5, 2, 2, names=[name])))
+    assert frames.shape == (2, 3, 3, 48, 80) and actions.shape == (2, 6, 28)
+    wds = pytest.importorskip("webdataset")
+    samples = list(wds.WebDataset([str(p) for p in folder.glob("*.tar")], shardshuffle=False).decode())
+    assert len(samples) == 4 and {s["json"]["name"] for s in samples} == {name} and len({s["__key__"] for s in samples}) == 4
+
+
+def test_names_that_look_alike_keep_their_segments_apart(tmp_path):
+    for name in ("a.b", "a_b", "a b"): pairs.make_pair(tmp_path / "v", name, FEW)
+    store = ClipStore.build(tmp_path / "v", preset("tiny").frame, tmp_path / "store", progress=False, workers=1)
+    write_shards(store, tmp_path / "shards", reach=8, progress=False, workers=1)
+    wds = pytest.importorskip("webdataset")
+    samples = list(wds.WebDataset(str(tmp_path / "shards/clips-000000.tar"), shardshuffle=False).decode())
+    assert sorted(s["json"]["name"] for s in samples) == ["a b", "a.b", "a_b"]
+
+
+def test_workers_that_live_on_follow_resume(tmp_path):
+    "persistent_workers keep their copy of the windows; they see where the parent wants to go on all the same."
+    _, folder = shards_of(tmp_path, length=5)
+    fresh_windows = lambda: ShardWindows(folder, 5, 1, 4, even=False, buffer=3)
+    reader = fresh_windows()
+    loader = DataLoader(reader, batch_size=None, num_workers=2, persistent_workers=True)
+    drawn_again = lambda: [[key(a) for a in actions] for _, actions in loader]
+    first = drawn_again()
+    for epoch, taken in ((1, 0), (0, 4), (0, 0)):
+        reader.resume(epoch, taken)
+        fresh = fresh_windows()
+        fresh.resume(epoch, taken)
+        assert drawn_again() == drawn(fresh, 2) and (reader.epoch, reader.taken) == (epoch, taken)
+    assert drawn_again() == first
+
+
+@pytest.mark.parametrize("world, workers", [(7, 1), (3, 3), (12, 0)])
+def test_more_readers_than_segments_still_get_batches(tmp_path, world, workers):
+    "As from a store: few recordings do for many ranks, and no window comes twice."
+    store, folder = shards_of(tmp_path, length=20)
+    assert len(ShardWindows(folder).segments) < world * max(workers, 1)
+    readers = [ShardWindows(folder, 5, 1, 2, rank=r, world=world) for r in range(world)]
+    found = [drawn(r, workers) for r in readers]
+    assert len({len(batches) for batches in found}) == 1 and found[0] and {len(b) for batches in found for b in batches} == {2}
+    taken = Counter(k for batches in found for b in batches for k in b)
+    assert set(taken.values()) == {1} and [len(f) for f in found] == [sum(r.batches(workers)) for r in readers]
+    rest = ShardWindows(folder, 5, 1, 2, rank=0, world=world)
+    rest.resume(0, 1)
+    assert Counter(k for b in drawn(rest, workers) for k in b) == Counter(k for b in found[0][1:] for k in b)
+
+
+def test_small_validation_set_is_had_whole_on_every_rank(written, store, monkeypatch):
+    mine = Counter(key(store.window(NAMES[1], t, TICKS, ROLLOUT)[1]) for t in store.starts(NAMES[1], TICKS, ROLLOUT))
+    def some(count, rank):
+        monkeypatch.setenv("RANK", str(rank)); monkeypatch.setenv("WORLD_SIZE", "16")
+        return [key(a) for a in some_windows(written, count, TICKS, ROLLOUT, names=[NAMES[1]])[1]]
+    assert Counter(some(10**6, 0)) == mine and some(128, 0) == some(128, 15) and len(some(128, 3)) == 128
+    assert some_windows(written, 8, 1, 1, names=[NAMES[1]], far=9)[0].shape == (8, 3, 3, 48, 80)
+
+
+def test_steps_are_counted_over_epochs_of_unlike_length(tmp_path):
+    for i, many in enumerate((30, 60, 33, 90)): pairs.make_pair(tmp_path / "v", f"r{i}", many)
+    store = ClipStore.build(tmp_path / "v", preset("tiny").frame, tmp_path / "store", progress=False, workers=1)
+    write_shards(store, tmp_path / "shards", length=20, reach=4, progress=False, workers=1)
+    reader = ShardWindows(tmp_path / "shards", 5, 1, 8, rank=1, world=2)
+    walked, epoch = [], 0
+    while len(walked) < 40:
+        reader.resume(epoch)
+        walked += [(epoch, n) for n in range(sum(reader.batches()))]
+        epoch += 1
+    assert len({sum(e == k for e, _ in walked) for k in range(epoch - 1)}) > 1  # else this shows nothing
+    for step in (0, 1, 11, 23, 39):
+        reader.resume_at(step)
+        assert (reader.epoch, reader.taken) == walked[step]
+    with pytest.raises(ShardError, match="take a smaller batch"): ShardWindows(tmp_path / "shards", 5, 1, 500, rank=0, world=2).resume_at(3)
+
+
+def test_names_are_gone_through_once(written):
+    "Not once a segment: of twenty thousand segments that took minutes."
+    class Names(list):
+        times = 0
+        def __iter__(self): self.times += 1; return super().__iter__()
+    names = Names(NAMES)
+    assert len(ShardWindows(written, names=names).segments) > 3 and names.times == 1
+
+
+@given(st.lists(st.integers(0, 5), max_size=12), st.integers(1, 5), st.integers(1, 4))
+@settings(max_examples=repeats(30, 100))
+def test_every_takes_each_draw_once_and_forgets_none_done(counts, step, buffer):
+    draws = list(draw_windows(counts, buffer, np.random.default_rng(0)))
+    dealt = [list(every(iter(draws), c, step)) for c in range(step)]
+    assert sorted((s, k) for part in dealt for s, k, _ in part) == sorted((s, k) for s, k, _ in draws)
+    for c, part in enumerate(dealt):
+        told = [d for _, _, done in part for d in done]
+        last = max((n for n in range(len(draws)) if n % step == c), default=-1)
+        assert told == [d for _, _, done in draws[:last + 1] for d in done]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.array, torch.tensor], ids=lambda k: k.__name__)
+def test_whole_numbers_of_any_type_are_taken(tmp_path, kind):
+    store, folder = shards_of(tmp_path, length=kind(10), per_shard=kind(2), history=kind(25), reach=kind(8), quality=None, workers=kind(1))
+    assert json.loads((folder / "shards.json").read_text())["reach"] == 8
+    one, other = (ShardWindows(folder, k(5), k(2), k(4), k(3), rank=k(0), world=k(2), buffer=k(2), far=k(6)) for k in (int, kind))
+    for reader, k in ((one, int), (other, kind)): reader.resume(k(1), k(1))
+    assert [key(a) for _, a in one] == [key(a) for _, a in other] and one.batches(kind(2)) == one.batches(2)
+
+
+@pytest.mark.parametrize("wrong", [2.0, True, "2", np.float32(2), torch.tensor(2.0)], ids=repr)
+def test_numbers_that_are_not_whole_are_refused(written, store, tmp_path, wrong):
+    for what in ("ticks", "rollout", "batch", "seed", "buffer", "rank", "world", "far"):
+        with pytest.raises(ValueError, match=f"{what}=.* must be a whole number"): ShardWindows(written, **{what: wrong})
+    for what in ("length", "per_shard", "history", "reach", "workers", "quality"):
+        with pytest.raises(ValueError, match=f"{what}=.* must be a whole number"): write_shards(store, tmp_path, **{what: wrong})
+    for place in ((wrong, 0), (0, wrong)):
+        with pytest.raises(ValueError, match="must be a whole number"): windows(written).resume(*place)
+
+
+def test_numbers_that_cannot_be_are_refused(written, store, tmp_path):
+    for wrong in ({"batch": 0}, {"buffer": 0}, {"rank": 2, "world": 2}, {"world": 0}, {"seed": -1}):
+        with pytest.raises(ValueError, match="must be"): ShardWindows(written, **wrong)
+    with pytest.raises(ShardError, match="no clip 'nobody'"): write_shards(store, tmp_path, names=["nobody"])

@@ -198,29 +198,29 @@ def test_what_is_missing_and_broken_is_told_and_left_out(server, tmp_path):
     del server.files[path_of(entries[0])], server.files[path_of(entries[1], ".jsonl")]
     video = server.files[path_of(entries[2])]
     server.files[path_of(entries[2])] = video[:len(video) // 2]
-    server.files[path_of(entries[3], ".jsonl")] += b'{"mouse": {"x": 64'
+    server.files[path_of(entries[3], ".jsonl")] += b'{"mouse": {"x": 64'  # after the last frame's: it is not missed
     server.faults[path_of(entries[4])] = 403
-    server.files[path_of(entries[5], ".jsonl")] = server.files[path_of(entries[5], ".jsonl")][:-300]
+    server.files[path_of(entries[5], ".jsonl")] = b"".join(server.files[path_of(entries[5], ".jsonl")].splitlines(True)[:-3])
     write_manifest(tmp_path, entries)
     rows = get(tmp_path)
     status = {f: (r["status"], r["why"]) for f, r in rows.items() if r["status"] != "done"}
     assert status[f"{names[0]}.mp4"] == ("missing", "HTTP 404") and "its other half" in status[f"{names[0]}.jsonl"][1]
     assert status[f"{names[1]}.jsonl"] == ("missing", "HTTP 404") and not server.asked[path_of(entries[1])]
     assert status[f"{names[2]}.mp4"][0] == "corrupt" and f"{names[2]}.mp4: " in status[f"{names[2]}.mp4"][1]
-    for i in (3, 5): assert status[f"{names[i]}.jsonl"][0] == "corrupt" and "jsonl, line" in status[f"{names[i]}.jsonl"][1]
-    assert status[f"{names[4]}.mp4"] == ("failed", "HTTP 403") and len(status) == 8
-    assert [p.stem for p in find_recordings(tmp_path)] == [names[6]] and not left_behind(tmp_path)
+    assert status[f"{names[5]}.jsonl"][0] == "corrupt" and "jsonl, line" in status[f"{names[5]}.jsonl"][1]
+    assert status[f"{names[4]}.mp4"] == ("failed", "HTTP 403") and len(status) == 7
+    assert [p.stem for p in find_recordings(tmp_path)] == [names[3], names[6]] and not left_behind(tmp_path)
     why = {r["name"]: r["why"] for r in check_folder(tmp_path, progress=False) if not r["used"]}
-    assert sorted(why) == sorted([*names[2:6]]) and all(why.values())
+    assert sorted(why) == [names[2], names[4], names[5]] and all(why.values())
 
     server.asked.clear()  # a second run asks for what failed, and for nothing else
     del server.faults[path_of(entries[4])]
     assert get(tmp_path)[f"{names[4]}.mp4"]["status"] == "done" and list(server.asked) == [path_of(entries[4])]
-    assert [p.stem for p in find_recordings(tmp_path)] == [names[4], names[6]]
+    assert [p.stem for p in find_recordings(tmp_path)] == [names[3], names[4], names[6]]
     server.files[path_of(entries[2])] = video  # mended on the server, and asked for by name
     assert get(tmp_path)[f"{names[2]}.mp4"]["status"] == "corrupt"
     assert get(tmp_path, again=["corrupt"])[f"{names[2]}.mp4"]["status"] == "done"
-    assert len(find_recordings(tmp_path)) == 3
+    assert len(find_recordings(tmp_path)) == 4
 
 
 def test_second_run_does_only_what_is_left(server, tmp_path):

@@ -116,8 +116,9 @@ def test_imagine_is_step_repeated_and_causal(kind):
     with torch.no_grad():
         z = model.encode(frames[:, 0])
         future, one = model.imagine(z, actions), model.step(z, actions[:, :25])
-        assert torch.equal(future[:, 0], one)
-        assert torch.equal(future[:, 2], model.step(model.step(one, actions[:, 1:26]), actions[:, 2:27]))
+        two = model.step(one, actions[:, 1:26])
+        for k, alone in enumerate((one, two, model.step(two, actions[:, 2:27]))):
+            assert torch.allclose(future[:, k], alone, atol=1e-4)  # summed in another order
         changed = actions.clone()
         changed[:, 25] += 1  # acts between frames t+1 and t+2
         moved = model.imagine(z, changed)

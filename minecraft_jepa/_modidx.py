@@ -400,6 +400,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'minecraft_jepa.jepa._processes': ('jepa.html#_processes', 'minecraft_jepa/jepa.py'),
                                      'minecraft_jepa.jepa.across': ('jepa.html#across', 'minecraft_jepa/jepa.py'),
                                      'minecraft_jepa.jepa.between_frames': ('jepa.html#between_frames', 'minecraft_jepa/jepa.py'),
+                                     'minecraft_jepa.jepa.camera_moves': ('jepa.html#camera_moves', 'minecraft_jepa/jepa.py'),
                                      'minecraft_jepa.jepa.collapse_alarm': ('jepa.html#collapse_alarm', 'minecraft_jepa/jepa.py'),
                                      'minecraft_jepa.jepa.collapse_metrics': ('jepa.html#collapse_metrics', 'minecraft_jepa/jepa.py'),
                                      'minecraft_jepa.jepa.rankme': ('jepa.html#rankme', 'minecraft_jepa/jepa.py'),

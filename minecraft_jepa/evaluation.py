@@ -103,7 +103,7 @@ def held_out(
     if len(names) < 2: raise ValueError(f"{data_dir}: {len(names)} recording(s) that the weights have not seen, at least 2 are needed; give a folder with more")
     return names
 
-# %% ../nbs/14_evaluation.ipynb #853259e4
+# %% ../nbs/14_evaluation.ipynb #5288adb6
 def weights_identity(
     weights,  # folder that the training wrote
 ):
@@ -137,7 +137,7 @@ def kinship(
             "none of which is here; what follows is how far they carry over, not what a model of these "
             "recordings can do. Train one with nbs/study/2_train.ipynb and pass its folder as weights.")
 
-# %% ../nbs/14_evaluation.ipynb #c4518574
+# %% ../nbs/14_evaluation.ipynb #64a13ca9
 class Remembers:
     "A WorldModel that looks at no frame twice and imagines no future twice; what it keeps stays below `limit` bytes."
     def __init__(self, model, limit=2**30):
@@ -433,7 +433,7 @@ def beside(
     told = f"judged on the same {count['yours']} recordings. Errors of two encoders can't be compared, ratios can."
     if not same:
         told = (f"not comparable, for yours was judged on {count['yours']} recordings ({some['yours']}..) and the "
-                f"shipped on {count['shipped']} others ({some['shipped']}..). Read each column by itself.")
+                f"shipped on {count['shipped']} ({some['shipped']}..). Read each column by itself.")
     if yours["preset"] != shipped["preset"]:
         told += f" Yours is of the preset {yours['preset']}, the shipped of {shipped['preset']}."
     about = {who: {k: r.get(k) for k in ("preset", "recordings", "weights", "weights_identity", "data")} for who, r in reports.items()}

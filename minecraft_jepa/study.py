@@ -68,7 +68,7 @@ class AboveBar:
 
     def flush(self): sys.stdout.flush()
 
-# %% ../nbs/19_study.ipynb #5108a22b
+# %% ../nbs/19_study.ipynb #0d36dd4c
 def _papermill():
     "Papermill and what comes with it, imported as late as it is needed. ImportError names what installs it."
     needed = "papermill", "jupyter_client", "jupyter_client.kernelspec", "traitlets.config", "ipykernel"
@@ -159,10 +159,10 @@ def _beside_shipped(out_dir, notebooks):
     except ValueError as e: return print(f"not set beside the shipped weights: {e}")
     found = beside(yours, shipped)
     print(f"\nyours beside the shipped weights (three hours of two cores): {found['told']}")
-    print(f"  {'':<48}" + "".join(f"{who:>9}" for who in ("yours", "shipped", "wanted")))
+    print(f"  {'':<52}" + "".join(f"{who:>9}" for who in ("yours", "shipped", "wanted")))
     for row in found["rows"]:
         cells = "".join(f"{_number(row[who]):>9}" for who in ("yours", "shipped", "wanted"))
-        print(f"  {row['what']:<48}{cells}")
+        print(f"  {row['what']:<52}{cells}")
     save_figure(beside_plot(found), out_dir, "compare", found)
     print(f"  drawn in {Path(out_dir) / 'compare.png'}\n")
 

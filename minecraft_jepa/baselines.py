@@ -210,7 +210,7 @@ def paired_table(
         for rival in rivals
     }
 
-
+# %% ../nbs/22_baselines.ipynb #255a9da1
 def ticks_better(
     comparisons,  # {ticks: `paired_comparison`}, of one rival
     ticks=range(1, 16),

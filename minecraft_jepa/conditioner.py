@@ -53,6 +53,7 @@ def recency_bias(
     slope = torch.cat([4.0 * 4.0 ** -torch.arange(heads - 1), torch.zeros(1)])  # (heads,)
     return -(slope[:, None] * age)[:, None]
 
+
 class CrossAttentionConditioner(nn.Module):
     "Frame tokens cross-attend to the action tokens. (b, n, d), (b, ticks, 28) -> (b, n, d), None"
     def __init__(self,
@@ -91,6 +92,7 @@ class CrossAttentionConditioner(nn.Module):
             z = block(z, None, self.recency, kv[:, window] + place)
         return z, None
 
+# %% ../nbs/09_conditioner.ipynb #f0bba067
 class AdaLNConditioner(nn.Module):
     "The history as one vector. (b, n, d), (b, ticks, 28) -> (b, n, d), (b, 1, d)"
     def __init__(self,

@@ -39,8 +39,10 @@ def window_starts(
         raise ValueError(f"{name}: {_no_window(ticks, horizon)}; use longer recordings or a smaller horizon")
     return starts[np.unique(np.linspace(0, len(starts) - 1, count).round().astype(int))]
 
+
 def _no_window(ticks, horizon):
     return f"too short, or cut by teleports, for {ticks} ticks of history and {horizon} imagined"
+
 
 def left_out(
     store,    # ClipStore
@@ -56,9 +58,11 @@ def left_out(
             found[n] = "nothing moves in it, so that to copy the last frame has no error"
     return found
 
+
 def _still(frames, part=200):
     "Whether all frames are one picture; of a recording that moves, only the first part is read."
     return all((frames[i:i + part] == frames[0]).all() for i in range(0, len(frames), part))
+
 
 def usable(
     store, names, ticks, horizon, least=2,
@@ -73,6 +77,7 @@ def usable(
                          "give longer recordings, or more of them")
     return kept
 
+# %% ../nbs/14_evaluation.ipynb #4c38c257
 def evaluation_windows(
     store,    # ClipStore
     name,     # one recording
@@ -366,7 +371,10 @@ def count_flops(
 
 # %% ../nbs/14_evaluation.ipynb #860d536e
 SCHEMA = 3  # of evaluate.json; raise it when a key changes its meaning
+
+
 BARS = {"pitch_r2": 0.8, "yaw_change_r2": 0.8, "top1_at_4_ticks": 0.5, "ratio_at_8_ticks": 1.3}
+
 
 def bars(
     found,  # the report, without its bars
@@ -392,6 +400,7 @@ def bars(
         row["met"] = low is not None and low >= row["wanted"]
     return rows
 
+
 def read_report(
     path,  # evaluate.json
 ):
@@ -402,6 +411,7 @@ def read_report(
     except json.JSONDecodeError as e: raise ValueError(f"{path}, line {e.lineno}: not JSON ({e.msg}); evaluate again") from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA: raise ValueError(f"{path}: schema {found.get('schema') if isinstance(found, dict) else None}, this version reads {SCHEMA}; evaluate again with nbs/study/3_evaluate.ipynb")
     return found
+
 
 def compare(
     first,   # report
@@ -415,6 +425,7 @@ def compare(
     a, b = pick(first), pick(second)  # latents of two encoders differ, so no error is compared as it is
     return {k: (a[k], b[k], b[k] < a[k] if k.startswith("error") else b[k] > a[k]) for k in a if k in b}
 
+# %% ../nbs/14_evaluation.ipynb #5ef5e7ce
 def beside(
     yours,    # report
     shipped,  # report of the shipped weights

@@ -68,7 +68,7 @@ class _Candidates:
         easy = random.choice(len(self.others), count - len(hard), replace=few)
         return torch.cat([self.own[hard], self.others[easy]])
 
-
+# %% ../nbs/16_probing.ipynb #d1f09a2a
 @torch.no_grad()
 def retrieval(
     model,           # WorldModel, in eval mode
@@ -129,7 +129,7 @@ def retrieval(
                         scores[measure][m][r, i] += value / len(starts)
     return scores
 
-
+# %% ../nbs/16_probing.ipynb #47cb349e
 def _retrieval_scores(guess, few, dense, place):
     """Scores of guesses (m, n, d). First of `few` is the true frame, second the given one; in
     `dense` the true one stands at `place`. Each score is (m,)."""
@@ -249,7 +249,10 @@ def probe_examples(
 
 # %% ../nbs/16_probing.ipynb #0a1c124c
 BETWEEN = "yaw_change", "speed", "climb"  # lie between two frames
+
+
 KINDS = "slot", "menu"                    # have no order
+
 
 def kappa(
     said,   # (b,)
@@ -259,6 +262,7 @@ def kappa(
     said, truth = np.asarray(said), np.asarray(truth)
     right, chance = (said == truth).mean(), sum((said == k).mean() * (truth == k).mean() for k in np.unique(truth))
     return float((right - chance) / (1 - chance)) if chance < 1 else 0.0
+
 
 @torch.no_grad()
 def probe_answers(
@@ -297,15 +301,18 @@ def probe_answers(
         found[k] = v[fit(whole[1]).argmax(1).numpy()], unseen[2][k]
     return {k: found[k] for k in (*(k for k in known if k not in KINDS), *kinds)}
 
+# %% ../nbs/16_probing.ipynb #f8bf02de
 def probe_scores(
     answers,  # of `probe_answers`
 ) -> dict[str, float]:
     """R2 of each label, and kappa of `KINDS`."""
     return {k: _probe_score(k, *pair) for k, pair in answers.items()}
 
+
 def probe(look, examples, unseen, validation, grid, compare=None) -> dict[str, float]:
     """`probe_scores` of `probe_answers`, whose parameters these are."""
     return probe_scores(probe_answers(look, examples, unseen, validation, grid, compare))
+
 
 def _probe_score(label, answers, truth):
     if label in KINDS:

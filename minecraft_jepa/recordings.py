@@ -311,7 +311,6 @@ class Recording:
         paint_cursor(pixels, *cursor)
         return _av().VideoFrame.from_ndarray(pixels, format="rgb24")
 
-
 # %% ../nbs/02_recordings.ipynb #ea9d6704
 @dataclass(frozen=True)
 class Name:

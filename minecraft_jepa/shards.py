@@ -423,7 +423,6 @@ class ShardPlan(_Order):
             )
         self._at = _shared_place()
 
-
 # %% ../nbs/05_shards.ipynb #ac143830
 class ShardWindows(ShardPlan, torch.utils.data.IterableDataset):
     "Batches of windows for `DataLoader(windows, batch_size=None, num_workers=W)`: frames (B, 1+K, 3, H, W) uint8 and actions (B, ticks-1+K, 28). With `far` (B, 2+K, 3, H, W) and (B, ticks-1+far, 28)."

@@ -149,6 +149,7 @@ def _shipped(notebooks):
     "The checkout that holds these notebooks, where its shipped numbers are; None elsewhere."
     return next((p for p in Path(notebooks).resolve().parents if (p / "data/weights/tiny/evaluate.json").is_file()), None)
 
+
 def _beside_shipped(out_dir, notebooks):
     "Print and draw what this run reached beside the shipped weights; nothing where one of the two is not there."
     root = _shipped(notebooks)
@@ -166,9 +167,11 @@ def _beside_shipped(out_dir, notebooks):
     save_figure(beside_plot(found), out_dir, "compare", found)
     print(f"  drawn in {Path(out_dir) / 'compare.png'}\n")
 
+
 def _number(value):
     "As the table shows it."
     return "" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
+
 
 def clock(
     seconds: float,  # 0 or more
@@ -176,6 +179,7 @@ def clock(
     "`61.4 -> '1:01'`"
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
+# %% ../nbs/19_study.ipynb #0b0acf8f
 def run_study(
     preset_name="tiny",      # a name in config.PRESETS
     data_dir="data",         # recordings

@@ -34,10 +34,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .config import PRESETS, preset, write_json
-from .recordings import (
-    RecordingError, _place_of, cache_root, cores, find_recordings, group_of, open_recording,
-    pair_of, split_recordings, whole_number)
+from .config import PRESETS, cores_allowed, preset, whole_number, write_json
+from minecraft_jepa.recordings import (
+    RecordingError,
+    _place_of,
+    cache_root,
+    find_recordings,
+    group_of,
+    open_recording,
+    pair_of,
+    split_recordings,
+)
 
 # %% ../nbs/04_clips.ipynb #6fe0c5cb
 FORMAT = 5  # of a clip on disk: raise it whenever the same files would give other numbers
@@ -453,7 +460,7 @@ class ClipStore(Clips):
     ):
         "Decode what is not decoded yet, or has changed since. What is done stays done if this is killed. RecordingError names those that can't be decoded, after all others are."
         folder = Path(folder)
-        workers = cores() if workers is None else whole_number(workers, "workers", 1)
+        workers = cores_allowed() if workers is None else whole_number(workers, "workers", 1)
         if (folder / "store.json").is_file(): return cls.open(folder, frame, names=names)
         store_dir = Path(store_dir or store_of(folder, frame))
         names = [p.stem for p in find_recordings(folder)] if names is None else list(names)

@@ -21,10 +21,10 @@ from pathlib import Path
 
 # %% ../nbs/00_config.ipynb #18465e7f
 def whole_number(
-    name,        # for the error
-    value,       # of any whole type: int, NumPy's, a tensor of one element
-    least=0,
-    most=None,
+    value,         # of any whole type: int, NumPy's, a tensor of one element
+    name="value",  # for the error
+    least=None,    # smallest that is allowed
+    most=None,     # largest
 ) -> int:
     "`value` as an int. ValueError names it when it is no whole number in the range."
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
@@ -57,7 +57,7 @@ def _in_range(name, number, least=None, most=None, above=None):
 
 def _leaf(name, value, kind, allowed):
     "A leaf as plain int, float, bool or str. ValueError names it."
-    if kind is int: return whole_number(name, value, **allowed)
+    if kind is int: return whole_number(value, name, **allowed)
     if kind is float: return _number(name, value, **allowed)
     if kind is bool:
         if isinstance(value, bool) or getattr(value, "dtype", None) == bool: return bool(value)
@@ -410,7 +410,7 @@ def study_parameters(
     return Study(config, data_dir, out_dir, weights, steps, seed, device)
 
 def _parameter_number(name, value):
-    try: return whole_number(name, value)
+    try: return whole_number(value, name, 0)
     except ValueError as e:
         raise ValueError(f"{e}: whole numbers from 0 on are allowed, as in -p {name} 3") from None
 
@@ -433,20 +433,28 @@ def seed_everything(
     "Seed Python, NumPy and torch (every device)."
     import numpy as np
     import torch
-    seed = whole_number("seed", seed)
+    seed = whole_number(seed, "seed", 0)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed % 2**64)
 
+def _quota():
+    "Cores' worth of time that the control group of this process may take; inf without a limit."
+    found = [math.inf]
+    root = Path("/sys/fs/cgroup")
+    try: group = root / Path("/proc/self/cgroup").read_text().split("0::/", 1)[1].split("\n")[0]
+    except (OSError, IndexError): group = root
+    for folder in {group, *group.parents, root}:
+        try: quota, period = (folder / "cpu.max").read_text().split()
+        except (OSError, ValueError): continue
+        if quota != "max": found.append(int(quota) / int(period))
+    return min(found)
+
 def cores_allowed() -> int:
-    "Cores that this process may use, by its affinity and its cgroup; at least 1."
+    "Cores that this process may use, by its affinity and its control group; at least 1."
     try: cores = len(os.sched_getaffinity(0))
     except (AttributeError, OSError): cores = os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, -(-int(quota) // int(period)))
-    except (OSError, ValueError): pass  # no limit there
-    return max(cores, 1)
+    return max(1, math.ceil(min(_quota(), cores)))
 
 # %% ../nbs/00_config.ipynb #5f7832c1
 def write_json(

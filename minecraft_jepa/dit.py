@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from .config import whole_number
 from .encoder import normalise
 from .layers import (Block, ModulatedBlock, Modulation, Pretrained, SwiGLU,
                                    as_numbers, init_weights, modulate, rotary_grid, sincos_grid,
-                                   sincos_table, whole_number)
+                                   sincos_table)
 
 # %% ../nbs/12_dit.ipynb #a3665401
 def patchify(

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from .actions import ACTION_DIM, CURSOR, MOUSE, SWITCHES
+from .config import whole_number
 from .conditioner import make_conditioner
 from .ema import ema_update, frozen_copy
 from .encoder import Encoder
-from .layers import Matching, Pretrained, as_numbers, clean_names, layer_norm, read_weights, whole_number
+from .layers import Matching, Pretrained, as_numbers, clean_names, layer_norm, read_weights
 from .predictor import Predictor
 
 # %% ../nbs/11_jepa.ipynb #052620a1

@@ -6,11 +6,10 @@
 __all__ = ['ONE_PASS', 'WRAPPERS', 'sincos_table', 'grid_positions', 'sincos_grid', 'rotary_grid', 'rotate', 'goes_in_one_pass',
            'linear', 'add_linear', 'Dropout', 'FeedForward', 'mlp', 'attention', 'Attention', 'rows_alike',
            'told_apart', 'slid', 'Matching', 'SwiGLU', 'Block', 'CrossBlock', 'modulate', 'Modulation',
-           'ModulatedBlock', 'init_weights', 'layer_norm', 'count_parameters', 'as_tensor', 'as_numbers',
-           'whole_number', 'Pretrained', 'clean_names', 'without_weights', 'read_weights']
+           'ModulatedBlock', 'init_weights', 'layer_norm', 'count_parameters', 'as_tensor', 'as_numbers', 'Pretrained',
+           'clean_names', 'without_weights', 'read_weights']
 
 # %% ../nbs/06_layers.ipynb #b91571b0
-import operator
 import os
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save
 from timm.layers import Mlp
 from torch import nn
 
-from .config import load_config
+from .config import load_config, whole_number
 
 # %% ../nbs/06_layers.ipynb #c10e94bf
 def sincos_table(
@@ -373,20 +372,6 @@ def as_numbers(
     if x.is_complex():
         raise ValueError(f"{what} holds {x.dtype}, expected float32")
     return x.to(like.device, like.dtype)
-
-def whole_number(
-    value,       # of any integer type
-    what,        # name of the argument
-    least=None,  # the smallest that can be
-):
-    "`value` as an int. ValueError names the argument."
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{what}={value!r}, expected a whole number") from None
-    if least is not None and number < least:
-        raise ValueError(f"{what}={number} must be at least {least}")
-    return number
 
 # %% ../nbs/06_layers.ipynb #d8bcc145
 class Pretrained(nn.Module):

@@ -9,7 +9,6 @@ __all__ = ['TICKS_PER_SECOND', 'BIOMES', 'MODES', 'CODE_BITS', 'CODE_ROWS', 'CLI
 
 # %% ../nbs/17_luanti.ipynb #4f71794f
 import itertools
-import operator
 import os
 import shlex
 import shutil
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from .actions import ACTION_DIM, ACTION_NAMES, DEGREES_PER_PIXEL, KEYS, NOOP, WINDOW, decode_action, encode_action
+from .config import whole_number
 
 try:
     import gymnasium
@@ -477,14 +477,7 @@ def _checked(options, allowed):
     try: fits = 0 <= float(time) <= 1
     except (TypeError, ValueError): fits = False
     if not fits: raise ValueError(f"time_of_day={time!r}: from 0, midnight, over 0.5, noon, to 1")
-    return options | ({"world": _whole("world", options["world"])} if "world" in options else {})
-
-def _whole(name, value):
-    "A whole number of any type as an int."
-    try: number = operator.index(value)
-    except TypeError: number = -1
-    if number < 0 or isinstance(value, (bool, np.bool_)): raise ValueError(f"{name}={value!r}: must be a whole number, 0 or more")
-    return number
+    return options | ({"world": whole_number(options["world"], "world", 0)} if "world" in options else {})
 
 def _mode(render_mode):
     if render_mode not in (None, "rgb_array"): raise ValueError(f"render_mode={render_mode!r}: choose 'rgb_array' or None")
@@ -517,7 +510,7 @@ class LuantiEnv(gymnasium.Env):
         width=256, height=144,  # pixels
         render_mode="rgb_array",
     ):
-        width, height, self.render_mode = _whole("width", width), _whole("height", height), _mode(render_mode)
+        width, height, self.render_mode = whole_number(width, "width", 0), whole_number(height, "height", 0), _mode(render_mode)
         self.options, self.size = _checked({"world": world, "biome": biome, "time_of_day": time_of_day}, ("world", "biome", "time_of_day")), (mode, width, height)
         self.observation_space = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
         self.action_space = gymnasium.spaces.Box(LOW, HIGH)
@@ -525,7 +518,7 @@ class LuantiEnv(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         "Go to a spawn point drawn from `seed`. Options: world, biome, time_of_day."
-        super().reset(seed=seed if seed is None else _whole("seed", seed))
+        super().reset(seed=seed if seed is None else whole_number(seed, "seed", 0))
         wish = self.options | _checked(options or {}, self.options)
         if self.running != wish["world"]: self.close()
         place = int(self.np_random.integers(2**31 - 1))

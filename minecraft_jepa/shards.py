@@ -29,8 +29,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .config import write_json
-from .recordings import cores, split_recordings, whole_number
+from .config import cores_allowed, whole_number, write_json
+from .recordings import split_recordings
 
 # %% ../nbs/05_shards.ipynb #bf49af2d
 def cut_segments(
@@ -133,7 +133,7 @@ def write_shards(
     length, per_shard = whole_number(length, "length", 1), whole_number(per_shard, "per_shard", 1)
     history, reach = whole_number(history, "history", 1), whole_number(reach, "reach", 1)
     if quality is not None: quality = whole_number(quality, "quality", 1)
-    workers = cores() if workers is None else whole_number(workers, "workers", 1)
+    workers = cores_allowed() if workers is None else whole_number(workers, "workers", 1)
     fs, root = fsspec.core.url_to_fs(str(url), **storage)
     names = store.names if names is None else list(names)
     for n in names:

@@ -523,7 +523,7 @@ def test_recordings_without_movement_can_be_looked_at(frames, turn):
 def test_workers_are_as_many_as_cores_allowed(tmp_path, monkeypatch):
     for n in "abc": pairs.make_pair(tmp_path / "v", n, 4)
     asked = []
-    monkeypatch.setattr(module, "cores", lambda: 2)
+    monkeypatch.setattr(module, "cores_allowed", lambda: 2)
     monkeypatch.setattr(module, "_decode_all", lambda paths, frame, store_dir, workers, progress: asked.append(workers) or [])
     with pytest.raises(StaleStore): ClipStore.build(tmp_path / "v", FRAME, tmp_path / "store", progress=False)
     assert asked == [2]

@@ -71,7 +71,7 @@ def test_whole_numbers_of_any_type_are_taken(kind):
 @pytest.mark.parametrize("wrong", [True, np.True_, 1.0, "1", None, -1, [1]])
 def test_a_seed_that_is_no_whole_number_is_refused(wrong):
     with pytest.raises(ValueError, match="seed="): seed_everything(wrong)
-    with pytest.raises(ValueError, match="n="): whole_number("n", wrong)
+    with pytest.raises(ValueError, match="n="): whole_number(wrong, "n", 0)
 
 
 def test_leaves_that_do_not_go_together_are_refused():
@@ -141,12 +141,13 @@ def test_an_out_dir_that_cannot_be_made_is_named(tmp_path):
         study_parameters(given(tmp_path, out_dir=str(tmp_path / "file" / "in")))
 
 
-def test_cores_are_those_that_are_allowed(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
-    assert cores_allowed() == 1
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    monkeypatch.setattr(module.Path, "read_text", lambda self, *a: "150000 100000\n")
-    assert cores_allowed() == 2
+def test_cores_are_those_allowed(monkeypatch):
+    monkeypatch.setattr(module, "_quota", lambda: math.inf)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    assert cores_allowed() == 3
+    for quota, allowed in ((0.5, 1), (1.5, 2), (2.0, 2), (64.0, 3)):
+        monkeypatch.setattr(module, "_quota", lambda: quota)
+        assert cores_allowed() == allowed
 
 
 @pytest.mark.parametrize("own,said", [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
@@ -156,3 +157,11 @@ def test_threads_do_not_spin_whatever_is_imported(own, said):
     source = "import minecraft_jepa, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, env=free | own, capture_output=True, text=True)
     assert done.stdout.split() == [said, "False"], done.stderr
+
+
+def test_whole_numbers_of_any_library_are_taken_or_refused():
+    for kind in (np.uint8, np.int8, np.int16, np.uint64, torch.tensor, np.array):
+        assert type(whole_number(kind(60))) is int and whole_number(kind(60)) == 60
+    for wrong in (60.0, np.float32(60), torch.tensor(60.0), True, np.True_, torch.tensor(True), "60", None, [60], np.array([6, 0])):
+        with pytest.raises(ValueError, match="batch=.* must be a whole number"): whole_number(wrong, "batch")
+    with pytest.raises(ValueError, match="batch=0 must be at least 1"): whole_number(np.uint8(0), "batch", 1)

@@ -438,8 +438,8 @@ def test_what_does_not_fit_is_named_with_the_remedy():
             (lambda: dit.decode(z[..., :31]), "z is .*expected latents"),
             (lambda: head.decode(z[:, :5]), "z is .*expected latents"),
             (lambda: dit.decode(z, steps=0), "steps=0 must be at least 1"),
-            (lambda: dit.decode(z, steps=2.5), "steps=2.5, expected a whole number"),
-            (lambda: dit.decode(z, seed="a"), "seed='a', expected a whole number")):
+            (lambda: dit.decode(z, steps=2.5), "steps=2.5 must be a whole number"),
+            (lambda: dit.decode(z, seed="a"), "seed='a' must be a whole number")):
         with pytest.raises(ValueError, match=told):
             call()
 

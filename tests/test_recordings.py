@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import pairs
 from minecraft_jepa import recordings
 from minecraft_jepa.actions import NOOP
-from minecraft_jepa.recordings import RecordingError, SIDES, cache_root, check_folder, check_recording, cores, find_recordings, group_of, open_recording, read_checks, split_recordings, whole_number
+from minecraft_jepa.recordings import RecordingError, SIDES, cache_root, check_folder, check_recording, find_recordings, group_of, open_recording, read_checks, split_recordings
 from soak import repeats
 
 DATA = Path(__file__).parent.parent / "data"
@@ -537,20 +537,3 @@ def test_without_a_home_the_cache_is_asked_for(monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
     with pytest.raises(ValueError, match="set MINECRAFT_JEPA_CACHE"): cache_root()
     assert find_recordings(DATA)  # needs no cache
-
-
-def test_cores_are_those_allowed(monkeypatch):
-    monkeypatch.setattr(recordings, "_quota", lambda: math.inf)
-    monkeypatch.setattr(recordings.os, "sched_getaffinity", lambda _: {0, 3, 5})
-    assert cores() == 3
-    for quota, allowed in ((0.5, 1), (1.5, 2), (2.0, 2), (64.0, 3)):
-        monkeypatch.setattr(recordings, "_quota", lambda: quota)
-        assert cores() == allowed
-
-
-def test_whole_numbers_of_any_library_are_taken_or_refused():
-    for kind in (np.uint8, np.int8, np.int16, np.uint64, torch.tensor, np.array):
-        assert type(whole_number(kind(60))) is int and whole_number(kind(60)) == 60
-    for wrong in (60.0, np.float32(60), torch.tensor(60.0), True, np.True_, torch.tensor(True), "60", None, [60], np.array([6, 0])):
-        with pytest.raises(ValueError, match="batch=.* must be a whole number"): whole_number(wrong, "batch")
-    with pytest.raises(ValueError, match="batch=0 must be at least 1"): whole_number(np.uint8(0), "batch", 1)

@@ -228,7 +228,7 @@ class Log:
         if self.path: self.file.close()
         self._draw("close")
 
-# %% ../nbs/13_training.ipynb #9c896250
+# %% ../nbs/13_training.ipynb #e82e9e03
 def _rows_of(path):
     "Rows of a log, up to the first that was not written whole."
     rows = []
@@ -374,7 +374,7 @@ def _as(v, p):
     from torch.distributed.tensor import DTensor
     return DTensor.from_local(v.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
-# %% ../nbs/13_training.ipynb #7eb67ea6
+# %% ../nbs/13_training.ipynb #47e76688
 class InUseError(OSError):
     "A run is at work in the folder."
 
@@ -415,7 +415,7 @@ def _lives(other, locked, read, watch):
         if read() not in ({}, other): return True
     return False
 
-# %% ../nbs/13_training.ipynb #7902d44a
+# %% ../nbs/13_training.ipynb #b447d15f
 class _Hold:
     "A folder held by this process. InUseError where another has it."
     beat, watch = 3.0, 10.0  # seconds between marks; looked at before one from elsewhere is dead
@@ -471,7 +471,7 @@ class _Hold:
         os.close(self.file)
         if self.made and not any(self.folder.iterdir()): self.folder.rmdir()
 
-# %% ../nbs/13_training.ipynb #2441f633
+# %% ../nbs/13_training.ipynb #94971ae3
 _HELD = set()  # (process, folder): a training calls others in its own folder
 
 @contextmanager
@@ -598,7 +598,7 @@ def _agree(engine, good):
     torch.distributed.all_reduce(bad)
     return not bad.item()
 
-# %% ../nbs/13_training.ipynb #3eaaf184
+# %% ../nbs/13_training.ipynb #3535e221
 class _Fit:
     "A training on its way: what `fit` holds between two steps."
     def __init__(self, job, settings, seed, folder, minutes, go_on, engine):
@@ -619,7 +619,8 @@ class _Fit:
         self.batches, self.ready = Prefetched(job.batches(self.first, self.rank, self.world)), []
         self.unsound, self.pace = 0, None
         try:
-            if minutes and (not self.step or self.step < self.schedule.steps): self._plan()
+            if self.step < self.schedule.steps: self._settle_sums()
+            if minutes and self.step < self.schedule.steps: self._plan()
         except BaseException:
             self.close()
             raise
@@ -655,13 +656,13 @@ class _Fit:
         return seconds
 
 
-# %% ../nbs/13_training.ipynb #b9494d1d
+# %% ../nbs/13_training.ipynb #921cda96
 class _Timed(_Fit):
     "What a training does about its time, and about steps that are not sound."
     def _plan(self):
         "Time a few steps that change nothing, and plan what fits into the time."
         state, seconds = torch.random.get_rng_state(), []
-        self.ready = [self._next()]
+        self.ready = self.ready or [self._next()]
         for _ in range(3):
             begin = time.monotonic()
             _backward(self.engine, self.model, self.ready[0], 0, self.settings.accumulate)
@@ -684,6 +685,13 @@ class _Timed(_Fit):
         self.schedule.move(self.step, end)
         self.progress.steps = self.schedule.steps
 
+    def _settle_sums(self):
+        "DDP orders its buckets anew after its first pass, and with them the sums over three or more processes: let it do so before the first step, so that a run that goes on has the same bits."
+        if self.world < 3 or self.sharded: return
+        self.ready = [self._next()]
+        _backward(self.engine, self.model, self.ready[0], 0, self.settings.accumulate)
+        self.optimizer.zero_grad(set_to_none=True)
+
     def _next(self):
         return [x.to(self.engine.device, non_blocking=True) for x in next(self.batches)]
 
@@ -702,7 +710,7 @@ class _Timed(_Fit):
         self.batches.close()
         self.log.close()
 
-# %% ../nbs/13_training.ipynb #f57b1aad
+# %% ../nbs/13_training.ipynb #aef6182e
 class _Course(_Timed):
     "The steps of a training."
     def take(self):
@@ -748,7 +756,7 @@ class _Course(_Timed):
         if last and not _agree(self.engine, _sound({k: _local(v) for k, v in self.inner.state_dict().items()})):
             raise FloatingPointError(f"step {step}: a weight is not finite any more: {_ADVICE}")
 
-# %% ../nbs/13_training.ipynb #dde95b24
+# %% ../nbs/13_training.ipynb #b3ef2e7d
 def fit(
     job,            # Job
     settings,       # config.train
@@ -915,7 +923,7 @@ class _Best:
         return model
 
 
-# %% ../nbs/13_training.ipynb #6079c67f
+# %% ../nbs/13_training.ipynb #e51a3dc1
 def train_world_model(
     config,         # minecraft_jepa.config.Config
     data,           # ClipStore, or the URL of shards
@@ -1094,7 +1102,7 @@ def check_memory(
             if needs <= 0.9 * available: raise MemoryPlanError(f"{told}; checkpoint_activations={light}, {name}={value} needs {gb(needs)}")
     raise MemoryPlanError(f"{told}; not even one sample at a time fits: take a smaller preset, or more GPUs and FSDP2")
 
-# %% ../nbs/13_training.ipynb #5ba041cb
+# %% ../nbs/13_training.ipynb #7b6250a8
 def _smaller(config, processes):
     "Settings with which less is kept at a time: parts of the batch, where the loss allows them, else smaller batches."
     t, halves = config.train, [2**i for i in range(20)]
@@ -1148,7 +1156,7 @@ def _world_model_or_done(config, data, split, seed, device, out, minutes, start,
         return WorldModel.from_pretrained(out, config), rows
     return train_world_model(config, data, split["train"], split["validation"], None, seed, device, out, minutes, start, go_on)
 
-# %% ../nbs/13_training.ipynb #ab930baf
+# %% ../nbs/13_training.ipynb #30d59730
 def _begun(out):
     "Settings and recordings of the run in the folder, None where there is nothing to go on from."
     kept = [out / "training.json", _done(out), *out.glob("*_checkpoints/step_*")]

@@ -93,7 +93,7 @@ def run(*calls, said, processes=1, kill_at=None):
 
 def end(processes, said):
     "Wait; all must have come to their end."
-    for process in processes: process.join(300)
+    for process in processes: process.join(900)
     assert [p.exitcode for p in processes] == [0] * len(processes), Path(said).read_text()[-4000:]
 
 
@@ -170,7 +170,7 @@ def test_shards_of_unequal_epochs_end_with_the_same_bits_after_a_kill_in_each(sh
     done = 0
     for last in ends:  # killed in the last step of each epoch
         killed = run(words("killed"), said=tmp_path / "said", processes=world, kill_at=int(last) - done)
-        for process in killed: process.join(300)
+        for process in killed: process.join(900)
         assert {p.exitcode for p in killed} & {-signal.SIGKILL}, Path(tmp_path / "said").read_text()[-2000:]
         done = find_checkpoint(tmp_path / "killed/world_model_checkpoints", {})["step"]
     end(run(words("killed"), said=tmp_path / "said", processes=world), tmp_path / "said")

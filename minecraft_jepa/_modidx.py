@@ -885,6 +885,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'minecraft_jepa/training.py'),
                                          'minecraft_jepa.training._Timed._replan': ( 'training.html#_timed._replan',
                                                                                      'minecraft_jepa/training.py'),
+                                         'minecraft_jepa.training._Timed._settle_sums': ( 'training.html#_timed._settle_sums',
+                                                                                          'minecraft_jepa/training.py'),
                                          'minecraft_jepa.training._Timed.close': ( 'training.html#_timed.close',
                                                                                    'minecraft_jepa/training.py'),
                                          'minecraft_jepa.training._about': ('training.html#_about', 'minecraft_jepa/training.py'),

@@ -1,6 +1,7 @@
 "Settings: what can't be is refused where the tree is made, for every leaf and at every door."
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys

@@ -294,7 +294,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                      'minecraft_jepa/encoder.py'),
                                         'minecraft_jepa.encoder.Encoder.forward': ( 'encoder.html#encoder.forward',
                                                                                     'minecraft_jepa/encoder.py'),
-                                        'minecraft_jepa.encoder._check_range': ('encoder.html#_check_range', 'minecraft_jepa/encoder.py'),
+                                        'minecraft_jepa.encoder._in_range': ('encoder.html#_in_range', 'minecraft_jepa/encoder.py'),
                                         'minecraft_jepa.encoder._remedy': ('encoder.html#_remedy', 'minecraft_jepa/encoder.py'),
                                         'minecraft_jepa.encoder.normalise': ('encoder.html#normalise', 'minecraft_jepa/encoder.py')},
             'minecraft_jepa.evaluation': { 'minecraft_jepa.evaluation.Remembers': ( 'evaluation.html#remembers',

@@ -26,7 +26,7 @@ def normalise(
     if not frames.is_floating_point():
         raise ValueError(f"frames are {frames.dtype}, expected uint8 or float in 0..1")
     if type(frames) is torch.Tensor and frames.device.type != "meta" and frames.numel():
-        _check_range(frames)
+        frames = _in_range(frames)
     return frames * 2 - 1
 
 def _remedy(shape):
@@ -39,11 +39,15 @@ def _remedy(shape):
     return ": frames.flatten(0, 1) makes one batch of clips" if len(shape) == 5 else ""
 
 @torch.compiler.disable
-def _check_range(frames):
+def _in_range(frames):
+    "Float frames in 0..1. Whole numbers up to 255 are bytes in another type, and are divided."
     low, high = (float(x) for x in frames.detach().aminmax())
-    if not (low >= -1e-3 and high <= 1 + 1e-3):  # true of nan too; a resized frame may overshoot
-        raise ValueError(f"frames hold {low:g} .. {high:g}, expected uint8 or float in 0..1: "
-                         "divide by 255, or hand over uint8")
+    if low >= -1e-3 and high <= 1 + 1e-3:  # a resized frame may overshoot
+        return frames
+    if low >= 0 and high <= 255 and bool((frames == frames.round()).all()):
+        return frames / 255
+    raise ValueError(f"frames hold {low:g} .. {high:g}, expected uint8 or float in 0..1: "
+                     "divide by 255, or hand over uint8")  # nan ends here too
 
 # %% ../nbs/07_encoder.ipynb #1c244487
 class Encoder(nn.Module):

@@ -85,6 +85,26 @@ class RegressionHead(Pretrained):
         for block in self.blocks: z = block(z, self.turns)
         return self.out(self.norm(z))  # (b, n, p)
 
+# %% ../nbs/12_dit.ipynb #cfd0e1d2
+def _velocity(dit, x, s, z, guidance):
+    "From the noisy patches x at time s < 1 towards the clean ones that a DiT sees under z."
+    s, noisy = s.expand(len(x)), x.to(z.dtype)
+    seen = dit.denoise(noisy, s, z).to(x.dtype)
+    if guidance != 1:
+        free = dit.denoise(noisy, s, dit.no_latent.to(z).expand_as(z))
+        seen = seen + (guidance - 1) * (seen - free)
+    return (seen - x) / (1 - s[:, None, None])  # the clamp of 1 - s is the loss's alone
+
+
+def _heun(velocity, x, times):
+    "Follow the velocity from the first time to the last, 1. The last step is Euler's, as in EDM."
+    for s, s_next in zip(times[:-1], times[1:]):
+        v = velocity(x, s)
+        if s_next < 1:
+            v = (v + velocity(x + (s_next - s) * v, s_next)) / 2
+        x = x + (s_next - s) * v
+    return x
+
 # %% ../nbs/12_dit.ipynb #99edd357
 class DiT(Pretrained):
     "Denoises pixel patches under a latent: x-prediction, flow matching, per-token adaLN-zero."
@@ -143,17 +163,5 @@ class DiT(Pretrained):
         exact = torch.promote_types(z.dtype, torch.float32)  # the sum of the steps, in half models
         x = noise.to(z.device, exact).expand(len(z), -1, -1)
         times = torch.linspace(0, 1, steps + 1, device=z.device, dtype=exact)
-        for s, s_next in zip(times[:-1], times[1:]):
-            v = self._velocity(x, s, z, guidance)
-            ahead = x + (s_next - s) * v
-            if s_next < 1: v = (v + self._velocity(ahead, s_next, z, guidance)) / 2  # Heun; the last step is Euler's, as in EDM
-            x = x + (s_next - s) * v
+        x = _heun(lambda x, s: _velocity(self, x, s, z, guidance), x, times)
         return unpatchify(x, frame.grid, frame.patch).unflatten(0, lead)
-
-    def _velocity(self, x, s, z, guidance):
-        s, noisy = s.expand(len(x)), x.to(z.dtype)
-        seen = self.denoise(noisy, s, z).to(x.dtype)
-        if guidance != 1:
-            free = self.denoise(noisy, s, self.no_latent.to(z).expand_as(z))
-            seen = seen + (guidance - 1) * (seen - free)
-        return (seen - x) / (1 - s[:, None, None])  # s < 1; the clamp is the loss's alone

@@ -179,14 +179,53 @@ class InverseDynamics(nn.Module):
         loss = settings.inverse * self(torch.cat(near[:-1]), torch.cat(near[1:]), done)
         return loss + settings.tilt * self.tilt(near[0], last, actions) if settings.tilt else loss
 
+# %% ../nbs/11_jepa.ipynb #9e4200ab
+def _fit_inputs(model, z, actions, only=False):
+    """Latents and actions as tensors like the weights. ValueError names what does not fit.
+
+    `only`: for one tick, so as many actions as the conditioner reads.
+    """
+    weight, c = model.predictor.out.weight, model.config
+    z = as_numbers(z, "z", weight)
+    actions, ticks = as_numbers(actions, "actions", weight), c.conditioner.ticks
+    if z.ndim != 3 or tuple(z.shape[1:]) != (c.frame.patches, c.encoder.width):
+        raise ValueError(f"z is {tuple(z.shape)}, expected latents (batch, {c.frame.patches}, "
+                         f"{c.encoder.width}), as `encode` gives them")
+    wrong = actions.ndim != 3 or actions.shape[1] < ticks or actions.shape[2] != ACTION_DIM
+    if wrong or len(actions) != len(z) and 1 not in (len(actions), len(z)):
+        raise ValueError(
+            f"actions are {tuple(actions.shape)}, expected ({len(z)}, {ticks - 1} + K, "
+            f"{ACTION_DIM}) with K of at least 1: {ticks} ticks end at the one acted on")
+    if only and actions.shape[1] != ticks:
+        raise ValueError(f"actions are {tuple(actions.shape)}, expected ({len(z)}, {ticks}, "
+                         f"{ACTION_DIM}): ticks t-{ticks - 1} .. t; `imagine` takes more")
+    batch = max(len(z), len(actions)) if len(z) and len(actions) else 0
+    return z.expand(batch, -1, -1), actions.expand(batch, -1, -1)
+
+
+def _encode_window(model, frames):
+    """All that training sees of the frames, each network in one pass.
+
+    Gives {frame: latent that hears gradients} and the list of targets t .. t+K.
+    """
+    j, last = model.config.jepa, frames.shape[1] - 1
+    near = range(min(j.rollout, last) + 1)
+    wanted = {0} if j.anti_collapse == "ema" else {*near}
+    wanted |= {1} if j.inverse else set()
+    wanted |= {last} if j.inverse and j.tilt else set()
+    heard = sorted(wanted)
+    seen = model.encode(torch.cat([frames[:, k] for k in heard])).chunk(len(heard))
+    seen = dict(zip(heard, seen))
+    if j.anti_collapse != "ema":
+        return seen, [seen[k] for k in near]
+    return seen, model.target(torch.cat([frames[:, k] for k in near])).chunk(len(near))
+
 # %% ../nbs/11_jepa.ipynb #c9bcc123
 class WorldModel(Taught):
     "Encoder, teacher, conditioner and predictor, composed."
     file = "world_model.safetensors"
 
-    def __init__(self,
-        config,  # minecraft_jepa.config.Config
-    ):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
@@ -205,15 +244,8 @@ class WorldModel(Taught):
         return self.teacher(frames)
 
     def step(self, z, actions):
-        """Latent of frame t (B, N, D) and actions t-24 .. t (B, 25, 28) -> latent of frame t+1.
-
-        One latent goes with many actions, and many with one. ValueError names what does not fit.
-        """
-        z, actions = self._given(z, actions)
-        if actions.shape[1] != self.config.conditioner.ticks:
-            ticks = self.config.conditioner.ticks
-            raise ValueError(f"actions are {tuple(actions.shape)}, expected ({len(z)}, {ticks}, "
-                             f"{ACTION_DIM}): ticks t-{ticks - 1} .. t; `imagine` takes more")
+        "Latent of frame t (B, N, D) and actions t-24 .. t (B, 25, 28) -> latent of frame t+1."
+        z, actions = _fit_inputs(self, z, actions, only=True)
         return self._advance(z, self.conditioner.read(actions), 0, start=z)
 
     def imagine(self, z, actions):
@@ -222,7 +254,7 @@ class WorldModel(Taught):
         Gives the latents of frames t+1 .. t+K. One latent goes with many actions, and many with
         one. ValueError names what does not fit.
         """
-        z, actions = self._given(z, actions)
+        z, actions = _fit_inputs(self, z, actions)
         told, seen = self.conditioner.read(actions), []
         for k in range(actions.shape[1] - self.config.conditioner.ticks + 1):
             z = self._advance(z, told, k, start=z)  # the model's own latent goes in again
@@ -232,52 +264,19 @@ class WorldModel(Taught):
     def forward(self, frames, actions, seed=0):
         "Rollout loss over the first `jepa.rollout` of K ticks: frames (B, 1+K, 3, H, W), actions (B, 24+K, 28) -> dict with `loss`, latent `errors` (ticks,) and targets `z` (B, N, D). Of frames after those the last alone is looked at, for `tilt`. `seed` is for SIGReg's directions."
         j, ticks, losses, errors = self.config.jepa, self.config.conditioner.ticks, [], []
-        seen, truths = self._looks(frames)
+        seen, truths = _encode_window(self, frames)
         z, start, told = seen[0], truths[0], self.conditioner.read(actions)
         for k, truth in enumerate(truths[1:]):
             z = start = self._advance(z, told, k, start)
             losses.append(F.smooth_l1_loss(z.float(), truth.float()))
             errors.append(F.mse_loss(z.detach().float(), truth.detach().float()))
-        apart = [seen[0]] if j.anti_collapse == "ema" else truths
-        loss = torch.stack(losses).mean() + spread_loss(j, apart, seed)
+        spread = spread_loss(j, [seen[0]] if j.anti_collapse == "ema" else truths, seed)
+        loss = torch.stack(losses).mean() + spread
         if j.inverse:
             near = [seen[0], seen[1], *truths[2:3]]  # the third makes a second pair
             last = seen[frames.shape[1] - 1] if j.tilt else None
             loss = loss + self.inverse.losses(j, near, last, actions[:, ticks - 1:])
         return {"loss": loss, "errors": torch.stack(errors), "z": truths[-1].detach()}
-
-    def _looks(self, frames):
-        """All that training sees of the frames, each network in one pass.
-
-        Gives {frame: latent that hears gradients} and the list of targets t .. t+K.
-        """
-        j, last = self.config.jepa, frames.shape[1] - 1
-        near = range(min(j.rollout, last) + 1)
-        wanted = {0} if j.anti_collapse == "ema" else {*near}
-        wanted |= {1} if j.inverse else set()
-        wanted |= {last} if j.inverse and j.tilt else set()
-        heard = sorted(wanted)
-        seen = self.encode(torch.cat([frames[:, k] for k in heard])).chunk(len(heard))
-        seen = dict(zip(heard, seen))
-        if j.anti_collapse != "ema":
-            return seen, [seen[k] for k in near]
-        return seen, self.target(torch.cat([frames[:, k] for k in near])).chunk(len(near))
-
-    def _given(self, z, actions):
-        "Latents and actions as tensors like the weights. ValueError names what does not fit."
-        weight, c = self.predictor.out.weight, self.config
-        z = as_numbers(z, "z", weight)
-        actions, ticks = as_numbers(actions, "actions", weight), c.conditioner.ticks
-        if z.ndim != 3 or tuple(z.shape[1:]) != (c.frame.patches, c.encoder.width):
-            raise ValueError(f"z is {tuple(z.shape)}, expected latents (batch, {c.frame.patches}, "
-                             f"{c.encoder.width}), as `encode` gives them")
-        wrong = actions.ndim != 3 or actions.shape[1] < ticks or actions.shape[2] != ACTION_DIM
-        if wrong or len(actions) != len(z) and 1 not in (len(actions), len(z)):
-            raise ValueError(
-                f"actions are {tuple(actions.shape)}, expected ({len(z)}, {ticks - 1} + K, "
-                f"{ACTION_DIM}) with K of at least 1: {ticks} ticks end at the one acted on")
-        batch = max(len(z), len(actions)) if len(z) and len(actions) else 0
-        return z.expand(batch, -1, -1), actions.expand(batch, -1, -1)
 
     def _advance(self, z, told, k, start):
         return layer_norm(start + self.predictor(*self.conditioner.at(z, told, k)))

@@ -316,10 +316,7 @@ class _Order:
         self._at[0], self._at[1] = epoch, batches
 
     def resume_at(self, step, workers=0):
-        """Go on after `step` batches that this rank took since epoch 0, of whatever length.
-
-        ShardError where an epoch has no batch.
-        """
+        "Go on after `step` batches of this rank, over epochs of any length. ShardError: without one."
         step, workers, epoch = whole_number(step, "step", 0), whole_number(workers, "workers", 0), 0
         while True:
             self.resume(epoch)

@@ -108,7 +108,7 @@ def held_out(
     if len(names) < 2: raise ValueError(f"{data_dir}: {len(names)} recording(s) that the weights have not seen, at least 2 are needed; give a folder with more")
     return names
 
-# %% ../nbs/14_evaluation.ipynb #5288adb6
+# %% ../nbs/14_evaluation.ipynb #27550c25
 def weights_identity(
     weights,  # folder that the training wrote
 ):
@@ -142,7 +142,7 @@ def kinship(
             "none of which is here; what follows is how far they carry over, not what a model of these "
             "recordings can do. Train one with nbs/study/2_train.ipynb and pass its folder as weights.")
 
-# %% ../nbs/14_evaluation.ipynb #64a13ca9
+# %% ../nbs/14_evaluation.ipynb #519f2d6e
 class Remembers:
     "A WorldModel that looks at no frame twice and imagines no future twice; what it keeps stays below `limit` bytes."
     def __init__(self, model, limit=2**30):

@@ -24,7 +24,7 @@ import torch
 from .config import PRESETS, preset, write_json
 from .drawing import curves_plot, style
 from .recordings import CHECKED, _RULES, find_recordings, read_checks, split_recordings
-from .training import CollapseError, make_accelerator, train_all
+from .training import ERRORS, make_accelerator, train_all
 
 # %% ../nbs/20_remote.ipynb #2f1ed0aa
 MIB = 2**20
@@ -300,7 +300,7 @@ def main(
         if a.command == "pack": print(*(f"{p}  {p.stat().st_size / MIB:.1f} MiB" for p in pack(a.recordings, a.parts, int(a.limit * MIB), a.wheel)), sep="\n")
         elif a.command == "train": train(a.parts, a.run, preset(a.preset), a.minutes, a.seed, a.device)
         else: bring(a.parts, a.target); print(f"{a.target}: weights and their card; what belonged to others that stood there is gone")
-    except (ValueError, OSError, CollapseError, subprocess.CalledProcessError) as e: sys.exit(f"{p.prog}: {e}")
+    except (*ERRORS, subprocess.CalledProcessError) as e: sys.exit(f"{p.prog}: {e}")
 
 # %% ../nbs/20_remote.ipynb #39961e73
 if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook is "__main__" too

@@ -609,7 +609,7 @@ def test_packed_and_plain_parts_are_never_joined(server, tmp_path):
 
 
 @pytest.mark.parametrize("header, content, told", [
-    ("gzip", gzip.compress(b"{}\n" * 999)[:-9], "what was sent packed as 'gzip' is broken"), ("gzip", b"\x1f\x8b" + b"x" * 99, "what was sent packed as 'gzip' is broken"),
+    ("gzip", gzip.compress(b"{}\n" * 999, mtime=0)[:-9], "what was sent packed as 'gzip' is broken"), ("gzip", b"\x1f\x8b" + b"x" * 99, "what was sent packed as 'gzip' is broken"),
     ("br", b"\x0b\x02\x80", "pip install brotli"), ("zstd", b"\x28\xb5\x2f\xfd", "pip install zstandard"), ("compress", b"\x1f\x9d\x90", "'compress', which is not known here"), (None, b"PK\3\4" + b"x" * 99, "'zip', which is not known here")])
 def test_what_cannot_be_unpacked_is_named(server, tmp_path, monkeypatch, header, content, told):
     for module in ("brotli", "brotlicffi", "zstandard", "compression.zstd", "backports.zstd"): monkeypatch.setitem(sys.modules, module, None)

@@ -32,13 +32,17 @@ from .config import write_json
 # %% ../nbs/15_drawing.ipynb #2216c507
 COLOURS = {  # by method, the same in every figure
     "model": "#0173b2", "copy_last": "#de8f05", "noop": "#029e73", "other_actions": "#cc78bc", "linear": "#949494", "no_history": "#8c564b",
+    "shrunk_copy": "#ca9161", "shifted_copy": "#b3a100", "other_future": "#cc78bc", "best_rival": "#0173b2",
     "real": "#222222", "imagined": "#0173b2", "dit": "#d55e00", "head": "#56b4e9", "train": "#949494", "validation": "#0173b2", "yours": "#0173b2", "shipped": "#949494",
 }
 LABELS = {   # what the legends say
     "model": "world model", "copy_last": "copy the last frame", "noop": "no-op actions", "other_actions": "actions of another clip",
-    "linear": "linear extrapolation", "no_history": "its history struck out", "dit": "diffusion transformer", "head": "regression head",
+    "linear": "linear extrapolation", "no_history": "without action history", "shrunk_copy": "copy, drawn to the mean",
+    "shifted_copy": "copy, shifted and drawn to the mean", "other_future": "future actions of another clip",
+    "best_rival": "strongest rival without a model", "dit": "diffusion transformer", "head": "regression head",
 }
-MARKERS = {"model": "o", "copy_last": "s", "noop": "^", "other_actions": "v", "linear": "D", "no_history": "<", "dit": "P", "head": "X"}
+MARKERS = {"model": "o", "copy_last": "s", "noop": "^", "other_actions": "v", "linear": "D", "no_history": "<", "shrunk_copy": "p", "shifted_copy": "*",
+           "other_future": "v", "best_rival": "o", "dit": "P", "head": "X"}
 TICKS_PER_SECOND = 20  # Minecraft's clock
 DPI = 150              # of every saved figure
 _OF_TRUTH = "_of_truth"  # a decoder fed with true latents: its own colour, dashed

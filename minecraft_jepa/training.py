@@ -941,8 +941,8 @@ def train_world_model(
     both = set(names) & set(held_out)
     if both: raise ValueError(f"recordings on both sides of the split: {', '.join(sorted(both))}")
     t, j, ticks = config.train, config.jepa, config.conditioner.ticks
-    steps = t.steps if steps is None else whole_number("steps", steps, 1, 10**8 - 1)
-    seed, minutes = whole_number("seed", seed), _minutes(minutes)
+    steps = t.steps if steps is None else whole_number(steps, "steps", 1, 10**8 - 1)
+    seed, minutes = whole_number(seed, "seed", 0), _minutes(minutes)
     seed_everything(seed)
     engine = make_accelerator(device)
     _check_spread(config)
@@ -1011,8 +1011,8 @@ def train_decoders(
 def _train_decoders(model, data, names, steps, seed, device, folder, minutes):
     "The last checkpoint stays."
     config, t = model.config, model.config.train
-    steps = t.decoder_steps if steps is None else whole_number("steps", steps, 1, 10**8 - 1)
-    seed, minutes, engine = whole_number("seed", seed), _minutes(minutes), make_accelerator(device)
+    steps = t.decoder_steps if steps is None else whole_number(steps, "steps", 1, 10**8 - 1)
+    seed, minutes, engine = whole_number(seed, "seed", 0), _minutes(minutes), make_accelerator(device)
     seed_everything(seed)
     decoders, model = Decoders(config), model.to("cuda" if device == "cuda" else "cpu").eval()
     def batches(step, rank, world):
@@ -1120,7 +1120,7 @@ def train_all(
     go_on=False,   # train on after a collapse alarm
 ) -> dict:
     "World model, then decoders, with what they were trained on in `training.json`. A run that was killed goes on, with the recordings it began with. ValueError when `out` is another run's."
-    out, seed, minutes = Path(out), whole_number("seed", seed), _minutes(minutes)
+    out, seed, minutes = Path(out), whole_number(seed, "seed", 0), _minutes(minutes)
     engine = make_accelerator(device)
     for name in ("batch", "decoder_batch"):
         batch = getattr(config.train, name)

@@ -27,13 +27,13 @@ def test_judged_on_worlds_not_trained_on(evaluate):
     assert sorted(evaluate["recordings"]) == sorted(split["test"])
 
 
-@pytest.mark.parametrize("ticks", ["1", "2", "4"])
-def test_model_beats_copying_and_wrong_actions(evaluate, ticks):
-    row = evaluate["horizons"][ticks]
-    assert set(row) >= {"model", "copy_last", "other_actions", "noop"}
-    for rival in ("copy_last", "other_actions"):
-        assert row["model"]["mean"] < row[rival]["mean"]
-        if ticks in "12": assert row["model"]["interval"][1] < row[rival]["interval"][0]
+@pytest.mark.parametrize("ticks", ["1", "2", "4", "8", "15"])
+def test_model_beats_every_rival_by_pairs(evaluate, ticks):
+    rivals = {"copy_last", "linear", "shrunk_copy", "shifted_copy", "noop", "other_future"}
+    assert rivals <= set(evaluate["paired"])
+    for rival in rivals:
+        row = evaluate["paired"][rival][ticks]
+        assert row["interval"][1] < 1 and row["sign_test"] < 0.05, rival
 
 
 def test_nothing_collapsed(evaluate):
@@ -63,12 +63,16 @@ def test_rollouts_see_one_frame_and_imagine_fifteen_or_more(n):
 
 def test_table_in_the_readme_is_that_of_the_run(evaluate):
     readme = (ROOT / "README.md").read_text()
-    for ticks in ("1", "2", "4", "8", "15"):
-        row = evaluate["horizons"][ticks]
+    for ticks in ("1", "2", "4", "8", "15", "30", "60"):
+        row, best = evaluate["horizons"][ticks], evaluate["relative_to_best_rival"][ticks]
         line = re.search(rf"^\| {ticks} \|.*$", readme, re.M)[0]
-        for method in ("model", "copy_last", "noop", "other_actions"):
+        for method in ("model", "copy_last"):
             m = row[method]
             assert f"{m['mean']:.3f} [{m['interval'][0]:.3f}, {m['interval'][1]:.3f}]" in line
+        for method in ("shrunk_copy", "shifted_copy", "noop", "other_future"):
+            assert f"| {row[method]['mean']:.3f} |" in line
+        low, high = best["interval"]
+        assert f"{best['ratio']:.2f} [{low:.2f}, {high:.2f}], {best['better']} of {best['of']}" in line
 
 
 def test_shipped_weights_are_what_their_card_says():
@@ -85,10 +89,36 @@ def test_shipped_weights_are_what_their_card_says():
 def test_what_the_readme_says_the_shipped_weights_know():
     found = json.loads((ROOT / "data/weights/tiny/evaluate.json").read_text())
     section = (ROOT / "README.md").read_text().split("### What does it know?")[1].split("###")[0]
-    model = found["probes"]["model"]
-    def read(gap, what): return "| {:.2f}, {:.2f} |".format(*(found["actions"][gap][kind]["8"][what] for kind in ("real", "imagined")))
-    for number in (f"| {', '.join(str(len(found['ticks_apart'][r])) for r in ('copy_last', 'other_actions', 'noop'))} |", f"| {found['ratio']['8']['mean']:.2f} |", f"| {found['retrieval']['top1']['4']['model']['mean']:.2f} |",
-                   f"| {model['pitch']:.2f}, {model['yaw_change']:.2f} |", f"| {found['horizons']['8']['no_history']['mean']:.3f} |", read("1", "turn_r2"), read("4", "mean_f1")): assert number in section
+    probes, worlds = found["probes"]["model"], found["probes_by_world"]
+
+    def read(gap, what):
+        kinds = (found["actions"][gap][kind]["8"][what] for kind in ("real", "imagined"))
+        return "| {:.2f}, {:.2f} |".format(*kinds)
+
+    def retrieved(measure, digits):
+        means = (found["retrieval"][measure][h]["model"]["mean"] for h in ("1", "4", "8"))
+        return "| " + ", ".join(f"{mean:.{digits}f}" for mean in means) + " |"
+
+    def probed(label):
+        return "| {:.2f} [{:.2f}, {:.2f}] |".format(probes[label], *worlds[label]["interval"])
+
+    step, turn = found["imagined_change"]["step"], found["turn_response"]
+    change = (step[0], step[1], sum(step[4:8]) / 4, sum(step[30:60]) / 30)
+    for number in (
+        f"| {found['ratio']['8']['mean']:.2f} |",
+        retrieved("top1", 2),
+        retrieved("top1_apart", 2),
+        retrieved("ticks_off", 1),
+        probed("pitch"),
+        probed("yaw_change"),
+        f"| {found['horizons']['8']['no_history']['mean']:.3f} |",
+        read("1", "turn_r2"),
+        read("own", "turn_r2"),
+        read("4", "mean_f1"),
+        "| {:.2f}, {:.2f}, {:.2f}, {:.2f} |".format(*change),
+        "| {:.2f}, {:.2f}, {:.2f}, {:.2f} |".format(*(turn[k] for k in ("5", "15", "30", "60"))),
+    ):
+        assert number in section, number
     assert found["leak"] == 0 and bars(found) == found["bars"]
 
 

@@ -17,6 +17,7 @@ def run(notebook, output, cache):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ["MINECRAFT_JEPA_CACHE"] = cache
+    multiprocessing.set_start_method("fork", force=True)  # Linux's own before Python 3.14
     from nbdev.config import get_config
     from nbdev.test import test_nb
 

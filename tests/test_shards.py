@@ -339,7 +339,7 @@ def test_steps_are_counted_over_epochs_of_unlike_length(tmp_path):
     for i, many in enumerate((30, 60, 33, 90)): pairs.make_pair(tmp_path / "v", f"r{i}", many)
     store = ClipStore.build(tmp_path / "v", preset("tiny").frame, tmp_path / "store", progress=False, workers=1)
     write_shards(store, tmp_path / "shards", length=20, reach=4, progress=False, workers=1)
-    reader = ShardWindows(tmp_path / "shards", 5, 1, 8, rank=1, world=2)
+    reader = ShardWindows(tmp_path / "shards", 5, 1, 8, rank=1, world=2, even=False)  # dealt evenly, all are as long
     walked, epoch = [], 0
     while len(walked) < 40:
         reader.resume(epoch)

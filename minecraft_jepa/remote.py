@@ -199,9 +199,10 @@ def bring(
     write_card(target)
 
 def _same_weights(target, whole):
-    "Whether the networks that stand there are those that are brought."
+    "Whether what stands there, networks and what they were trained on, is what is brought."
+    about = "config.json", "training.json"
     return all((target / n).is_file() and (target / n).read_bytes() == data
-               for n, data in whole.items() if n == "config.json" or n.endswith(".safetensors"))
+               for n, data in whole.items() if n in about or n.endswith(".safetensors"))
 
 # %% ../nbs/20_remote.ipynb #0a7cf813
 def write_card(
@@ -228,9 +229,11 @@ def _judged(folder):
     if not path.is_file():
         return None
     found = json.loads(path.read_text())
-    told = found.get("weights_identity", {}).get("sha256")
-    if told:
-        theirs = told == hashlib.sha256(weights.read_bytes()).hexdigest()
+    told = found.get("weights_identity", {})
+    if told.get("sha256"):
+        trained = json.loads((folder / "training.json").read_text())
+        theirs = told["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+        theirs = theirs and all(trained.get(k) == v for k, v in told.items() if k != "sha256")
     else:  # judged by an earlier version; a clone or a copy writes both within a minute
         theirs = path.stat().st_mtime > weights.stat().st_mtime - 60
     if not theirs:

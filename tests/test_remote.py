@@ -283,6 +283,8 @@ def test_card_shows_no_evaluation_of_other_weights(tmp_path, capsys):
     folder = run_of(tmp_path / "weights", "mine", log=False)
     mine = hashlib.sha256((folder / "world_model.safetensors").read_bytes()).hexdigest()
     assert "0.125" in judge(folder, weights_identity={"sha256": mine}) and not capsys.readouterr().out
+    assert "0.125" not in judge(folder, weights_identity={"sha256": mine, "seed": 4242})
+    assert "of other weights" in capsys.readouterr().out
     assert "0.125" not in judge(folder, weights_identity={"sha256": "0" * 64})
     assert "evaluate.json: of other weights" in capsys.readouterr().out
     assert "0.125" in judge(folder)  # an evaluation that names no weights, and is not older than they are

@@ -635,7 +635,7 @@ def deal_sides(
 # %% ../nbs/02_recordings.ipynb #a08b2cbb
 def split_recordings(
     folder,      # of recordings, or a clip store
-    seed=0,      # deals the sessions out where neither split.json nor manifest.json does
+    seed=0,      # deals the players out where neither split.json nor manifest.json does
     share=0.15,  # of the recordings for test, and again for validation
 ) -> dict[str, list[str]]:
     "{'train', 'validation', 'test': names}. RecordingError when split.json forgets or repeats a recording, or when a group is on two sides."
@@ -656,7 +656,11 @@ def split_recordings(
         strange = set(names) - set(sides)
         if strange: raise RecordingError(f"{folder / 'manifest.json'}: {sorted(strange)[0]} is in the folder, but not listed; move it elsewhere, or write a split.json")
         return {side: [n for n in names if sides[n] == side] for side in SIDES}
-    try: return deal_sides(names, seed, share)
+    players = len({parse_name(n).player for n in names})
+    by = "player" if players >= 3 else "session"  # a piece of no contractor is its own player
+    if by == "session" and len({parse_name(n).session for n in names}) > players:
+        warnings.warn(f"{folder}: {players} player(s) are too few to keep each on one side, so it is split by session", stacklevel=2)
+    try: return deal_sides(names, seed, share, by)
     except RecordingError as e: raise RecordingError(f"{folder}: {e}") from None
 
 # %% ../nbs/02_recordings.ipynb #bfe5d637

@@ -537,3 +537,17 @@ def test_without_a_home_the_cache_is_asked_for(monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
     with pytest.raises(ValueError, match="set MINECRAFT_JEPA_CACHE"): cache_root()
     assert find_recordings(DATA)  # needs no cache
+
+
+def test_a_folder_without_a_split_keeps_each_player_on_one_side(tmp_path):
+    names = [f"made-up-player{p}-{12 * p + s:012x}-20220101-000000" for p in range(5) for s in range(4)]
+    (tmp_path / "v").mkdir()
+    for n in names:
+        for suffix in (".mp4", ".jsonl"): (tmp_path / "v" / f"{n}{suffix}").touch()
+    for seed in range(3):
+        sides = split_recordings(tmp_path / "v", seed)
+        players = [{n.rsplit("-", 3)[0] for n in side} for side in sides.values()]
+        assert all(players) and sum(map(len, players)) == 5
+    for n in names[8:]:  # two players are left
+        for suffix in (".mp4", ".jsonl"): (tmp_path / "v" / f"{n}{suffix}").unlink()
+    with pytest.warns(UserWarning, match="2 player.* split by session"): assert all(split_recordings(tmp_path / "v").values())

@@ -133,6 +133,7 @@ class Jepa(_Section):
     ema_start: float = _within(0.9, 0, 1)  # teacher's momentum at step 0; I-JEPA sec. 4: .996
     ema_end: float = _within(1.0, 0, 1)    # and at the last step
     rollout: int = _within(2, 1, 1000)     # K: ticks the loss feeds its own prediction back
+    rollout_late: int = _within(0, 0, 1000)  # K in the last third of the steps, if larger
     # without "ema" the encoder is its own teacher; a loss on its latents keeps it from collapse
     anti_collapse: str = _one_of("ema", "sigreg", "vicreg")
     # beside `ema`, weight of a floor under the spread of each feature: VICReg's variance alone,
@@ -152,6 +153,11 @@ class Jepa(_Section):
     reach: int = _within(16, 1, 1000)            # ticks
     rank_alarm: float = _within(0.08, **_WEIGHT) # alarm when RankMe / width falls below
     std_alarm: float = _within(0.05, **_WEIGHT)  # alarm when the mean std over frames falls below
+
+    @property
+    def longest(self):
+        "The largest K of a training."
+        return max(self.rollout, self.rollout_late)
 
     @property
     def far(self):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Taught', 'across', 'between_frames', 'sigreg', 'vicreg', 'spread_loss', 'camera_moves', 'InverseDynamics',
-           'WorldModel', 'rankme', 'collapse_metrics', 'collapse_alarm']
+           'WorldModel', 'encoder_gradients', 'rankme', 'collapse_metrics', 'collapse_alarm']
 
 # %% ../nbs/11_jepa.ipynb #183e00a2
 from pathlib import Path
@@ -174,10 +174,23 @@ class InverseDynamics(nn.Module):
         return F.smooth_l1_loss((self.level(later) - self.level(z)).float(), (actions[..., MOUSE][..., 1] * free).sum(1) / 10)
 
     def losses(self, settings, near, last, actions):
-        "All that training asks, in the weights of config.jepa: the action between each of the latents `near`, one tick apart, and the next, and the tilt from the first to `last` over all actions (b, k, 28)."
-        done = actions[:, :len(near) - 1].transpose(0, 1).flatten(0, 1)  # pairs one after the other
-        loss = settings.inverse * self(torch.cat(near[:-1]), torch.cat(near[1:]), done)
-        return loss + settings.tilt * self.tilt(near[0], last, actions) if settings.tilt else loss
+        """All that training asks of the head, in the weights of config.jepa.
+
+        Args:
+            settings: config.jepa.
+            near: latents (b, n, d) one tick apart; the action between each two is asked.
+            last: latent at the end of all actions; None without pitch loss.
+            actions: (b, k, 28), from the first of `near` on.
+
+        Returns:
+            `inverse_dynamics` and, where it has a weight, `pitch`.
+        """
+        done = actions[:, : len(near) - 1].transpose(0, 1).flatten(0, 1)  # pair after pair
+        named = self(torch.cat(near[:-1]), torch.cat(near[1:]), done)
+        losses = {"inverse_dynamics": settings.inverse * named}
+        if settings.tilt:
+            losses["pitch"] = settings.tilt * self.tilt(near[0], last, actions)
+        return losses
 
 # %% ../nbs/11_jepa.ipynb #9e4200ab
 def _fit_inputs(model, z, actions, only=False):
@@ -209,7 +222,7 @@ def _encode_window(model, frames):
     Gives {frame: latent that hears gradients} and the list of targets t .. t+K.
     """
     j, last = model.config.jepa, frames.shape[1] - 1
-    near = range(min(j.rollout, last) + 1)
+    near = range(min(model.rollout, last) + 1)
     wanted = {0} if j.anti_collapse == "ema" else {*near}
     wanted |= {1} if j.inverse else set()
     wanted |= {last} if j.inverse and j.tilt else set()
@@ -228,6 +241,7 @@ class WorldModel(Taught):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.rollout = config.jepa.longest  # K; training sets it by its schedule
         self.encoder = Encoder(config)
         self.teacher = frozen_copy(self.encoder)
         self.conditioner = make_conditioner(config)
@@ -262,7 +276,36 @@ class WorldModel(Taught):
         return torch.stack(seen, 1)  # (B, K, N, D)
 
     def forward(self, frames, actions, seed=0):
-        "Rollout loss over the first `jepa.rollout` of K ticks: frames (B, 1+K, 3, H, W), actions (B, 24+K, 28) -> dict with `loss`, latent `errors` (ticks,) and targets `z` (B, N, D). Of frames after those the last alone is looked at, for `tilt`. `seed` is for SIGReg's directions."
+        """Rollout loss over the first `self.rollout` of K ticks.
+
+        Of the frames after those the last alone is looked at, for the pitch loss.
+
+        Args:
+            frames: (B, 1+K, 3, H, W), frames t .. t+K.
+            actions: (B, 24+K, 28).
+            seed: for the directions of SIGReg.
+
+        Returns:
+            `loss`, latent `errors` (ticks,) and targets `z` (B, N, D).
+        """
+        parts, errors, target = self._loss_parts(frames, actions, seed)
+        loss = parts["prediction"] + parts["spread"]
+        heads = [parts[k] for k in ("inverse_dynamics", "pitch") if k in parts]
+        if heads:
+            loss = loss + sum(heads[1:], heads[0])
+        return {"loss": loss, "errors": errors, "z": target.detach()}
+
+    def loss_parts(self, frames, actions, seed=0):
+        """The weighted parts whose sum is the loss of `forward`, which has the arguments.
+
+        Returns:
+            `prediction`, `spread` (0 where the EMA target alone keeps latents apart),
+            `inverse_dynamics` and `pitch`, the last two only where they have a weight.
+        """
+        return self._loss_parts(frames, actions, seed)[0]
+
+    def _loss_parts(self, frames, actions, seed):
+        "The parts, the latent error by tick, and the last target."
         j, ticks, losses, errors = self.config.jepa, self.config.conditioner.ticks, [], []
         seen, truths = _encode_window(self, frames)
         z, start, told = seen[0], truths[0], self.conditioner.read(actions)
@@ -271,15 +314,41 @@ class WorldModel(Taught):
             losses.append(F.smooth_l1_loss(z.float(), truth.float()))
             errors.append(F.mse_loss(z.detach().float(), truth.detach().float()))
         spread = spread_loss(j, [seen[0]] if j.anti_collapse == "ema" else truths, seed)
-        loss = torch.stack(losses).mean() + spread
+        parts = {"prediction": torch.stack(losses).mean(), "spread": spread}
         if j.inverse:
             near = [seen[0], seen[1], *truths[2:3]]  # the third makes a second pair
             last = seen[frames.shape[1] - 1] if j.tilt else None
-            loss = loss + self.inverse.losses(j, near, last, actions[:, ticks - 1:])
-        return {"loss": loss, "errors": torch.stack(errors), "z": truths[-1].detach()}
+            parts |= self.inverse.losses(j, near, last, actions[:, ticks - 1:])
+        return parts, torch.stack(errors), truths[-1]
 
     def _advance(self, z, told, k, start):
         return layer_norm(start + self.predictor(*self.conditioner.at(z, told, k)))
+
+# %% ../nbs/11_jepa.ipynb #34efa809
+def encoder_gradients(
+    model,    # WorldModel
+    frames,   # (B, 1+K, 3, H, W) uint8, as for `forward`
+    actions,  # (B, 24+K, 28)
+    seed=0,
+) -> dict[str, float]:
+    """Norm of the gradient on the encoder's weights of each part of the loss, weights included.
+
+    It tells what shapes the encoder. No gradient is left behind.
+
+    Returns:
+        {part of `loss_parts`: norm}; parts that are 0 by rule are left out.
+    """
+    weights = [p for p in model.encoder.parameters() if p.requires_grad]
+    norms = {}
+    with torch.enable_grad():
+        for name in model.loss_parts(frames, actions, seed):
+            part = model.loss_parts(frames, actions, seed)[name]
+            if not torch.is_tensor(part):
+                continue
+            found = torch.autograd.grad(part, weights, allow_unused=True)
+            sizes = [g.detach().float().norm() for g in found if g is not None]
+            norms[name] = float(torch.stack(sizes).norm()) if sizes else 0.0
+    return norms
 
 # %% ../nbs/11_jepa.ipynb #0c4e3932
 def rankme(

@@ -7,7 +7,7 @@ __all__ = ['RETRIEVAL', 'BETWEEN', 'KINDS', 'TOLD', 'rank_of_truth', 'retrieval'
            'probe_examples', 'kappa', 'probe_answers', 'probe_scores', 'probe', 'probe_by_world', 'head_compares',
            'pixels_of', 'pixels_compare', 'done_between', 'ActionReader', 'best_threshold', 'real_pairs', 'tuned',
            'fit_reader', 'OwnReader', 'reading_scores', 'read_back', 'held_actions', 'sensitivity', 'turn_response',
-           'imagined_change', 'drift', 'future_leak', 'latent_changes']
+           'attention_between_tokens', 'imagined_change', 'drift', 'future_leak', 'latent_changes']
 
 # %% ../nbs/16_probing.ipynb #4a3e6a06
 import math
@@ -20,7 +20,7 @@ from torch import nn
 
 from .actions import ACTION_NAMES, MOUSE, NOOP
 from .evaluation import evaluation_windows, window_starts
-from .layers import Block, Matching, init_weights, rows_alike
+from .layers import Block, CrossBlock, Matching, init_weights, rows_alike
 
 # %% ../nbs/16_probing.ipynb #6f3b8a37
 def rank_of_truth(
@@ -571,6 +571,43 @@ def turn_response(
     return {
         str(turn): float((next_latent(turn) - still).square().mean()) / variance for turn in degrees
     }
+
+# %% ../nbs/16_probing.ipynb #00c745a7
+@torch.no_grad()
+def attention_between_tokens(
+    model,    # WorldModel, in eval mode
+    frames,   # (b, 3, H, W) uint8, frames t
+    actions,  # (b, 25, 28), ticks t-24 .. t
+) -> list[float]:
+    """Share of the variance of the attention to the ticks that lies between tokens of a frame.
+
+    Returns:
+        A number in 0..1 for each block of a cross-attention conditioner; an empty list for a
+        conditioner whose tokens do not attend to ticks.
+    """
+    blocks = [b for b in model.conditioner.blocks if isinstance(b, CrossBlock)]
+    seen = []
+    hooks = [b.attend.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((module, *args[:2], kwargs["bias"])),
+        with_kwargs=True) for b in blocks]
+    try:
+        model.conditioner(model.encode(frames), actions)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [_between_tokens(*inputs) for inputs in seen]
+
+
+def _between_tokens(module, x, context, bias):
+    heads = module.heads
+    query = rearrange(module.q(x), "b n (h d) -> b h n d", h=heads)
+    key = rearrange(module.kv(context).chunk(2, -1)[0], "b t (h d) -> b h t d", h=heads)
+    query, key = module.q_norm(query), module.k_norm(key)
+    logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + bias
+    weights = logits.float().softmax(-1)  # (b, h, n, ticks)
+    between = weights.var(2, unbiased=False).mean(0)  # (h, ticks)
+    whole = weights.transpose(1, 2).flatten(0, 1).var(0, unbiased=False)  # (h, ticks)
+    return float(between.sum() / whole.sum().clamp_min(1e-12))
 
 # %% ../nbs/16_probing.ipynb #556b8bc3
 @torch.no_grad()

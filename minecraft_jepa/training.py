@@ -43,7 +43,7 @@ from .config import (PRESETS, Train, check_device, load_config, parse_changes, p
     seed_everything, whole_number, write_json)
 from .dit import DiT, RegressionHead
 from .ema import ema_update, frozen_copy, momentum_at
-from .jepa import WorldModel, collapse_alarm, collapse_metrics
+from .jepa import WorldModel, collapse_alarm, collapse_metrics, encoder_gradients
 from .recordings import split_recordings
 from .shards import ShardError, ShardWindows, some_windows
 
@@ -209,6 +209,8 @@ class Log:
             if type(value) is float: self._draw("add_scalar", key, value, row["step"])
             elif isinstance(value, list):
                 for i, v in enumerate(value): self._draw("add_scalar", f"{key}/{i + 1}", v, row["step"])
+            elif isinstance(value, dict):
+                for k, v in value.items(): self._draw("add_scalar", f"{key}/{k}", v, row["step"])
 
     def picture(self, name, pixels, step):
         "An (H, W, 3) uint8 picture, as the newest `name`.png and for TensorBoard."
@@ -509,8 +511,9 @@ class Job:
     lr: float
     steps: int
     run: dict          # what tells this run from another
+    before: object = lambda module, step, steps: None   # schedules
     after: object = lambda module, step, steps: None    # slow copies
-    evaluate: object = None                             # module, step, log -> dict of numbers; called every `evaluate_every`
+    evaluate: object = None                             # module, step, log, batch -> dict of numbers; called every `evaluate_every`
     better: object = lambda row: None                   # row -> a number, smaller is better
     keep_best: object = lambda module: None             # called when it is smaller
 
@@ -719,8 +722,9 @@ class _Course(_Timed):
         torch.manual_seed(((self.seed * 1_000_003 + step) * 4096 + self.rank) % 2**63)
         waited, begin = self.batches.waited, time.monotonic()
         batch = self.ready.pop() if self.ready else self._next()
-        numbers = _backward(self.engine, self.model, batch, (self.seed * 1_000_003 + step) % 2**63, self.settings.accumulate)
         position = schedule.position(step)
+        job.before(self.inner, position, schedule.plan)
+        numbers = _backward(self.engine, self.model, batch, (self.seed * 1_000_003 + step) % 2**63, self.settings.accumulate)
         lr = lr_at(position, schedule.plan, job.lr, self.settings.warmup)
         norm = math.inf
         if math.isfinite(numbers["loss"]): norm = descend(numbers["loss"], self.optimizer, lr, self.settings.clip)
@@ -729,6 +733,7 @@ class _Course(_Timed):
         self.step += 1
         row = {"step": self.step} | {k: v for k, v in numbers.items() if math.isfinite(v)} | {"gradient_norm": norm, "lr": lr}
         self._count_unsound(numbers["loss"], norm)
+        self.batch = batch
         if not math.isfinite(norm): row |= {"gradient_norm": None, "skipped": True}
         row |= {"seconds": time.monotonic() - begin, "waited": self.batches.waited - waited}
         if self.pace: self._replan()
@@ -738,7 +743,7 @@ class _Course(_Timed):
         "Evaluate, log and save what is due after a step."
         job, s, step, last = self.job, self.settings, self.step, self.step == self.schedule.steps
         if job.evaluate and (last or step % s.evaluate_every == 0):
-            row |= job.evaluate(self.inner, step, self.log if self.main else None)
+            row |= job.evaluate(self.inner, step, self.log if self.main else None, self.batch)
             value, sound = job.better(row), _sound(self.inner.state_dict()) if not self.sharded else True
             if value is not None and _agree(self.engine, sound) and value <= self.best:  # nan is not
                 self.best = value
@@ -951,16 +956,19 @@ def train_world_model(
     if j.inverse and not j.tilt: model.inverse.height.requires_grad_(False)  # has no task then
     if start: model.start_from(start)
     check = _differing(data, held_out, _to_look_at(data, held_out, ticks, 8, _LOOK, seed))
-    def batches(step, rank, world): return _windows(data, names, ticks, j.rollout, t.batch, seed, step, rank, world, j.far)
+    def batches(step, rank, world): return _windows(data, names, ticks, j.longest, t.batch, seed, step, rank, world, j.far)
+    def before(model, step, steps):
+        model.rollout = j.longest if j.rollout_late and step >= steps * 2 / 3 else j.rollout
     def after(model, step, steps): model.update_teacher(momentum_at(step, steps, j.ema_start, j.ema_end) if j.anti_collapse == "ema" else 0.0)
-    def evaluate(model, step, log):
+    def evaluate(model, step, log, batch):
         numbers, (z, future) = validate(model, *check)
+        numbers |= _gradients(model, batch, seed)
         if log: log.picture("world_model", nearest_strip(check[0], z, future), step)
         return numbers | {"alarm": collapse_alarm(numbers, config), "told": f"error at 2 ticks {numbers['model'][1]:.3f} (copy {numbers['copy_last'][1]:.3f})  rank {numbers['rank']:.0f}"}
     parts = {model.encoder: t.encoder_lr, model.conditioner: 1.0, model.predictor: 1.0} | ({model.inverse: 1.0} if j.inverse else {})
     run = _run_of(config, data, names, held_out, seed, t.batch, "world_model", steps) | {"start": _digest(model.encoder) if start else None}
     best = _Best(folder)
-    job = Job("world_model", model, parts, batches, t.batch, t.lr, steps, run, after, evaluate, error_over_copying, best.keep)
+    job = Job("world_model", model, parts, batches, t.batch, t.lr, steps, run, before, after, evaluate, error_over_copying, best.keep)
     with alone(folder, engine):
         model, history = fit(job, t, seed, device, folder, minutes, go_on)
         if not any(_was_kept(r) for r in history): raise FloatingPointError(f"no evaluation gave an error that can be compared: {_ADVICE}")
@@ -969,6 +977,14 @@ def train_world_model(
         if folder and engine.is_main_process: write_json(_done(folder), {"run": run})
         forget_checkpoints(folder, "world_model")
     return model.eval(), history
+
+def _gradients(model, batch, seed, most=16):
+    "{'encoder_gradients': norms} by part of the loss, on some windows of a batch; not of shards."
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return {}
+    with autocast(next(model.parameters()).device.type):
+        norms = encoder_gradients(model, *(x[:most] for x in batch), seed)
+    return {"encoder_gradients": {k: v for k, v in norms.items() if math.isfinite(v)}}
 
 def _done(folder): return Path(folder) / "world_model.done"
 
@@ -1022,11 +1038,11 @@ def _train_decoders(model, data, names, steps, seed, device, folder, minutes):
     def after(m, step, steps): ema_update(m.slow, m.dit, min(config.dit.ema, (1 + step) / (10 + step)))  # a short run must not average in its random start
     run = _run_of(config, data, names, [], seed, t.decoder_batch, "decoders", steps) | {"model": _digest(model.encoder)}
     look = _to_look_at(data, names, 1, 1, 6, seed + 1)[0][:, 0]
-    def evaluate(m, step, log):
+    def evaluate(m, step, log, batch):
         strip = _decoded_strip(model, m, look, device)  # by all processes, for shards are gathered
         if log: log.picture("decoders", strip, step)
         return {}
-    job = Job("decoders", decoders, {decoders.dit: 1.0, decoders.head: 1.0}, batches, t.decoder_batch, t.decoder_lr, steps, run, after, evaluate)
+    job = Job("decoders", decoders, {decoders.dit: 1.0, decoders.head: 1.0}, batches, t.decoder_batch, t.decoder_lr, steps, run, after=after, evaluate=evaluate)
     with alone(folder, engine):
         decoders, history = fit(job, t, seed, device, folder, minutes)
         for network in (decoders.slow, decoders.head): _save_on_main(network, folder)
@@ -1049,9 +1065,9 @@ def _kept_by(config, batch, half):
         model = lighten(model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype)).train(), config.train, "cpu")
         own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
         j = config.jepa
-        frames = torch.empty(batch, 1 + j.rollout + (j.far > j.rollout), 3, config.frame.height, config.frame.width, dtype=torch.uint8)
+        frames = torch.empty(batch, 1 + j.longest + (j.far > j.longest), 3, config.frame.height, config.frame.width, dtype=torch.uint8)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=half):
-            out = model(frames, torch.empty(batch, config.conditioner.ticks - 1 + max(j.rollout, j.far), 28))
+            out = model(frames, torch.empty(batch, config.conditioner.ticks - 1 + max(j.longest, j.far), 28))
     del out
     return sum(t.untyped_storage().nbytes() for k, t in found.items() if k not in own)
 

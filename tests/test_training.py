@@ -262,6 +262,30 @@ def test_log_and_pictures_are_left(store, tmp_path):
     assert Image.open(tmp_path / "decoders.png").size == (6 * 80, 3 * 48)
 
 
+def test_log_tells_what_shapes_the_encoder(store):
+    config = preset("tiny", **SMALL, steps=4, evaluate_every=2)
+    _, history = train_world_model(config, store, TRAIN, HELD_OUT)
+    told = [row["encoder_gradients"] for row in history if "encoder_gradients" in row]
+    assert len(told) == 2
+    for norms in told:
+        assert set(norms) == {"prediction", "spread", "inverse_dynamics", "pitch"}
+        assert all(0 <= norm < math.inf for norm in norms.values()) and norms["pitch"] > 0
+
+
+def test_last_third_feeds_more_ticks_back(store, monkeypatch):
+    ticks, forward = [], WorldModel.forward
+
+    def watched(self, *args, **more):
+        out = forward(self, *args, **more)
+        ticks.append(len(out["errors"]))
+        return out
+
+    monkeypatch.setattr(WorldModel, "forward", watched)
+    config = preset("tiny", **TINY, steps=6, evaluate_every=6, rollout=2, rollout_late=5)
+    train_world_model(config, store, TRAIN, HELD_OUT)
+    assert ticks == [2, 2, 2, 2, 5, 5]
+
+
 def test_best_model_ships_the_teacher(store, tmp_path):
     config = preset("tiny", **SMALL, steps=6, evaluate_every=3)
     model, _ = train_world_model(config, store, TRAIN, HELD_OUT, folder=tmp_path)

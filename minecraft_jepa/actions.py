@@ -10,37 +10,91 @@ __all__ = ['KEYS', 'BUTTONS', 'ACTION_NAMES', 'ACTION_DIM', 'CURSOR', 'MOUSE', '
 import numpy as np
 
 # %% ../nbs/01_actions.ipynb #34d82c81
-KEYS = tuple(f"key.keyboard.{k}" for k in ("w", "a", "s", "d", "space", "left.shift", "left.control", "e", "q", "escape", "f", *"123456789"))
+KEYS = tuple(
+    f"key.keyboard.{k}"
+    for k in (
+        "w",
+        "a",
+        "s",
+        "d",
+        "space",
+        "left.shift",
+        "left.control",
+        "e",
+        "q",
+        "escape",
+        "f",
+        *"123456789",
+    )
+)
 BUTTONS = ("attack", "use", "pick")  # mouse buttons 0, 1, 2
-ACTION_NAMES = (*(k.removeprefix("key.keyboard.") for k in KEYS), "x", "y", "dx", "dy", "dwheel", *BUTTONS)
+ACTION_NAMES = (
+    *(k.removeprefix("key.keyboard.") for k in KEYS),
+    "x",
+    "y",
+    "dx",
+    "dy",
+    "dwheel",
+    *BUTTONS,
+)
 ACTION_DIM = len(ACTION_NAMES)
-CURSOR, MOUSE = slice(20, 22), slice(22, 24)  # where they stand among the numbers; the mouse's movement, in degrees, turns the camera
-SWITCHES = [i for i, n in enumerate(ACTION_NAMES) if n not in ("x", "y", "dx", "dy", "dwheel")]  # keys and buttons: held or not
-WINDOW = 1280, 720                # pixels of the window that x and y count in
-DEGREES_PER_PIXEL = 360 / 2400    # of mouse movement, VPT's camera scale
+CURSOR, MOUSE = (
+    slice(20, 22),
+    slice(22, 24),
+)  # where they stand among the numbers; the mouse's movement, in degrees, turns the camera
+SWITCHES = [
+    i for i, n in enumerate(ACTION_NAMES) if n not in ("x", "y", "dx", "dy", "dwheel")
+]  # keys and buttons: held or not
+WINDOW = 1280, 720  # pixels of the window that x and y count in
+DEGREES_PER_PIXEL = 360 / 2400  # of mouse movement, VPT's camera scale
 NOOP = np.zeros(ACTION_DIM, np.float32)
-NOOP[CURSOR] = 0.5                # the cursor rests in the middle
+NOOP[CURSOR] = 0.5  # the cursor rests in the middle
 
 # %% ../nbs/01_actions.ipynb #808c3e9d
-def _number(value): return type(value) in (int, float) and abs(value) < 1e6  # false for nan and inf too
-def _switch(value): return type(value) is bool
-def _strings(value): return type(value) is list and all(type(v) is str for v in value)
-def _integers(value): return type(value) is list and all(type(v) is int for v in value)
-def _slot(value): return type(value) is int and 0 <= value <= 8
+def _number(value):
+    return type(value) in (int, float) and abs(value) < 1e6  # false for nan and inf too
 
-_EXPECTED = {_number: "a number below a million", _switch: "true or false", _strings: "a list of strings", _integers: "a list of whole numbers", _slot: "a whole number from 0 to 8"}
+
+def _switch(value):
+    return type(value) is bool
+
+
+def _strings(value):
+    return type(value) is list and all(type(v) is str for v in value)
+
+
+def _integers(value):
+    return type(value) is list and all(type(v) is int for v in value)
+
+
+def _slot(value):
+    return type(value) is int and 0 <= value <= 8
+
+
+_EXPECTED = {
+    _number: "a number below a million",
+    _switch: "true or false",
+    _strings: "a list of strings",
+    _integers: "a list of whole numbers",
+    _slot: "a whole number from 0 to 8",
+}
+
 
 def _field(line, name, kind, default=None):
-    "The field `name`, such as ('mouse', 'dx'), if it is of its kind; `default` where a line may lack it. ValueError names the field."
+    """The field `name`, such as ('mouse', 'dx'), if it is of its kind; `default` where a line may lack it. ValueError names the field."""
     try:
         value = line[name[0]] if len(name) == 1 else line[name[0]][name[1]]
-        if kind(value): return value
-    except (TypeError, KeyError, IndexError): pass
+        if kind(value):
+            return value
+    except (TypeError, KeyError, IndexError):
+        pass
     value, above = line, "the line"  # slowly now, to say what is wrong
     for key in name:
-        if not isinstance(value, dict): raise ValueError(f"{above} is {str(value)[:40]!r}, expected an object")
+        if not isinstance(value, dict):
+            raise ValueError(f"{above} is {str(value)[:40]!r}, expected an object")
         if key not in value:
-            if default is None: raise ValueError(f"the field {'.'.join(name)} is missing")
+            if default is None:
+                raise ValueError(f"the field {'.'.join(name)} is missing")
             return default
         value, above = value[key], key
     raise ValueError(f"{'.'.join(name)} is {str(value)[:40]!r}, expected {_EXPECTED[kind]}")
@@ -54,11 +108,19 @@ def encode_action(
     There is a cursor only where `isGuiOpen` says so. ValueError names a field that is missing or
     of the wrong type.
     """
-    keys, buttons = _field(line, ("keyboard", "keys"), _strings), _field(line, ("mouse", "buttons"), _integers)
+    keys, buttons = (
+        _field(line, ("keyboard", "keys"), _strings),
+        _field(line, ("mouse", "buttons"), _integers),
+    )
     action = NOOP.copy()
     action[:20] = [key in keys for key in KEYS]
-    cursor = _field(line, ("mouse", "x"), _number, WINDOW[0] / 2), _field(line, ("mouse", "y"), _number, WINDOW[1] / 2)
-    if _field(line, ("isGuiOpen",), _switch, False):  # else the mouse is caught, and x, y are no place in the window
+    cursor = (
+        _field(line, ("mouse", "x"), _number, WINDOW[0] / 2),
+        _field(line, ("mouse", "y"), _number, WINDOW[1] / 2),
+    )
+    if _field(
+        line, ("isGuiOpen",), _switch, False
+    ):  # else the mouse is caught, and x, y are no place in the window
         action[CURSOR] = [min(max(c / w, 0), 1) for c, w in zip(cursor, WINDOW)]
     action[22] = _field(line, ("mouse", "dx"), _number) * DEGREES_PER_PIXEL
     action[23] = _field(line, ("mouse", "dy"), _number) * DEGREES_PER_PIXEL
@@ -70,38 +132,53 @@ def encode_action(
 def decode_action(
     action,  # (28,), keys and buttons above 0.5 count as pressed
 ) -> dict:
-    "The line that `encode_action` takes to these numbers, ready for json. A cursor that is not in the middle means an open screen."
+    """The line that `encode_action` takes to these numbers, ready for json. A cursor that is not in the middle means an open screen."""
     action = np.asarray(action, float)
-    if action.shape != (ACTION_DIM,): raise ValueError(f"an action is {action.shape}, expected ({ACTION_DIM},)")
-    if not np.isfinite(action).all(): raise ValueError(f"{ACTION_NAMES[int(np.argmin(np.isfinite(action)))]} is not finite")
+    if action.shape != (ACTION_DIM,):
+        raise ValueError(f"an action is {action.shape}, expected ({ACTION_DIM},)")
+    if not np.isfinite(action).all():
+        raise ValueError(f"{ACTION_NAMES[int(np.argmin(np.isfinite(action)))]} is not finite")
     x, y, dx, dy, wheel = action[20:25].tolist()
-    return {"mouse": {"x": x * WINDOW[0], "y": y * WINDOW[1], "dx": dx / DEGREES_PER_PIXEL, "dy": dy / DEGREES_PER_PIXEL, "dwheel": wheel,
-                      "buttons": [i for i in range(3) if action[25 + i] > 0.5]},
-            "keyboard": {"keys": [k for k, v in zip(KEYS, action) if v > 0.5]},
-            "isGuiOpen": bool((action[CURSOR] != NOOP[CURSOR]).any())}
+    return {
+        "mouse": {
+            "x": x * WINDOW[0],
+            "y": y * WINDOW[1],
+            "dx": dx / DEGREES_PER_PIXEL,
+            "dy": dy / DEGREES_PER_PIXEL,
+            "dwheel": wheel,
+            "buttons": [i for i in range(3) if action[25 + i] > 0.5],
+        },
+        "keyboard": {"keys": [k for k, v in zip(KEYS, action) if v > 0.5]},
+        "isGuiOpen": bool((action[CURSOR] != NOOP[CURSOR]).any()),
+    }
 
 # %% ../nbs/01_actions.ipynb #e6729223
 def _strip_stuck_attack(actions, lines):
-    "Take button 0 away until it is pressed anew, if the recording opens with it newly pressed. OpenAI's loader does the same."
-    if not lines or _field(lines[0], ("mouse", "newButtons"), _integers, []) != [0]: return
+    """Take button 0 away until it is pressed anew, if the recording opens with it newly pressed. OpenAI's loader does the same."""
+    if not lines or _field(lines[0], ("mouse", "newButtons"), _integers, []) != [0]:
+        return
     for action, line in zip(actions, [{}, *lines[1:]]):
-        if 0 in _field(line, ("mouse", "newButtons"), _integers, []): return
+        if 0 in _field(line, ("mouse", "newButtons"), _integers, []):
+            return
         action[25] = 0
 
+
 def _slot_of(line):
-    "The slot in hand; -1 where the line does not tell."
+    """The slot in hand; -1 where the line does not tell."""
     try:
         return _field(line, ("hotbar",), _slot, -1)
     except ValueError:
         return -1
 
+
 def _add_scrolled_slots(actions, lines):
-    "Press the key of a slot that is in hand on the next line but not on this one, unless the player pressed it."
+    """Press the key of a slot that is in hand on the next line but not on this one, unless the player pressed it."""
     slots = [_slot_of(line) for line in lines]
     for t, (now, then) in enumerate(zip(slots, slots[1:])):
         if -1 not in (now, then) and now != then:
             key = KEYS.index(f"key.keyboard.{then + 1}")
-            if not actions[t + 1, key]: actions[t, key] = 1  # some recorders name the key one line late
+            if not actions[t + 1, key]:
+                actions[t, key] = 1  # some recorders name the key one line late
 
 # %% ../nbs/01_actions.ipynb #cd8534f5
 def read_actions(
@@ -129,6 +206,7 @@ def read_actions(
     for t in faults:
         actions[t] = NOOP
     return actions, faults
+
 
 def encode_actions(
     lines,  # dicts, in order

@@ -33,16 +33,18 @@ def camera_turn(
 
 
 def shift_tokens(
-    z,      # (b, n, d), latents
-    mean,   # (n, d), the mean latent: stands where something unknown comes into view
-    grid,   # (rows, columns) of patches
-    turn,   # (b, 2), degrees to the right and down
-    view,   # (width, height) of the view in degrees
+    z,  # (b, n, d), latents
+    mean,  # (n, d), the mean latent: stands where something unknown comes into view
+    grid,  # (rows, columns) of patches
+    turn,  # (b, 2), degrees to the right and down
+    view,  # (width, height) of the view in degrees
 ):
     """Move the tokens of a latent as a turn of the camera moves the picture, (b, n, d)."""
     tokens = rearrange(z - mean, "b (r c) d -> b d r c", r=grid[0])
     transform = torch.eye(2, 3, device=z.device).repeat(len(z), 1, 1)  # (b, 2, 3)
-    transform[:, :, 2] = 2 * turn / torch.tensor(view, device=z.device)  # a frame is 2 wide and high
+    transform[:, :, 2] = (
+        2 * turn / torch.tensor(view, device=z.device)
+    )  # a frame is 2 wide and high
     places = F.affine_grid(transform, list(tokens.shape), align_corners=False)
     moved = F.grid_sample(tokens, places, padding_mode="zeros", align_corners=False)
     return mean + rearrange(moved, "b d r c -> b (r c) d")
@@ -55,14 +57,14 @@ VIEWS = [(w, h) for w in (85, 100, 115, 130, 150) for h in (55, 70, 85, 100, 120
 class CopyFit:
     """What `fit_copies` learned from training recordings."""
 
-    mean: torch.Tensor           # (n, d), mean latent
-    view: tuple[int, int]        # degrees that a frame shows, width and height
-    gain: dict[int, float]          # by horizon, for the plain copy
+    mean: torch.Tensor  # (n, d), mean latent
+    view: tuple[int, int]  # degrees that a frame shows, width and height
+    gain: dict[int, float]  # by horizon, for the plain copy
     shifted_gain: dict[int, float]  # by horizon, for the shifted copy
 
 
 def best_gain(
-    guess,   # (b, n, d), without the mean
+    guess,  # (b, n, d), without the mean
     target,  # (b, n, d), without the mean
 ) -> float:
     """Least squares: the number g that makes g * guess come nearest to the target."""
@@ -71,11 +73,11 @@ def best_gain(
 # %% ../nbs/22_baselines.ipynb #699ad258
 @torch.no_grad()
 def encode_windows(
-    model,     # WorldModel
-    store,     # ClipStore
-    name,      # one recording
+    model,  # WorldModel
+    store,  # ClipStore
+    name,  # one recording
     horizons,  # ticks
-    count,     # windows
+    count,  # windows
 ):
     """Encode the given frames and those at the horizons.
 
@@ -93,11 +95,11 @@ def encode_windows(
 
 
 def fit_copies(
-    model,     # WorldModel, in eval mode
-    store,     # ClipStore
-    names,     # training recordings
+    model,  # WorldModel, in eval mode
+    store,  # ClipStore
+    names,  # training recordings
     horizons,  # ticks
-    count=8,   # windows a recording
+    count=8,  # windows a recording
 ) -> CopyFit:
     """Fit mean, view and gains. ValueError where no recording is long enough for the horizons."""
     ticks, grid = model.config.conditioner.ticks, model.config.frame.grid
@@ -129,11 +131,11 @@ def fit_copies(
 # %% ../nbs/22_baselines.ipynb #05d2a355
 @torch.no_grad()
 def copy_errors(
-    model,     # WorldModel, in eval mode
-    store,     # ClipStore
-    names,     # recordings to judge
+    model,  # WorldModel, in eval mode
+    store,  # ClipStore
+    names,  # recordings to judge
     horizons,  # ticks; the same as in the fit, or some of them
-    fit,       # CopyFit of training recordings
+    fit,  # CopyFit of training recordings
     variance,  # of the true latents, as `horizon_errors` gives it
     count=64,  # windows a recording; the same windows as those of `horizon_errors`
 ) -> dict[str, np.ndarray]:
@@ -157,7 +159,7 @@ def copy_errors(
 
 # %% ../nbs/22_baselines.ipynb #e8647b5d
 def paired_comparison(
-    first,   # (recordings,), errors of one method
+    first,  # (recordings,), errors of one method
     second,  # (recordings,), of the other, on the same recordings
     seed=0,
 ) -> dict:
@@ -196,9 +198,9 @@ def paired_comparison(
 
 
 def paired_table(
-    errors,    # {method: (recordings, horizons)}
+    errors,  # {method: (recordings, horizons)}
     horizons,  # ticks
-    rivals,    # names of methods
+    rivals,  # names of methods
     method="model",
 ) -> dict[str, dict[str, dict]]:
     """{rival: {ticks: `paired_comparison` of the method with it}}, ready for JSON."""
@@ -224,7 +226,7 @@ FREE_RIVALS = ("copy_last", "linear", "shrunk_copy", "shifted_copy")
 
 
 def relative_to_best_rival(
-    errors,    # {method: (recordings, horizons)}
+    errors,  # {method: (recordings, horizons)}
     horizons,  # ticks
     method="model",
     rivals=FREE_RIVALS,

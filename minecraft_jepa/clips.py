@@ -49,6 +49,7 @@ from minecraft_jepa.recordings import (
 # %% ../nbs/04_clips.ipynb #6fe0c5cb
 FORMAT = 5  # of a clip on disk: raise it whenever the same files would give other numbers
 
+
 @dataclass(frozen=True)
 class Clip:
     """A decoded recording, memory-mapped.
@@ -57,28 +58,31 @@ class Clip:
     it. With `spare_frames` that frame had no line: its action is `NOOP`, its state that of the
     frame before. What the state says of frame t is known where t < len(frames) - spare_frames.
     """
-    frames: np.ndarray      # (T, 3, H, W) uint8
-    actions: np.ndarray     # (T, 28) float32
+
+    frames: np.ndarray  # (T, 3, H, W) uint8
+    actions: np.ndarray  # (T, 28) float32
     teleported: np.ndarray  # (T,) bool
-    state: dict             # yaw, pitch, xpos, ypos, zpos, hotbar, isGuiOpen -> (T,) where recorded
-    spare_frames: int = 0   # frames after that of the last line: 0 or 1
+    state: dict  # yaw, pitch, xpos, ypos, zpos, hotbar, isGuiOpen -> (T,) where recorded
+    spare_frames: int = 0  # frames after that of the last line: 0 or 1
+
 
 def runs_of(
     moved,  # (T,) bool, a gap between this tick and the next
 ) -> list[list[int]]:
-    "Stretches [first, end) of ticks that no gap crosses."
+    """Stretches [first, end) of ticks that no gap crosses."""
     ends = [*(np.flatnonzero(moved[:-1]) + 1).tolist(), len(moved)]
     return [[a, b] for a, b in zip([0, *ends], ends)]
 
 # %% ../nbs/04_clips.ipynb #e42fda77
 class StaleStore(ValueError):
-    "The store does not hold what is asked for: what differs, and the command that builds it."
+    """The store does not hold what is asked for: what differs, and the command that builds it."""
+
 
 def source_of(
-    path,        # NAME.mp4
+    path,  # NAME.mp4
     known=None,  # what it was before: where size and time of change still hold, so does the hash
 ) -> dict:
-    "Size, time of change and SHA-256 of both files."
+    """Size, time of change and SHA-256 of both files."""
     found = {}
     for half, p in zip(("mp4", "jsonl"), pair_of(path)):
         stat, old = p.stat(), (known or {}).get(half, {})
@@ -87,38 +91,69 @@ def source_of(
         found[half] = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": code}
     return found
 
-def _sha256(path):
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-def _hashes(source): return {k: v["sha256"] for k, v in source.items()}
+def _sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _hashes(source):
+    return {k: v["sha256"] for k, v in source.items()}
 
 # %% ../nbs/04_clips.ipynb #52424616
 def decode_clip(
-    path,          # NAME.mp4
-    frame,         # config.frame: height and width
-    target,        # folder to make; it appears whole or not at all, in place of an older one
+    path,  # NAME.mp4
+    frame,  # config.frame: height and width
+    target,  # folder to make; it appears whole or not at all, in place of an older one
     threads=True,  # decode in several threads
 ):
-    "Decode a recording into the folder `target`."
+    """Decode a recording into the folder `target`."""
     source = source_of(path)
     recording = open_recording(path)
     # others may read it, as the umask says; a name of 250 characters leaves no room for more
     part = target.parent / f".clip.part-{uuid.uuid4().hex}"
     part.mkdir()
     try:
-        with open(part / "frames.npy", "wb") as f:  # written, not mapped: a full disk is then an error and no crash
-            np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (len(recording), 3, frame.height, frame.width)})
-            for pixels in recording.frames(frame.height, frame.width, threads): f.write(np.ascontiguousarray(pixels.transpose(2, 0, 1)).data)
-        np.save(part / "actions.npy", recording.actions); np.save(part / "teleported.npy", recording.teleported)
-        for name, values in recording.state.items(): np.save(part / f"state_{name}.npy", values)
-        write_json(part / "clip.json", {"format": FORMAT, "name": recording.name, "ticks": len(recording), "height": frame.height, "width": frame.width,
-                                        "runs": runs_of(recording.teleported), "state": list(recording.state),
-                                        "spare_frames": recording.spare_frames, "source": source})
+        with open(
+            part / "frames.npy", "wb"
+        ) as f:  # written, not mapped: a full disk is then an error and no crash
+            np.lib.format.write_array_header_1_0(
+                f,
+                {
+                    "descr": "|u1",
+                    "fortran_order": False,
+                    "shape": (len(recording), 3, frame.height, frame.width),
+                },
+            )
+            f.writelines(
+                np.ascontiguousarray(pixels.transpose(2, 0, 1)).data
+                for pixels in recording.frames(frame.height, frame.width, threads)
+            )
+        np.save(part / "actions.npy", recording.actions)
+        np.save(part / "teleported.npy", recording.teleported)
+        for name, values in recording.state.items():
+            np.save(part / f"state_{name}.npy", values)
+        write_json(
+            part / "clip.json",
+            {
+                "format": FORMAT,
+                "name": recording.name,
+                "ticks": len(recording),
+                "height": frame.height,
+                "width": frame.width,
+                "runs": runs_of(recording.teleported),
+                "state": list(recording.state),
+                "spare_frames": recording.spare_frames,
+                "source": source,
+            },
+        )
         old = part.with_name(part.name + "-old")
-        if target.exists(): os.replace(target, old)
+        if target.exists():
+            os.replace(target, old)
         os.replace(part, target)
         shutil.rmtree(old, ignore_errors=True)
-    finally: shutil.rmtree(part, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/04_clips.ipynb #5ce26c55
 def cache_dir():
@@ -127,32 +162,39 @@ def cache_dir():
     """
     return cache_root() / "clips"
 
+
 def store_of(
     folder,  # of recordings
     frame,  # config.frame
 ) -> Path:
-    "The store in the cache that belongs to a folder and a size."
+    """The store in the cache that belongs to a folder and a size."""
     # one of an older format is not in the way
     return cache_dir() / f"{_place_of(folder)}-{frame.height}x{frame.width}-{FORMAT}"
 
+
 class _OpenFiles:
-    "Frames and actions of the clips read last, so that few files are open at a time."
-    def __init__(self, most=128): self.most, self.clips, self.files = most, {}, {}
+    """Frames and actions of the clips read last, so that few files are open at a time."""
+
+    def __init__(self, most=128):
+        self.most, self.clips, self.files = most, {}, {}
 
     def get(self, name, folder):
-        "Descriptor of the frames, where they begin, and the actions: 0.7 MB for five minutes, so they stay."
+        """Descriptor of the frames, where they begin, and the actions: 0.7 MB for five minutes, so they stay."""
         while len(self.clips) >= self.most:
             oldest = next(iter(self.clips))
-            self.clips.pop(oldest); self.files.pop(oldest).close()
+            self.clips.pop(oldest)
+            self.files.pop(oldest).close()
         f = self.files[name] = open(folder / "frames.npy", "rb", buffering=0)
-        np.lib.format.read_magic(f); np.lib.format.read_array_header_1_0(f)
+        np.lib.format.read_magic(f)
+        np.lib.format.read_array_header_1_0(f)
         self.clips[name] = f.fileno(), f.tell(), np.load(folder / "actions.npy")
         return self.clips[name]
 
 # %% ../nbs/04_clips.ipynb #228bcbbb
 def _read_windows(clips, picks, ticks, rollout, far):
-    "What `Clips.read` gives, of picks that are known to be there."
-    if not picks: raise ValueError("no windows are asked for; give at least one (name, t)")
+    """What `Clips.read` gives, of picks that are known to be there."""
+    if not picks:
+        raise ValueError("no windows are asked for; give at least one (name, t)")
     last, extra = max(rollout, far), far > rollout
     about, files = (
         clips.about[picks[0][0]],
@@ -184,51 +226,65 @@ def _read_windows(clips, picks, ticks, rollout, far):
         )
     return torch.from_numpy(frames), torch.from_numpy(actions)
 
+
 def _refuse(clips, name, t, ticks, rollout):
     clips._known(name)
     raise IndexError(
         f"{name}: no window at tick {t}; it has {clips._lengths[name]} ticks, {ticks - 1} are "
-        f"needed before and {rollout} after")
+        f"needed before and {rollout} after"
+    )
+
 
 def _cut(clips, picks, rollout, frame):
     for folder, t in ((clips.folders[n], t) for n, t in picks):
-        if (folder / "frames.npy").stat().st_size < (t + rollout + 1) * frame + 128: return folder
+        if (folder / "frames.npy").stat().st_size < (t + rollout + 1) * frame + 128:
+            return folder
 
 # %% ../nbs/04_clips.ipynb #f85e5597
 class Clips:
-    "Clips by name, and windows from them."
+    """Clips by name, and windows from them."""
+
     def __init__(self, folders, about):
         self.folders, self.about = folders, about  # {name: folder}, {name: clip.json}
-        self._here = threading.local()             # files that this thread has open
-        self._clips = OrderedDict()                # looked at last
+        self._here = threading.local()  # files that this thread has open
+        self._clips = OrderedDict()  # looked at last
         self._lengths = {n: about[n]["ticks"] for n in folders}
 
-    def __reduce__(self): return type(self), (self.folders, self.about)  # another process opens its own files
+    def __reduce__(self):
+        return type(self), (self.folders, self.about)  # another process opens its own files
 
     @property
-    def names(self): return list(self.folders)
+    def names(self):
+        return list(self.folders)
+
     @property
-    def groups(self): return {n: group_of(n) for n in self.folders}
+    def groups(self):
+        return {n: group_of(n) for n in self.folders}
 
     def _known(self, name):
-        if name not in self.folders: raise KeyError(f"no clip {name!r} in this store; it has {', '.join(self.names[:5])}")
+        if name not in self.folders:
+            raise KeyError(f"no clip {name!r} in this store; it has {', '.join(self.names[:5])}")
 
     def __getitem__(self, name):
         self._known(name)
-        if name not in self._clips: self._clips[name] = _load_clip(self.folders[name])
-        while len(self._clips) > 16: self._clips.popitem(last=False)
+        if name not in self._clips:
+            self._clips[name] = _load_clip(self.folders[name])
+        while len(self._clips) > 16:
+            self._clips.popitem(last=False)
         return self._clips[name]
 
     def runs(self, name, ticks=25, rollout=1):
-        "[first, end) of the t whose ticks t-ticks+1 .. t+rollout-1 cross no gap and no end."
+        """[first, end) of the t whose ticks t-ticks+1 .. t+rollout-1 cross no gap and no end."""
         self._known(name)
         ticks, rollout = whole_number(ticks, "ticks", 1), whole_number(rollout, "rollout", 0)
         runs = [(a + ticks - 1, b - rollout) for a, b in self.about[name]["runs"]]
         return [(first, end) for first, end in runs if end > first]
 
     def starts(self, name, ticks=25, rollout=1):
-        "All t of `runs`."
-        return np.concatenate([np.arange(0), *(np.arange(*run) for run in self.runs(name, ticks, rollout))])
+        """All t of `runs`."""
+        return np.concatenate(
+            [np.arange(0), *(np.arange(*run) for run in self.runs(name, ticks, rollout))]
+        )
 
     def read(self, picks, ticks=25, rollout=1, far=0):
         """Windows at [(name, t)]: frames t .. t+K (B, 1+K, 3, H, W) uint8 and actions t-ticks+1 ..
@@ -241,7 +297,8 @@ class Clips:
         picks = [(name, t if type(t) is int else whole_number(t, "t")) for name, t in picks]
         for name, t in picks:
             inside = name in long and ticks - 1 <= t < long[name] - last
-            if not inside: _refuse(self, name, t, ticks, last)
+            if not inside:
+                _refuse(self, name, t, ticks, last)
         return _read_windows(self, picks, ticks, rollout, far)
 
     def window(self, name, t, ticks=25, rollout=1):
@@ -251,7 +308,8 @@ class Clips:
         self._known(name)
         ticks, rollout = whole_number(ticks, "ticks", 1), whole_number(rollout, "rollout", 0)
         t = whole_number(t, "t")
-        if not ticks - 1 <= t < self._lengths[name] - rollout: _refuse(self, name, t, ticks, rollout)
+        if not ticks - 1 <= t < self._lengths[name] - rollout:
+            _refuse(self, name, t, ticks, rollout)
         frames, actions = self.read([(name, t)], ticks, rollout)
         return frames[0], actions[0]
 
@@ -263,26 +321,34 @@ def _load_clip(folder):
     actions, teleported = np.array(load("actions")), np.array(load("teleported"))
     return Clip(load("frames"), actions, teleported, state, about.get("spare_frames", 0))
 
+
 def is_stale(
     clip,  # folder of a clip
     path,  # NAME.mp4 it should come from
 ) -> bool:
-    "Whether the clip is not there, of another format, or of a recording that has changed since."
-    try: about = json.loads((clip / "clip.json").read_text())
-    except FileNotFoundError: return True
-    return about["format"] != FORMAT or _hashes(source_of(path, about["source"])) != _hashes(about["source"])
+    """Whether the clip is not there, of another format, or of a recording that has changed since."""
+    try:
+        about = json.loads((clip / "clip.json").read_text())
+    except FileNotFoundError:
+        return True
+    return about["format"] != FORMAT or _hashes(source_of(path, about["source"])) != _hashes(
+        about["source"]
+    )
+
 
 # what the disks of clusters say
 _UNLOCKABLE = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP
 
+
 def _open_lock(path):
-    "An open file to lock. Who may not write one that another user made reads it."
+    """An open file to lock. Who may not write one that another user made reads it."""
     try:
         return open(path, "a")
     except PermissionError:
         if not path.is_file():
             raise
         return open(path)
+
 
 @contextmanager
 def _locked(store_dir):
@@ -311,7 +377,9 @@ def _locked(store_dir):
         yield
 
 # %% ../nbs/04_clips.ipynb #e55f7cc4
-def _settings(frame): return {"format": FORMAT, "height": frame.height, "width": frame.width}
+def _settings(frame):
+    return {"format": FORMAT, "height": frame.height, "width": frame.width}
+
 
 def _is_ready(store_dir, paths, frame):
     """Whether a store holds all {name: mp4} as they are: then nothing is written, so it may be one
@@ -327,6 +395,7 @@ def _is_ready(store_dir, paths, frame):
     return settings == _settings(frame) and not any(
         is_stale(store_dir / n, p) for n, p in paths.items()
     )
+
 
 def _settle(store_dir, folder, frame):
     """Write what the store holds, and the split that goes with it; StaleStore where it already
@@ -345,13 +414,16 @@ def _settle(store_dir, folder, frame):
     write_json(path, settings)
     _copy_split(store_dir, folder)
 
+
 def _copy_split(store_dir, folder):
     """What the sides are, where it is not there yet: whole or not at all, and not with the rights
     of a folder that may only be read.
     """
     for about in ("split.json", "manifest.json"):
         source, target = folder / about, store_dir / about
-        if not source.is_file() or target.is_file() and target.read_bytes() == source.read_bytes():
+        if not source.is_file() or (
+            target.is_file() and target.read_bytes() == source.read_bytes()
+        ):
             continue
         part = store_dir / f".{about}.part-{uuid.uuid4().hex}"
         try:
@@ -360,18 +432,22 @@ def _copy_split(store_dir, folder):
         finally:
             part.unlink(missing_ok=True)
 
-def _die_with_parent():
-    "For a worker process: end when the parent does, however it ends (prctl(2), PR_SET_PDEATHSIG)."
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
+def _die_with_parent():
+    """For a worker process: end when the parent does, however it ends (prctl(2), PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 # %% ../nbs/04_clips.ipynb #bee3da0f
 def _decode_one(path, frame, target, threads):
-    try: decode_clip(path, frame, target, threads)
-    except RecordingError as e: return str(e)
+    try:
+        decode_clip(path, frame, target, threads)
+    except RecordingError as e:
+        return str(e)
+
 
 class DecodingStopped(ChildProcessError):
-    "A decoding process was killed; what to do."
+    """A decoding process was killed; what to do."""
+
 
 def _decode_all(paths, frame, store_dir, workers, progress):
     """Decode {name: mp4} side by side, in processes: threads would wait for each other's lines to
@@ -403,16 +479,18 @@ def _decode_all(paths, frame, store_dir, workers, progress):
     finally:
         pool.shutdown(cancel_futures=True)
 
-def _decode_target(one, path, target): return one(path, target=target)
 
+def _decode_target(one, path, target):
+    return one(path, target=target)
 
 # %% ../nbs/04_clips.ipynb #b9970165
 _FULL = errno.ENOSPC, errno.EDQUOT
 _CLOSED = errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG
 
+
 @contextmanager
 def _told(store_dir):
-    "What a disk refuses, with the folder and the remedy."
+    """What a disk refuses, with the folder and the remedy."""
     try:
         yield
     except ChildProcessError:
@@ -427,10 +505,23 @@ def _told(store_dir):
             raise
         raise OSError(e.errno, f"{e.strerror}; {remedy}", str(place)) from None
 
+
 def _command(folder, frame, store_dir, delete=False):
     name = next((n for n, c in PRESETS.items() if c.frame == frame), None)
-    size = f"--preset {name}" if name else f"--height {frame.height} --width {frame.width}" if frame else "--preset PRESET"
-    return "build it with: " + f"rm -r {store_dir} && " * delete + f"python -m minecraft_jepa.clips {folder or 'RECORDINGS'} {store_dir} {size}"
+    size = (
+        f"--preset {name}"
+        if name
+        else f"--height {frame.height} --width {frame.width}"
+        if frame
+        else "--preset PRESET"
+    )
+    return (
+        "build it with: "
+        + f"rm -r {store_dir} && " * delete
+        + f"python -m minecraft_jepa.clips {folder or 'RECORDINGS'} {store_dir} {size}"
+    )
+
+
 def _build(store_dir, folder, paths, frame, workers, progress):
     """Decode what is not there or stale; what can't be decoded, as text. A store that is whole and
     may only be read is left alone.
@@ -448,60 +539,99 @@ def _build(store_dir, folder, paths, frame, workers, progress):
 
 # %% ../nbs/04_clips.ipynb #d755febf
 class ClipStore(Clips):
-    "Clips in a folder. Made by `ClipStore.build`, or by `ClipStore.open` where the recordings are not at hand."
+    """Clips in a folder. Made by `ClipStore.build`, or by `ClipStore.open` where the recordings are not at hand."""
+
     @classmethod
-    def build(cls,
-        folder,          # of recordings; or a store, which is then opened
-        frame,           # config.frame
+    def build(
+        cls,
+        folder,  # of recordings; or a store, which is then opened
+        frame,  # config.frame
         store_dir=None,  # None: `store_of(folder, frame)`
-        names=None,      # None: all recordings in the folder
-        progress=True,   # show a bar while decoding
-        workers=None,    # recordings decoded side by side; None: one a core
+        names=None,  # None: all recordings in the folder
+        progress=True,  # show a bar while decoding
+        workers=None,  # recordings decoded side by side; None: one a core
     ):
-        "Decode what is not decoded yet, or has changed since. What is done stays done if this is killed. RecordingError names those that can't be decoded, after all others are."
+        """Decode what is not decoded yet, or has changed since. What is done stays done if this is killed. RecordingError names those that can't be decoded, after all others are."""
         folder = Path(folder)
         workers = cores_allowed() if workers is None else whole_number(workers, "workers", 1)
-        if (folder / "store.json").is_file(): return cls.open(folder, frame, names=names)
+        if (folder / "store.json").is_file():
+            return cls.open(folder, frame, names=names)
         store_dir = Path(store_dir or store_of(folder, frame))
         names = [p.stem for p in find_recordings(folder)] if names is None else list(names)
         paths = {n: pair_of(folder / f"{n}.mp4")[0] for n in names}
         with _told(store_dir):
             wrong = _build(store_dir, folder, paths, frame, workers, progress)
-        if wrong: raise RecordingError(f"{wrong[0]}" + (f" ({len(wrong)} recordings can't be decoded)" if len(wrong) > 1 else "") + "; recordings.check_folder(folder, decode=True) lists and leaves out all such")
+        if wrong:
+            raise RecordingError(
+                f"{wrong[0]}"
+                + (f" ({len(wrong)} recordings can't be decoded)" if len(wrong) > 1 else "")
+                + "; recordings.check_folder(folder, decode=True) lists and leaves out all such"
+            )
         return cls.open(store_dir, frame, names=names)
 
     @classmethod
-    def open(cls,
-        store_dir,    # a folder that `build` made
-        frame=None,   # config.frame it must have; None: any
+    def open(
+        cls,
+        store_dir,  # a folder that `build` made
+        frame=None,  # config.frame it must have; None: any
         folder=None,  # of recordings it must have been made from; None: not compared
-        names=None,   # None: all clips
+        names=None,  # None: all clips
     ):
-        "Open a store; no video library is needed. StaleStore when size, format or sources differ, with the command that builds it."
+        """Open a store; no video library is needed. StaleStore when size, format or sources differ, with the command that builds it."""
         store_dir = Path(store_dir)
-        try: settings = json.loads((store_dir / "store.json").read_text())
-        except FileNotFoundError: raise StaleStore(f"{store_dir}: not a clip store (store.json is missing); {_command(folder, frame, store_dir)}") from None
-        wanted = {"format": FORMAT} | ({"height": frame.height, "width": frame.width} if frame else {})
-        if any(settings.get(k) != v for k, v in wanted.items()): raise StaleStore(f"{store_dir} holds {settings}, wanted {wanted}; {_command(folder, frame, store_dir, delete=settings.get('format') != FORMAT)}")
-        names = sorted(p.parent.name for p in store_dir.glob("[!.]*/clip.json")) if names is None else list(names)
+        try:
+            settings = json.loads((store_dir / "store.json").read_text())
+        except FileNotFoundError:
+            raise StaleStore(
+                f"{store_dir}: not a clip store (store.json is missing); {_command(folder, frame, store_dir)}"
+            ) from None
+        wanted = {"format": FORMAT} | (
+            {"height": frame.height, "width": frame.width} if frame else {}
+        )
+        if any(settings.get(k) != v for k, v in wanted.items()):
+            raise StaleStore(
+                f"{store_dir} holds {settings}, wanted {wanted}; {_command(folder, frame, store_dir, delete=settings.get('format') != FORMAT)}"
+            )
+        names = (
+            sorted(p.parent.name for p in store_dir.glob("[!.]*/clip.json"))
+            if names is None
+            else list(names)
+        )
         folders = {n: store_dir / n for n in names}
-        for n in [n for n in names if not (folders[n] / "clip.json").is_file()][:1]: raise StaleStore(f"{store_dir}: no clip of {n}; {_command(folder, frame, store_dir)}")
+        for n in [n for n in names if not (folders[n] / "clip.json").is_file()][:1]:
+            raise StaleStore(f"{store_dir}: no clip of {n}; {_command(folder, frame, store_dir)}")
         for n in names if folder else []:
-            if is_stale(folders[n], Path(folder) / f"{n}.mp4"): raise StaleStore(f"{folders[n]}: {n} has changed since it was decoded; {_command(folder, frame, store_dir)}")
-        return cls(folders, {n: json.loads((f / "clip.json").read_text()) for n, f in folders.items()})
+            if is_stale(folders[n], Path(folder) / f"{n}.mp4"):
+                raise StaleStore(
+                    f"{folders[n]}: {n} has changed since it was decoded; {_command(folder, frame, store_dir)}"
+                )
+        return cls(
+            folders, {n: json.loads((f / "clip.json").read_text()) for n, f in folders.items()}
+        )
 
 # %% ../nbs/04_clips.ipynb #a5a77a0c
 def main(
     argv=None,  # words of the command line; None: those of this process
 ):
-    "Build a store as the command line says."
-    p = argparse.ArgumentParser(prog="python -m minecraft_jepa.clips", description="Decode recordings into a clip store, once.", allow_abbrev=False)
+    """Build a store as the command line says."""
+    p = argparse.ArgumentParser(
+        prog="python -m minecraft_jepa.clips",
+        description="Decode recordings into a clip store, once.",
+        allow_abbrev=False,
+    )
     p.add_argument("recordings", type=Path, help="folder of NAME.mp4 + NAME.jsonl")
     p.add_argument("store", type=Path, help="folder to make, or to go on with")
-    p.add_argument("--preset", choices=list(PRESETS), default="tiny", help="whose size of frames (default: tiny)")
+    p.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        default="tiny",
+        help="whose size of frames (default: tiny)",
+    )
     p.add_argument("--height", type=int, help="in place of the preset's")
     p.add_argument("--width", type=int, help="in place of the preset's")
-    p.add_argument("--workers", type=int, help="recordings decoded side by side (default: one a core)")
+    p.add_argument(
+        "--workers", type=int, help="recordings decoded side by side (default: one a core)"
+    )
     a = p.parse_args(argv)
     size = {f"frame_{k}": v for k, v in (("height", a.height), ("width", a.width)) if v is not None}
     try:
@@ -509,73 +639,107 @@ def main(
             raise ValueError(f"{a.recordings} is a clip store already; give a folder of recordings")
         frame = preset(a.preset, **size).frame
         store = ClipStore.build(a.recordings, frame, a.store, workers=a.workers)
-    except (ValueError, OSError, ImportError) as e: sys.exit(f"{p.prog}: {e}")
+    except (ValueError, OSError, ImportError) as e:
+        sys.exit(f"{p.prog}: {e}")
     ticks = sum(about["ticks"] for about in store.about.values())
-    print(f"{a.store}: {len(store.names)} clips, {ticks / 72_000:.2f} hours, {sum(f.stat().st_size for f in a.store.rglob('*.npy')) / 2**20:.0f} MiB")
+    print(
+        f"{a.store}: {len(store.names)} clips, {ticks / 72_000:.2f} hours, {sum(f.stat().st_size for f in a.store.rglob('*.npy')) / 2**20:.0f} MiB"
+    )
 
 # %% ../nbs/04_clips.ipynb #81c78318
 def sample_windows(
-    store,         # ClipStore
-    names,         # recordings to draw from
-    ticks,         # length of the action history
-    rollout,       # K
-    batch,         # windows at a time
-    seed,          # with the step, decides what is drawn
+    store,  # ClipStore
+    names,  # recordings to draw from
+    ticks,  # length of the action history
+    rollout,  # K
+    batch,  # windows at a time
+    seed,  # with the step, decides what is drawn
     start_step=0,  # go on from here: the same as skipping that many batches
-    rank=0,        # of several processes: each reads its own part of the batch
-    world=1,       # number of processes
-    far=0,         # beyond K: a further frame t+far, and the actions up to it
+    rank=0,  # of several processes: each reads its own part of the batch
+    world=1,  # number of processes
+    far=0,  # beyond K: a further frame t+far, and the actions up to it
 ):
-    "Endless batches: frames (B, 1+K, 3, H, W) uint8 and actions (B, ticks-1+K, 28), of which each process gets its `B / world`. Every start of every recording is equally likely. With `far` frames are (B, 2+K, 3, H, W), actions (B, ticks-1+far, 28)."
+    """Endless batches: frames (B, 1+K, 3, H, W) uint8 and actions (B, ticks-1+K, 28), of which each process gets its `B / world`. Every start of every recording is equally likely. With `far` frames are (B, 2+K, 3, H, W), actions (B, ticks-1+far, 28)."""
     ticks, rollout = whole_number(ticks, "ticks", 1), whole_number(rollout, "rollout", 0)
     batch, seed = whole_number(batch, "batch", 1), whole_number(seed, "seed", 0)
     rank, world = whole_number(rank, "rank", 0), whole_number(world, "world", 1)
     start_step, far = whole_number(start_step, "start_step", 0), whole_number(far, "far", 0)
-    if rank >= world: raise ValueError(f"rank={rank} must be below world={world}")
-    if batch % world: raise ValueError(f"batch={batch} can't be shared by {world} processes; choose a multiple of {world}")
+    if rank >= world:
+        raise ValueError(f"rank={rank} must be below world={world}")
+    if batch % world:
+        raise ValueError(
+            f"batch={batch} can't be shared by {world} processes; choose a multiple of {world}"
+        )
     runs = [(n, a, b) for n in names for a, b in store.runs(n, ticks, max(rollout, far))]
-    if not runs: raise ValueError(f"no window of {ticks} ticks of history and {max(rollout, far)} ahead fits into {', '.join(names) or 'no recordings'}; use longer recordings")
+    if not runs:
+        raise ValueError(
+            f"no window of {ticks} ticks of history and {max(rollout, far)} ahead fits into {', '.join(names) or 'no recordings'}; use longer recordings"
+        )
     of, last = [n for n, _, _ in runs], np.array([b for _, _, b in runs])
-    ends, block = np.cumsum([b - a for _, a, b in runs]), 64  # steps drawn at a time: a generator costs more than a window
+    ends, block = (
+        np.cumsum([b - a for _, a, b in runs]),
+        64,
+    )  # steps drawn at a time: a generator costs more than a window
     for first in itertools.count(start_step // block * block, block):
         picks = np.random.default_rng([seed, first]).integers(0, ends[-1], (block, batch))
         which = np.searchsorted(ends, picks, "right")
-        for step, (runs_drawn, ticks_drawn) in enumerate(zip(which.tolist(), (last[which] + picks - ends[which]).tolist()), first):
+        for step, (runs_drawn, ticks_drawn) in enumerate(
+            zip(which.tolist(), (last[which] + picks - ends[which]).tolist()), first
+        ):
             mine = slice(rank * batch // world, (rank + 1) * batch // world)
-            if step >= start_step: yield store.read([(of[r], t) for r, t in zip(runs_drawn[mine], ticks_drawn[mine])], ticks, rollout, far)
+            if step >= start_step:
+                yield store.read(
+                    [(of[r], t) for r, t in zip(runs_drawn[mine], ticks_drawn[mine])],
+                    ticks,
+                    rollout,
+                    far,
+                )
 
 # %% ../nbs/04_clips.ipynb #adafe3ae
 def image_shift(
-    frames,   # (T, 3, H, W) uint8 of a clip
-    many=500, # frames looked at together
+    frames,  # (T, 3, H, W) uint8 of a clip
+    many=500,  # frames looked at together
 ) -> tuple[np.ndarray, np.ndarray]:
-    "Shift to the right of each frame against the one before, in pixels, and how well the two then agree, at most 1: (T-1,), (T-1,)."
+    """Shift to the right of each frame against the one before, in pixels, and how well the two then agree, at most 1: (T-1,), (T-1,)."""
     many = whole_number(many, "many", 1)
-    parts = [_image_shift(frames[i:i + many + 1]) for i in range(0, len(frames) - 1, many)]
-    if not parts: return np.zeros(0), np.zeros(0)  # a single frame moves nowhere
-    return np.concatenate([shift for shift, _ in parts]), np.concatenate([agreement for _, agreement in parts])
+    parts = [_image_shift(frames[i : i + many + 1]) for i in range(0, len(frames) - 1, many)]
+    if not parts:
+        return np.zeros(0), np.zeros(0)  # a single frame moves nowhere
+    return np.concatenate([shift for shift, _ in parts]), np.concatenate(
+        [agreement for _, agreement in parts]
+    )
+
 
 def _image_shift(frames):
     grey = torch.from_numpy(np.array(frames)).float().mean(1, keepdim=True)  # (T, 1, H, W)
     coarser = max(grey.shape[3] // 80, 1)
     grey = F.avg_pool2d(grey, coarser)
-    detail = (grey - F.avg_pool2d(grey, 9, 1, 4))[:, 0]                       # (T, H, W), without light and shade
+    detail = (grey - F.avg_pool2d(grey, 9, 1, 4))[:, 0]  # (T, H, W), without light and shade
     height, width = detail.shape[1:]
-    reach, rise = width // 10, 3                                              # pixels to either side, and up or down
+    reach, rise = width // 10, 3  # pixels to either side, and up or down
     moves = torch.ones(height, width)
-    moves[int(.78 * height):] = 0                                             # hotbar, crosshair and hand stay where they are
-    moves[int(.4 * height):int(.6 * height), int(.43 * width):int(.57 * width)] = 0
-    moves[int(.45 * height):, int(.7 * width):] = 0
-    at = lambda x, down, right: x[..., rise + down:height - rise + down, reach + right:width - reach + right]
+    moves[int(0.78 * height) :] = 0  # hotbar, crosshair and hand stay where they are
+    moves[int(0.4 * height) : int(0.6 * height), int(0.43 * width) : int(0.57 * width)] = 0
+    moves[int(0.45 * height) :, int(0.7 * width) :] = 0
+    at = lambda x, down, right: x[
+        ..., rise + down : height - rise + down, reach + right : width - reach + right
+    ]
     old, inner, agree = at(detail[:-1] * moves, 0, 0), at(moves, 0, 0), []
     for down in range(-rise, rise + 1):
         for right in range(-reach, reach + 1):
             new = at(detail[1:], down, right) * inner
-            agree.append((old * new).sum((1, 2)) / (old.square().sum((1, 2)) * new.square().sum((1, 2)) + 1).sqrt())
-    agree = torch.stack(agree, 1).unflatten(1, (2 * rise + 1, 2 * reach + 1)).amax(1).numpy()  # (T-1, shifts)
+            agree.append(
+                (old * new).sum((1, 2))
+                / (old.square().sum((1, 2)) * new.square().sum((1, 2)) + 1).sqrt()
+            )
+    agree = (
+        torch.stack(agree, 1).unflatten(1, (2 * rise + 1, 2 * reach + 1)).amax(1).numpy()
+    )  # (T-1, shifts)
     best, row = agree.argmax(1).clip(1, 2 * reach - 1), np.arange(len(agree))
     left, top, right = agree[row, best - 1], agree[row, best], agree[row, best + 1]
-    part = np.clip((left - right) / np.minimum(left - 2 * top + right, -1e-6) / 2, -0.5, 0.5)  # top of the parabola through three points
+    part = np.clip(
+        (left - right) / np.minimum(left - 2 * top + right, -1e-6) / 2, -0.5, 0.5
+    )  # top of the parabola through three points
     # 0 where there is nothing to see
     shift = np.where(agree.max(1) > 0, (best - reach + part) * coarser, 0)
     return shift, agree.max(1)
@@ -599,8 +763,9 @@ def lag_correlation(
     t = t[(agreement[t] > sure) & (np.abs(turn[t]) < limit)]
     return [_correlation(-shift[t], turn[t + lag]) for lag in lags]
 
+
 def _correlation(a, b):
-    "Pearson's; 0 where one of them does not change."
+    """Pearson's; 0 where one of them does not change."""
     if len(a) < 2 or not np.ptp(a) or not np.ptp(b):
         return 0.0
     a, b = (np.asarray(x, float) - np.mean(x, dtype=float) for x in (a, b))
@@ -608,4 +773,5 @@ def _correlation(a, b):
     return float(np.clip((a * b).sum() / spread, -1, 1)) if spread else 0.0
 
 # %% ../nbs/04_clips.ipynb #39961e73
-if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook is "__main__" too
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # a notebook is "__main__" too

@@ -15,32 +15,42 @@ from .layers import Block, CrossBlock, init_weights, sincos_table
 
 # %% ../nbs/09_conditioner.ipynb #e73f1e53
 class ActionTokens(nn.Module):
-    "One token for each tick, with its position. (b, ticks, 28) -> (b, ticks, d)"
-    def __init__(self,
+    """One token for each tick, with its position. (b, ticks, 28) -> (b, ticks, d)"""
+
+    def __init__(
+        self,
         ticks,  # length of the history
         width,  # of the tokens
     ):
         super().__init__()
         scale = torch.ones(ACTION_DIM)
-        scale[[ACTION_NAMES.index("dx"), ACTION_NAMES.index("dy")]] = 0.3  # a usual turn is about 3 degrees a tick
+        scale[[ACTION_NAMES.index("dx"), ACTION_NAMES.index("dy")]] = (
+            0.3  # a usual turn is about 3 degrees a tick
+        )
         self.register_buffer("scale", scale, persistent=False)
         self.embed = nn.Linear(ACTION_DIM, width)
-        nn.init.normal_(self.embed.weight, std=0.5)  # the few inputs that are not zero have to stand out against the position
-        self.position = nn.Parameter(sincos_table(torch.arange(ticks), width))  # distinct from the start, then learned
+        nn.init.normal_(
+            self.embed.weight, std=0.5
+        )  # the few inputs that are not zero have to stand out against the position
+        self.position = nn.Parameter(
+            sincos_table(torch.arange(ticks), width)
+        )  # distinct from the start, then learned
 
     def forward(self, actions):
         self.check(actions)
         return self.look(actions) + self.position  # (b, ticks, d)
 
     def check(self, actions):
-        "ValueError when they are not one window."
+        """ValueError when they are not one window."""
         ticks = len(self.position)
         if actions.ndim != 3 or tuple(actions.shape[1:]) != (ticks, ACTION_DIM):
-            raise ValueError(f"actions are {tuple(actions.shape)}, expected (batch, {ticks}, "
-                             f"{ACTION_DIM}): ticks t-{ticks - 1} .. t")
+            raise ValueError(
+                f"actions are {tuple(actions.shape)}, expected (batch, {ticks}, "
+                f"{ACTION_DIM}): ticks t-{ticks - 1} .. t"
+            )
 
     def look(self, actions):
-        "As many tokens as there are ticks, (b, T, 28) -> (b, T, d), without position."
+        """As many tokens as there are ticks, (b, T, 28) -> (b, T, d), without position."""
         return self.embed(actions * self.scale)
 
 # %% ../nbs/09_conditioner.ipynb #29ced25a
@@ -48,21 +58,25 @@ def recency_bias(
     ticks,  # length of the history, the last is now
     heads,  # number of heads
 ):
-    "Where attention to the actions starts: the first head sees little but the last tick, the last head all alike. (heads, 1, ticks). ALiBi (Press et al. 2022) with steeper slopes."
+    """Where attention to the actions starts: the first head sees little but the last tick, the last head all alike. (heads, 1, ticks). ALiBi (Press et al. 2022) with steeper slopes."""
     age = torch.arange(ticks - 1, -1, -1.0)  # (ticks,)
     slope = torch.cat([4.0 * 4.0 ** -torch.arange(heads - 1), torch.zeros(1)])  # (heads,)
     return -(slope[:, None] * age)[:, None]
 
 
 class CrossAttentionConditioner(nn.Module):
-    "Frame tokens cross-attend to the action tokens. (b, n, d), (b, ticks, 28) -> (b, n, d), None"
-    def __init__(self,
+    """Frame tokens cross-attend to the action tokens. (b, n, d), (b, ticks, 28) -> (b, n, d), None"""
+
+    def __init__(
+        self,
         config,  # uses `encoder.width` and `conditioner`
     ):
         super().__init__()
         c, width = config.conditioner, config.encoder.width
         self.tokens = ActionTokens(c.ticks, width)
-        self.blocks = nn.ModuleList(init_weights(CrossBlock(width, c.heads)) for _ in range(c.depth))
+        self.blocks = nn.ModuleList(
+            init_weights(CrossBlock(width, c.heads)) for _ in range(c.depth)
+        )
         self.recency = nn.Parameter(recency_bias(c.ticks, c.heads))
 
     def forward(self, z, actions):
@@ -70,7 +84,7 @@ class CrossAttentionConditioner(nn.Module):
         return self.at(z, self.read(actions), 0)
 
     def read(self, actions):
-        "What `at` needs of all ticks (b, T, 28) of a rollout."
+        """What `at` needs of all ticks (b, T, 28) of a rollout."""
         told = self.tokens.look(actions)  # (b, T, d)
         ahead = [block.attend.kv for block in self.blocks]
         whole = all(type(kv.weight) is nn.Parameter for kv in ahead)  # no shards of FSDP
@@ -80,7 +94,7 @@ class CrossAttentionConditioner(nn.Module):
         return told, [(F.linear(told, kv.weight), kv(self.tokens.position)) for kv in ahead]
 
     def at(self, z, told, k):
-        "The tokens (b, n, d) after the window that begins at tick `k` of what was read, and None."
+        """The tokens (b, n, d) after the window that begins at tick `k` of what was read, and None."""
         told, ready = told
         window, position = slice(k, k + len(self.tokens.position)), self.tokens.position
         if ready is None:
@@ -94,8 +108,10 @@ class CrossAttentionConditioner(nn.Module):
 
 # %% ../nbs/09_conditioner.ipynb #f0bba067
 class AdaLNConditioner(nn.Module):
-    "The history as one vector. (b, n, d), (b, ticks, 28) -> (b, n, d), (b, 1, d)"
-    def __init__(self,
+    """The history as one vector. (b, n, d), (b, ticks, 28) -> (b, n, d), (b, 1, d)"""
+
+    def __init__(
+        self,
         config,  # uses `encoder.width` and `conditioner`
     ):
         super().__init__()
@@ -108,12 +124,12 @@ class AdaLNConditioner(nn.Module):
         return self.at(z, self.read(actions), 0)
 
     def read(self, actions):
-        "What `at` needs of all ticks (b, T, 28) of a rollout."
+        """What `at` needs of all ticks (b, T, 28) of a rollout."""
         return self.tokens.look(actions)  # (b, T, d)
 
     def at(self, z, told, k):
-        "The tokens as they are, and the vector (b, 1, d) of the window that begins at tick `k`."
-        history = told[:, k:k + len(self.tokens.position)] + self.tokens.position  # (b, ticks, d)
+        """The tokens as they are, and the vector (b, 1, d) of the window that begins at tick `k`."""
+        history = told[:, k : k + len(self.tokens.position)] + self.tokens.position  # (b, ticks, d)
         for block in self.blocks:
             history = block(history)
         return z, history[:, -1:]  # the token of tick t has seen all others
@@ -122,5 +138,7 @@ class AdaLNConditioner(nn.Module):
 def make_conditioner(
     config,  # `conditioner.kind` chooses
 ):
-    "The conditioner that the config asks for."
-    return {"cross_attention": CrossAttentionConditioner, "adaln": AdaLNConditioner}[config.conditioner.kind](config)
+    """The conditioner that the config asks for."""
+    return {"cross_attention": CrossAttentionConditioner, "adaln": AdaLNConditioner}[
+        config.conditioner.kind
+    ](config)

@@ -21,30 +21,36 @@ from pathlib import Path
 
 # %% ../nbs/00_config.ipynb #18465e7f
 def whole_number(
-    value,         # of any whole type: int, NumPy's, a tensor of one element
+    value,  # of any whole type: int, NumPy's, a tensor of one element
     name="value",  # for the error
-    least=None,    # smallest that is allowed
-    most=None,     # largest
+    least=None,  # smallest that is allowed
+    most=None,  # largest
 ) -> int:
-    "`value` as an int. ValueError names it when it is no whole number in the range."
+    """`value` as an int. ValueError names it when it is no whole number in the range."""
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
         raise ValueError(f"{name}={value!r} must be a whole number, not true or false")
-    try: number = operator.index(value)
+    try:
+        number = operator.index(value)
     except TypeError:
         raise ValueError(
-            f"{name}={value!r} must be a whole number, not {type(value).__name__}") from None
+            f"{name}={value!r} must be a whole number, not {type(value).__name__}"
+        ) from None
     return _in_range(name, number, least, most)
 
+
 def _number(name, value, least=None, most=None, above=None):
-    "`value` as a finite float."
+    """`value` as a finite float."""
     kind = type(value).__name__
     if isinstance(value, (bool, str, bytes)) or "bool" in str(getattr(value, "dtype", "")):
         raise ValueError(f"{name}={value!r} must be a number, not {kind}")
-    try: number = float(value)
+    try:
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name}={value!r} must be a number, not {kind}") from None
-    if not math.isfinite(number): raise ValueError(f"{name}={number} must be a finite number")
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={number} must be a finite number")
     return _in_range(name, number, least, most, above)
+
 
 def _in_range(name, number, least=None, most=None, above=None):
     if least is not None and number < least:
@@ -55,12 +61,16 @@ def _in_range(name, number, least=None, most=None, above=None):
         raise ValueError(f"{name}={number} must be at most {most}")
     return number
 
+
 def _leaf(name, value, kind, allowed):
-    "A leaf as plain int, float, bool or str. ValueError names it."
-    if kind is int: return whole_number(value, name, **allowed)
-    if kind is float: return _number(name, value, **allowed)
+    """A leaf as plain int, float, bool or str. ValueError names it."""
+    if kind is int:
+        return whole_number(value, name, **allowed)
+    if kind is float:
+        return _number(name, value, **allowed)
     if kind is bool:
-        if isinstance(value, bool) or getattr(value, "dtype", None) == bool: return bool(value)
+        if isinstance(value, bool) or getattr(value, "dtype", None) == bool:
+            return bool(value)
         raise ValueError(f"{name}={value!r} must be true or false, not {type(value).__name__}")
     if not isinstance(value, str):
         raise ValueError(f"{name}={value!r} must be text, not {type(value).__name__}")
@@ -71,21 +81,25 @@ def _leaf(name, value, kind, allowed):
 
 # %% ../nbs/00_config.ipynb #fd75172e
 def _within(default, least=None, most=None, above=None):
-    "A leaf that is a number, with the range it must lie in."
+    """A leaf that is a number, with the range it must lie in."""
     allowed = {"least": least, "most": most, "above": above}
     return field(default=default, metadata={k: v for k, v in allowed.items() if v is not None})
 
+
 def _one_of(*known):
-    "A leaf that is one of these words; the first is the default."
+    """A leaf that is one of these words; the first is the default."""
     return field(default=known[0], metadata={"known": known})
 
+
 class _Section:
-    "Checks its leaves when it is made."
+    """Checks its leaves when it is made."""
+
     def __post_init__(self):
         section = type(self).__name__.lower()
         for f in fields(self):
             value = _leaf(f"{section}.{f.name}", getattr(self, f.name), f.type, f.metadata)
             object.__setattr__(self, f.name, value)  # the section is frozen
+
 
 _WEIGHT, _SHARE, _SIZE = {"least": 0, "most": 1e6}, {"least": 0, "most": 1}, 2**16
 _STEPS, _RATE = {"least": 1, "most": 10**8 - 1}, {"above": 0, "most": 1000}
@@ -93,35 +107,44 @@ _STEPS, _RATE = {"least": 1, "most": 10**8 - 1}, {"above": 0, "most": 1000}
 # %% ../nbs/00_config.ipynb #0dab6d74
 @dataclass(frozen=True)
 class Frame(_Section):
-    "Size of the frames the networks see, in pixels."
+    """Size of the frames the networks see, in pixels."""
+
     height: int = _within(48, 1, 8192)
     width: int = _within(80, 1, 8192)
     patch: int = _within(8, 1, 1024)  # both sides must be whole patches
 
     @property
-    def grid(self): return self.height // self.patch, self.width // self.patch
+    def grid(self):
+        return self.height // self.patch, self.width // self.patch
+
     @property
-    def patches(self): return self.grid[0] * self.grid[1]
+    def patches(self):
+        return self.grid[0] * self.grid[1]
 
 # %% ../nbs/00_config.ipynb #3061731a
 @dataclass(frozen=True)
 class Encoder(_Section):
-    "Vision Transformer, one frame -> latent tokens."
+    """Vision Transformer, one frame -> latent tokens."""
+
     width: int = _within(128, 1, _SIZE)  # also of the latent, the conditioner and the predictor
     depth: int = _within(3, 1, 1000)
     heads: int = _within(4, 1, 1024)
 
+
 @dataclass(frozen=True)
 class Conditioner(_Section):
-    "How the actions reach the frame's tokens."
+    """How the actions reach the frame's tokens."""
+
     kind: str = _one_of("cross_attention", "adaln")  # adaln: one vector modulates every block
     depth: int = _within(2, 1, 1000)
     heads: int = _within(4, 1, 1024)
-    ticks: int = _within(25, 1, 10_000)              # action history t-24 .. t
+    ticks: int = _within(25, 1, 10_000)  # action history t-24 .. t
+
 
 @dataclass(frozen=True)
 class Predictor(_Section):
-    "Transformer, conditioned tokens -> latent of the next frame."
+    """Transformer, conditioned tokens -> latent of the next frame."""
+
     depth: int = _within(3, 1, 1000)
     heads: int = _within(4, 1, 1024)
     dropout: float = _within(0.0, 0, 0.99)  # LeWM: 0.1 where training is long
@@ -129,20 +152,23 @@ class Predictor(_Section):
 # %% ../nbs/00_config.ipynb #2c4d425e
 @dataclass(frozen=True)
 class Jepa(_Section):
-    "Target, loss and collapse alarm of the world model."
+    """Target, loss and collapse alarm of the world model."""
+
     ema_start: float = _within(0.9, 0, 1)  # teacher's momentum at step 0; I-JEPA sec. 4: .996
-    ema_end: float = _within(1.0, 0, 1)    # and at the last step
-    rollout: int = _within(2, 1, 1000)     # K: ticks the loss feeds its own prediction back
+    ema_end: float = _within(1.0, 0, 1)  # and at the last step
+    rollout: int = _within(2, 1, 1000)  # K: ticks the loss feeds its own prediction back
     rollout_late: int = _within(0, 0, 1000)  # K in the last third of the steps, if larger
     # without "ema" the encoder is its own teacher; a loss on its latents keeps it from collapse
     anti_collapse: str = _one_of("ema", "sigreg", "vicreg")
     # beside `ema`, weight of a floor under the spread of each feature: VICReg's variance alone,
     # as C-JEPA (arXiv 2410.19560) keeps it beside I-JEPA; 0: none
     floor: float = _within(0.0, **_WEIGHT)
-    spread: float = _within(0.5, **_WEIGHT)      # that floor; 1 is all that the layer norm leaves
-    sigreg: float = _within(0.05, **_WEIGHT)     # weight, LeJEPA sec. 6
-    slices: int = _within(1024, 1, 2**20)        # random directions that SIGReg looks along
-    vicreg_std: float = _within(1.0, **_WEIGHT)  # weights, VICReg sec. 4.1, against the prediction's
+    spread: float = _within(0.5, **_WEIGHT)  # that floor; 1 is all that the layer norm leaves
+    sigreg: float = _within(0.05, **_WEIGHT)  # weight, LeJEPA sec. 6
+    slices: int = _within(1024, 1, 2**20)  # random directions that SIGReg looks along
+    vicreg_std: float = _within(
+        1.0, **_WEIGHT
+    )  # weights, VICReg sec. 4.1, against the prediction's
     vicreg_cov: float = _within(0.04, **_WEIGHT)
     # weight of the inverse-dynamics head, which names the action between two frames and is used
     # in training alone; 0: there is none
@@ -150,55 +176,58 @@ class Jepa(_Section):
     # weight of its second task: the mouse's way up and down over `reach` ticks as the difference
     # of two numbers, each read off one frame
     tilt: float = _within(0.0, **_WEIGHT)
-    reach: int = _within(16, 1, 1000)            # ticks
-    rank_alarm: float = _within(0.08, **_WEIGHT) # alarm when RankMe / width falls below
+    reach: int = _within(16, 1, 1000)  # ticks
+    rank_alarm: float = _within(0.08, **_WEIGHT)  # alarm when RankMe / width falls below
     std_alarm: float = _within(0.05, **_WEIGHT)  # alarm when the mean std over frames falls below
 
     @property
     def longest(self):
-        "The largest K of a training."
+        """The largest K of a training."""
         return max(self.rollout, self.rollout_late)
 
     @property
     def far(self):
-        "Ticks from t to the frame that a training window holds beside t .. t+K; 0: none."
+        """Ticks from t to the frame that a training window holds beside t .. t+K; 0: none."""
         return self.reach if self.inverse and self.tilt else 0
 
 # %% ../nbs/00_config.ipynb #91cc7a91
 @dataclass(frozen=True)
 class Dit(_Section):
-    "Diffusion transformer, latent -> pixels. JiT (arXiv 2511.13720) defaults."
+    """Diffusion transformer, latent -> pixels. JiT (arXiv 2511.13720) defaults."""
+
     width: int = _within(128, 1, _SIZE)
     depth: int = _within(4, 1, 1000)
     heads: int = _within(4, 1, 1024)
-    bottleneck: int = _within(64, 1, _SIZE)       # patch -> bottleneck -> width, JiT sec. 4.3
-    time_mean: float = _within(-0.8, -100, 100)   # logit-normal times
+    bottleneck: int = _within(64, 1, _SIZE)  # patch -> bottleneck -> width, JiT sec. 4.3
+    time_mean: float = _within(-0.8, -100, 100)  # logit-normal times
     time_std: float = _within(0.8, 0, 100)
-    clamp: float = _within(0.05, above=0, most=1) # lower bound of 1-t in the velocity loss
-    latent_noise: float = _within(0.3, **_WEIGHT) # std of the noise on latents, RAE sec. 4.3
-    drop_latent: float = _within(0.1, **_SHARE)   # share of samples without latent, for guidance
-    ema: float = _within(0.999, **_SHARE)         # momentum of the weights that are sampled from
-    guidance: float = _within(1.0, 0, 1000)       # 1: none
-    sample_steps: int = _within(10, 1, 10_000)    # Heun steps
-    head_depth: int = _within(2, 1, 1000)         # blocks of the regression head, the fast preview
+    clamp: float = _within(0.05, above=0, most=1)  # lower bound of 1-t in the velocity loss
+    latent_noise: float = _within(0.3, **_WEIGHT)  # std of the noise on latents, RAE sec. 4.3
+    drop_latent: float = _within(0.1, **_SHARE)  # share of samples without latent, for guidance
+    ema: float = _within(0.999, **_SHARE)  # momentum of the weights that are sampled from
+    guidance: float = _within(1.0, 0, 1000)  # 1: none
+    sample_steps: int = _within(10, 1, 10_000)  # Heun steps
+    head_depth: int = _within(2, 1, 1000)  # blocks of the regression head, the fast preview
+
 
 @dataclass(frozen=True)
 class Train(_Section):
-    "Both trainings: the world model, then the decoders on its frozen latents."
+    """Both trainings: the world model, then the decoders on its frozen latents."""
+
     steps: int = _within(600, **_STEPS)
     batch: int = _within(16, 1, 2**24)
     lr: float = _within(8e-4, **_RATE)
     # share of lr for the encoder: targets that move slowly can be learned, and keep detail (LOG.md)
     encoder_lr: float = _within(0.5, 0, 1000)
-    warmup: float = _within(0.05, **_SHARE)       # share of the steps
-    weight_decay: float = _within(0.05, 0, 100)   # matrices only
+    warmup: float = _within(0.05, **_SHARE)  # share of the steps
+    weight_decay: float = _within(0.05, 0, 100)  # matrices only
     clip: float = _within(1.0, **_WEIGHT | {"least": 1e-12})  # gradient norm
-    accumulate: int = _within(1, 1, 2**24)        # parts a batch is cut into: less memory
-    checkpoint_activations: bool = False          # compute blocks twice, keep less
-    compile: bool = False                         # torch.compile each block, on a GPU
+    accumulate: int = _within(1, 1, 2**24)  # parts a batch is cut into: less memory
+    checkpoint_activations: bool = False  # compute blocks twice, keep less
+    compile: bool = False  # torch.compile each block, on a GPU
     evaluate_every: int = _within(100, **_STEPS)  # and at the last step
-    save_every: int = _within(100, **_STEPS)      # steps between checkpoints
-    keep: int = _within(2, 1, 10**6)              # checkpoints kept
+    save_every: int = _within(100, **_STEPS)  # steps between checkpoints
+    keep: int = _within(2, 1, 10**6)  # checkpoints kept
     decoder_steps: int = _within(450, **_STEPS)
     decoder_batch: int = _within(16, 1, 2**24)
     decoder_lr: float = _within(6e-4, **_RATE)
@@ -206,7 +235,8 @@ class Train(_Section):
 # %% ../nbs/00_config.ipynb #b62c7714
 @dataclass(frozen=True)
 class Config:
-    "The whole tree."
+    """The whole tree."""
+
     name: str = "tiny"
     frame: Frame = field(default_factory=Frame)
     encoder: Encoder = field(default_factory=Encoder)
@@ -223,104 +253,193 @@ class Config:
                 raise ValueError(f"{f.name}={value!r} must be {f.type.__name__}")
         _check(self)
 
-    def to_json(self): return json.dumps(asdict(self), indent=1)
+    def to_json(self):
+        return json.dumps(asdict(self), indent=1)
 
     def architecture(self):
-        "What has to agree before weights fit: `{dotted name: value}` of everything that shapes a tensor or the input."
-        keep = {"dit": ("width", "depth", "heads", "bottleneck", "head_depth"), "train": (), "jepa": ()}
-        return {f"{section}.{k}": v for section, leaves in asdict(self).items() if isinstance(leaves, dict)
-                for k, v in leaves.items() if k in keep.get(section, leaves) and k != "dropout"}
+        """What has to agree before weights fit: `{dotted name: value}` of everything that shapes a tensor or the input."""
+        keep = {
+            "dit": ("width", "depth", "heads", "bottleneck", "head_depth"),
+            "train": (),
+            "jepa": (),
+        }
+        return {
+            f"{section}.{k}": v
+            for section, leaves in asdict(self).items()
+            if isinstance(leaves, dict)
+            for k, v in leaves.items()
+            if k in keep.get(section, leaves) and k != "dropout"
+        }
 
 # %% ../nbs/00_config.ipynb #3d0faef2
 def _check(config):
-    "Raise ValueError for leaves that do not go together."
+    """Raise ValueError for leaves that do not go together."""
     f, j, train = config.frame, config.jepa, config.train
     for name, side in (("height", f.height), ("width", f.width)):
         if side < f.patch or side % f.patch:
-            raise ValueError(f"frame.{name}={side} is not a whole number of patches of {f.patch}: "
-                             f"choose a multiple of {f.patch}")
-    for name, width, heads in (("encoder", config.encoder.width, config.encoder.heads),
-                               ("conditioner", config.encoder.width, config.conditioner.heads),
-                               ("predictor", config.encoder.width, config.predictor.heads),
-                               ("dit", config.dit.width, config.dit.heads)):
+            raise ValueError(
+                f"frame.{name}={side} is not a whole number of patches of {f.patch}: "
+                f"choose a multiple of {f.patch}"
+            )
+    for name, width, heads in (
+        ("encoder", config.encoder.width, config.encoder.heads),
+        ("conditioner", config.encoder.width, config.conditioner.heads),
+        ("predictor", config.encoder.width, config.predictor.heads),
+        ("dit", config.dit.width, config.dit.heads),
+    ):
         if width % (4 * heads):
             raise ValueError(f"{name}: width {width} must be a multiple of 4 x {heads} heads")
     for name, batch in (("batch", train.batch), ("decoder_batch", train.decoder_batch)):
         if batch % train.accumulate:
-            raise ValueError(f"{name}={batch} can't be cut into accumulate={train.accumulate} "
-                             f"parts; choose a multiple of {train.accumulate}")
+            raise ValueError(
+                f"{name}={batch} can't be cut into accumulate={train.accumulate} "
+                f"parts; choose a multiple of {train.accumulate}"
+            )
 
 # %% ../nbs/00_config.ipynb #01bd218f
 PRESETS = {
-    "tiny": Config(jepa=Jepa(inverse=0.05, tilt=0.1, floor=0.3)),  # heeds the actions sooner (LOG.md)
+    "tiny": Config(
+        jepa=Jepa(inverse=0.05, tilt=0.1, floor=0.3)
+    ),  # heeds the actions sooner (LOG.md)
     "small": Config(
-        name="small", frame=Frame(128, 224, 16), encoder=Encoder(256, 5, 8),
-        conditioner=Conditioner(depth=2, heads=8), predictor=Predictor(depth=6, heads=8, dropout=0.1),
-        jepa=Jepa(ema_start=0.996, rollout=4, inverse=0.05, tilt=0.1, floor=0.3), dit=Dit(width=256, depth=3, heads=8, bottleneck=96, ema=0.9995, sample_steps=20),
-        train=Train(steps=20000, batch=64, lr=5e-4, compile=True, evaluate_every=1000, save_every=500, decoder_steps=20000, decoder_batch=64, decoder_lr=3e-4)),
+        name="small",
+        frame=Frame(128, 224, 16),
+        encoder=Encoder(256, 5, 8),
+        conditioner=Conditioner(depth=2, heads=8),
+        predictor=Predictor(depth=6, heads=8, dropout=0.1),
+        jepa=Jepa(ema_start=0.996, rollout=4, inverse=0.05, tilt=0.1, floor=0.3),
+        dit=Dit(width=256, depth=3, heads=8, bottleneck=96, ema=0.9995, sample_steps=20),
+        train=Train(
+            steps=20000,
+            batch=64,
+            lr=5e-4,
+            compile=True,
+            evaluate_every=1000,
+            save_every=500,
+            decoder_steps=20000,
+            decoder_batch=64,
+            decoder_lr=3e-4,
+        ),
+    ),
     "paper": Config(
-        name="paper", frame=Frame(224, 224, 16), encoder=Encoder(768, 16, 12),
-        conditioner=Conditioner(depth=6, heads=12), predictor=Predictor(depth=30, heads=12, dropout=0.1),
-        jepa=Jepa(ema_start=0.996, rollout=2), dit=Dit(width=768, depth=13, heads=12, bottleneck=128, latent_noise=0.8, ema=0.9999, sample_steps=50),
-        train=Train(steps=300000, batch=4, lr=1.5e-4, compile=True, checkpoint_activations=True, evaluate_every=2000, save_every=1000, decoder_steps=300000, decoder_batch=4, decoder_lr=2e-4)),
+        name="paper",
+        frame=Frame(224, 224, 16),
+        encoder=Encoder(768, 16, 12),
+        conditioner=Conditioner(depth=6, heads=12),
+        predictor=Predictor(depth=30, heads=12, dropout=0.1),
+        jepa=Jepa(ema_start=0.996, rollout=2),
+        dit=Dit(
+            width=768,
+            depth=13,
+            heads=12,
+            bottleneck=128,
+            latent_noise=0.8,
+            ema=0.9999,
+            sample_steps=50,
+        ),
+        train=Train(
+            steps=300000,
+            batch=4,
+            lr=1.5e-4,
+            compile=True,
+            checkpoint_activations=True,
+            evaluate_every=2000,
+            save_every=1000,
+            decoder_steps=300000,
+            decoder_batch=4,
+            decoder_lr=2e-4,
+        ),
+    ),
 }
 
 # %% ../nbs/00_config.ipynb #cc5f8c3f
 def _names():
-    "Every name a change may have -> (section, leaf)."
+    """Every name a change may have -> (section, leaf)."""
     sections = {f.name: f.default_factory for f in fields(Config) if f.name != "name"}
     leaves = [(s, f.name) for s, cls in sections.items() for f in fields(cls)]
     counts = {leaf: sum(leaf == other for _, other in leaves) for _, leaf in leaves}
-    return {name: (s, leaf) for s, leaf in leaves for name in ([leaf] if counts[leaf] == 1 else []) + [f"{s}_{leaf}"]}
+    return {
+        name: (s, leaf)
+        for s, leaf in leaves
+        for name in ([leaf] if counts[leaf] == 1 else []) + [f"{s}_{leaf}"]
+    }
 
 # %% ../nbs/00_config.ipynb #95776f4c
 def _unknown(what, name, known):
     near = difflib.get_close_matches(str(name), known, 3, 0.4)
-    return f"unknown {what} {name!r}" + (f": did you mean {' or '.join(map(repr, near))}?" if near else "") + f" Known: {', '.join(known)}"
+    return (
+        f"unknown {what} {name!r}"
+        + (f": did you mean {' or '.join(map(repr, near))}?" if near else "")
+        + f" Known: {', '.join(known)}"
+    )
+
 
 def preset(
-    name: str,   # 'tiny', 'small' or 'paper'
-    **changes,   # leaves to change, e.g. `batch=8` or `encoder_depth=2`
+    name: str,  # 'tiny', 'small' or 'paper'
+    **changes,  # leaves to change, e.g. `batch=8` or `encoder_depth=2`
 ) -> Config:
-    "The preset's tree with `changes` applied. ValueError names an unknown preset or leaf and the nearest known ones."
+    """The preset's tree with `changes` applied. ValueError names an unknown preset or leaf and the nearest known ones."""
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(_unknown("preset", name, list(PRESETS)))
     config, known, given = PRESETS[name], _names(), {}
     for key, value in changes.items():
-        if key not in known: raise ValueError(_unknown("setting", key, list(known)))
+        if key not in known:
+            raise ValueError(_unknown("setting", key, list(known)))
         section, leaf = known[key]
-        if leaf in given.setdefault(section, {}): raise ValueError(f"{key} is given twice")
+        if leaf in given.setdefault(section, {}):
+            raise ValueError(f"{key} is given twice")
         given[section][leaf] = value
     return replace(config, **{s: replace(getattr(config, s), **v) for s, v in given.items()})
 
 # %% ../nbs/00_config.ipynb #91f56530
-_BOOLS = {"true": True, "yes": True, "on": True, "1": True,
-          "false": False, "no": False, "off": False, "0": False}
+_BOOLS = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
+
 
 def _read_word(name, text, kind):
-    "The value that a word of the command line stands for."
+    """The value that a word of the command line stands for."""
     try:
-        if kind is str: return text
-        if kind is bool: return _BOOLS[text.lower()]
-        if kind is float: return float(text)
-        try: return int(text)
-        except ValueError: number = float(text)
-        if number == int(number): return int(number)  # 1e3
-    except (ValueError, KeyError, OverflowError): pass
+        if kind is str:
+            return text
+        if kind is bool:
+            return _BOOLS[text.lower()]
+        if kind is float:
+            return float(text)
+        try:
+            return int(text)
+        except ValueError:
+            number = float(text)
+        if number == int(number):
+            return int(number)  # 1e3
+    except (ValueError, KeyError, OverflowError):
+        pass
     wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
     raise ValueError(f"{name}={text!r} can't be read: write {wanted}, as in NAME=VALUE")
+
 
 def parse_changes(
     words,  # NAME=VALUE, of a command line
 ) -> dict:
-    "The changes for `preset`. ValueError names the word that can't be read."
+    """The changes for `preset`. ValueError names the word that can't be read."""
     known, changes = _names(), {}
     for word in words:
         name, equals, text = (part.strip() for part in word.partition("="))
-        if not equals: raise ValueError(f"{word!r}: a setting is written NAME=VALUE, as batch=64")
-        if name not in known: raise ValueError(_unknown("setting", name, list(known)))
-        if name in changes: raise ValueError(f"{name} is given twice")
-        if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"": text = text[1:-1]
+        if not equals:
+            raise ValueError(f"{word!r}: a setting is written NAME=VALUE, as batch=64")
+        if name not in known:
+            raise ValueError(_unknown("setting", name, list(known)))
+        if name in changes:
+            raise ValueError(f"{name} is given twice")
+        if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+            text = text[1:-1]
         section, leaf = known[name]
         kind = type(getattr(getattr(PRESETS["tiny"], section), leaf))
         changes[name] = _read_word(name, text, kind)
@@ -330,147 +449,194 @@ def parse_changes(
 def load_config(
     path,  # a JSON file that `Config.to_json` wrote
 ) -> Config:
-    "Read a tree back. ValueError names file, line and key of what does not fit."
+    """Read a tree back. ValueError names file, line and key of what does not fit."""
     path, anew = Path(path), "save the weights again"
     try:
         text = path.read_text()
         tree = json.loads(text)
-    except FileNotFoundError: raise ValueError(f"{path}: no such file; a weights folder holds config.json, written by save_pretrained") from None
-    except json.JSONDecodeError as e: raise ValueError(f"{path}, line {e.lineno}: not JSON ({e.msg}); {anew}") from None
-    except UnicodeDecodeError as e: raise ValueError(f"{path}: no text ({e.reason}); {anew}") from None
-    if not isinstance(tree, dict): raise ValueError(f"{path}, line 1: expected an object, found {type(tree).__name__}; {anew}")
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: no such file; a weights folder holds config.json, written by save_pretrained"
+        ) from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}, line {e.lineno}: not JSON ({e.msg}); {anew}") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: no text ({e.reason}); {anew}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}, line 1: expected an object, found {type(tree).__name__}; {anew}")
     try:
-        sections = {f.name: f.default_factory(**tree[f.name]) if f.name != "name" else tree["name"] for f in fields(Config)}
+        sections = {
+            f.name: f.default_factory(**tree[f.name]) if f.name != "name" else tree["name"]
+            for f in fields(Config)
+        }
         return Config(**sections)
     except (KeyError, TypeError) as e:
         raise ValueError(f"{path}: not a configuration of this version ({e}); {anew}") from None
     except ValueError as e:
         raise ValueError(f"{path}{_line_of(text, str(e))}: {e}; mend it, or {anew}") from None
 
+
 def _line_of(text, message):
-    "`, line N` of the leaf that `message` begins with, in a tree's JSON."
+    """`, line N` of the leaf that `message` begins with, in a tree's JSON."""
     named, inside = re.match(r"(\w+)\.(\w+)=", message), False
     for number, line in enumerate(text.splitlines() if named else (), 1):
         inside = inside or f'"{named[1]}": {{' in line
-        if inside and f'"{named[2]}":' in line: return f", line {number}"
+        if inside and f'"{named[2]}":' in line:
+            return f", line {number}"
     return ""
 
 # %% ../nbs/00_config.ipynb #93f8f3ed
 @dataclass(frozen=True)
 class Study:
-    "Checked parameters of a study notebook."
+    """Checked parameters of a study notebook."""
+
     config: Config
-    data_dir: Path   # folder of NAME.mp4 + NAME.jsonl
-    out_dir: Path    # figures and their JSON are written here
-    weights: Path    # folder that 2_train writes and the others read
-    steps: int       # length of the notebook's main loop; 0: the notebook's own default
+    data_dir: Path  # folder of NAME.mp4 + NAME.jsonl
+    out_dir: Path  # figures and their JSON are written here
+    weights: Path  # folder that 2_train writes and the others read
+    steps: int  # length of the notebook's main loop; 0: the notebook's own default
     seed: int
-    device: str      # 'cpu' or 'cuda'
+    device: str  # 'cpu' or 'cuda'
 
 # %% ../nbs/00_config.ipynb #c5c13747
 _PARAMETERS = ("preset_name", "data_dir", "out_dir", "weights", "steps", "seed", "device")
 
+
 def _injected(names):
-    "The names that papermill's own cell sets, of the cells run so far."
+    """The names that papermill's own cell sets, of the cells run so far."""
     cells = [c for c in names.get("In") or () if isinstance(c, str)]
     for cell in cells:
-        if not cell.lstrip().startswith("# Parameters"): continue
-        try: tree = ast.parse(cell)
-        except SyntaxError: continue
-        yield from (t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets
-                    if isinstance(t, ast.Name))
+        if not cell.lstrip().startswith("# Parameters"):
+            continue
+        try:
+            tree = ast.parse(cell)
+        except SyntaxError:
+            continue
+        yield from (
+            t.id
+            for n in tree.body
+            if isinstance(n, ast.Assign)
+            for t in n.targets
+            if isinstance(t, ast.Name)
+        )
+
 
 def _refuse_misspelt(names):
-    "ValueError for a parameter that is unknown, with the nearest known ones."
+    """ValueError for a parameter that is unknown, with the nearest known ones."""
     plain = (str, int, float, list, dict, tuple, type(None))
     mine = [n for n, v in names.items() if isinstance(v, plain) and not n.startswith("_")]
     near = [n for n in mine if difflib.get_close_matches(n, _PARAMETERS, 1, 0.8)]
     for n in (*_injected(names), *near):
-        if n not in _PARAMETERS: raise ValueError(_unknown("parameter", n, list(_PARAMETERS)))
+        if n not in _PARAMETERS:
+            raise ValueError(_unknown("parameter", n, list(_PARAMETERS)))
+
 
 def _text(name, value, empty=False):
-    "A parameter that is a name or a path."
-    if isinstance(value, (str, Path)) and (str(value).strip() or empty): return str(value)
+    """A parameter that is a name or a path."""
+    if isinstance(value, (str, Path)) and (str(value).strip() or empty):
+        return str(value)
     raise ValueError(f"{name}={value!r} must be text" + ("" if empty else ", and not empty"))
+
 
 def study_parameters(
     names: dict,  # `globals()` of the notebook
 ) -> Study:
-    "Check the parameters in `names`, seed everything and make `out_dir`. ValueError names the parameter and the remedy."
+    """Check the parameters in `names`, seed everything and make `out_dir`. ValueError names the parameter and the remedy."""
     again = isinstance(names.get("study"), Study)  # run a second time: the names are the notebook's
-    if not again: _refuse_misspelt(names)
+    if not again:
+        _refuse_misspelt(names)
     lacking = [n for n in _PARAMETERS if n not in names and n != "weights"]
-    if lacking: raise ValueError(f"parameter {lacking[0]!r} is not set: run the first cell")
+    if lacking:
+        raise ValueError(f"parameter {lacking[0]!r} is not set: run the first cell")
     steps, seed = (_parameter_number(n, names[n]) for n in ("steps", "seed"))
     data_dir = Path(_text("data_dir", names["data_dir"]))
-    if not data_dir.is_dir(): raise ValueError(f"data_dir={str(data_dir)!r}: no such folder (looked from {Path.cwd()}); give one that holds NAME.mp4 and NAME.jsonl")
+    if not data_dir.is_dir():
+        raise ValueError(
+            f"data_dir={str(data_dir)!r}: no such folder (looked from {Path.cwd()}); give one that holds NAME.mp4 and NAME.jsonl"
+        )
     device = check_device(names["device"], "pass -p device cpu")
     config = preset(_text("preset_name", names["preset_name"]))
     out_dir = Path(_text("out_dir", names["out_dir"]))
     weights = Path(_text("weights", names.get("weights", ""), empty=True) or out_dir / "weights")
-    try: out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         told = f"out_dir={str(out_dir)!r} can't be made ({e.strerror}): give another"
         raise ValueError(told) from None
     seed_everything(seed)
     return Study(config, data_dir, out_dir, weights, steps, seed, device)
 
+
 def _parameter_number(name, value):
-    try: return whole_number(value, name, 0)
+    try:
+        return whole_number(value, name, 0)
     except ValueError as e:
         raise ValueError(f"{e}: whole numbers from 0 on are allowed, as in -p {name} 3") from None
 
 # %% ../nbs/00_config.ipynb #11cf5be1
 def check_device(
-    device,                       # 'cpu' or 'cuda'
-    remedy="take the device cpu", # told where there is no GPU
+    device,  # 'cpu' or 'cuda'
+    remedy="take the device cpu",  # told where there is no GPU
 ) -> str:
-    "The device, where this machine has it. ValueError says what to do."
+    """The device, where this machine has it. ValueError says what to do."""
     if not isinstance(device, str) or device not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r}: choose 'cpu' or 'cuda'")
     import torch
+
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device='cuda', but torch sees no GPU here: {remedy}")
     return device
 
+
 def seed_everything(
     seed: int,  # any whole number, 0 or more
 ):
-    "Seed Python, NumPy and torch (every device)."
+    """Seed Python, NumPy and torch (every device)."""
     import numpy as np
     import torch
+
     seed = whole_number(seed, "seed", 0)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed % 2**64)
 
+
 def _quota():
-    "Cores' worth of time that the control group of this process may take; inf without a limit."
+    """Cores' worth of time that the control group of this process may take; inf without a limit."""
     found = [math.inf]
     root = Path("/sys/fs/cgroup")
-    try: group = root / Path("/proc/self/cgroup").read_text().split("0::/", 1)[1].split("\n")[0]
-    except (OSError, IndexError): group = root
+    try:
+        group = root / Path("/proc/self/cgroup").read_text().split("0::/", 1)[1].split("\n")[0]
+    except (OSError, IndexError):
+        group = root
     for folder in {group, *group.parents, root}:
-        try: quota, period = (folder / "cpu.max").read_text().split()
-        except (OSError, ValueError): continue
-        if quota != "max": found.append(int(quota) / int(period))
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+        except (OSError, ValueError):
+            continue
+        if quota != "max":
+            found.append(int(quota) / int(period))
     return min(found)
 
+
 def cores_allowed() -> int:
-    "Cores that this process may use, by its affinity and its control group; at least 1."
-    try: cores = len(os.sched_getaffinity(0))
-    except (AttributeError, OSError): cores = os.cpu_count() or 1
+    """Cores that this process may use, by its affinity and its control group; at least 1."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):
+        cores = os.cpu_count() or 1
     return max(1, math.ceil(min(_quota(), cores)))
 
 # %% ../nbs/00_config.ipynb #5f7832c1
 def write_json(
-    path,   # file to write
+    path,  # file to write
     value,  # anything json can hold
 ):
-    "Write `value` as JSON, whole or not at all."
+    """Write `value` as JSON, whole or not at all."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(json.dumps(value, indent=1) + "\n")
         os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)

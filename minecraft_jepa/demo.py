@@ -20,32 +20,40 @@ from .clips import ClipStore
 from .config import write_json
 from .dit import DiT, RegressionHead
 from .drawing import TICKS_PER_SECOND, save_gif, side_by_side
-from .evaluation import held_out, horizon_errors, kinship, psnr, usable, weights_identity
+from minecraft_jepa.evaluation import (
+    held_out,
+    horizon_errors,
+    kinship,
+    psnr,
+    usable,
+    weights_identity,
+)
 from .jepa import WorldModel
 
 # %% ../nbs/21_demo.ipynb #450edf99
 def walking(
-    store,    # ClipStore
-    name,     # recording
+    store,  # ClipStore
+    name,  # recording
     history,  # ticks before
-    ticks,    # ticks to imagine
+    ticks,  # ticks to imagine
 ) -> int:
-    "The tick after which forward is held the longest, and of these the one with the least turn."
+    """The tick after which forward is held the longest, and of these the one with the least turn."""
     starts = store.starts(name, max(history, 2), ticks)
-    future = [store[name].actions[t:t + ticks] for t in starts]
+    future = [store[name].actions[t : t + ticks] for t in starts]
     walk = np.array([a[:, 0].mean() for a in future])
     turn = np.array([np.hypot(a[:, 22], a[:, 23]).sum() for a in future])
     return int(starts[int(np.argmax(walk * 1e4 - turn))])
 
+
 @torch.no_grad()
 def imagined(
-    model,     # WorldModel
+    model,  # WorldModel
     decoders,  # caption -> function from latents (k, n, d) to frames (k, 3, H, W) uint8
-    frames,    # (1+K, 3, H, W) uint8, from t; the model gets the first
-    actions,   # (ticks-1+K, 28), of tick t-ticks+1 and later
+    frames,  # (1+K, 3, H, W) uint8, from t; the model gets the first
+    actions,  # (ticks-1+K, 28), of tick t-ticks+1 and later
 ):
-    "Caption -> frames (1+K, 3, H, W) uint8: what each decoder draws of the imagined latents, and the real ones."
-    z = model.encode(frames[:1])                                  # (1, N, D): all that the model sees
+    """Caption -> frames (1+K, 3, H, W) uint8: what each decoder draws of the imagined latents, and the real ones."""
+    z = model.encode(frames[:1])  # (1, N, D): all that the model sees
     future = torch.cat([z, model.imagine(z, actions[None])[0]])  # (1+K, N, D)
     return {caption: draw(future) for caption, draw in decoders.items()} | {"real": frames}
 
@@ -53,80 +61,119 @@ def imagined(
 HORIZONS = 1, 2, 4, 8, 15
 METHODS = "model", "copy_last", "other_actions"
 
+
 def demo(
-    data_dir="data",               # recordings
-    weights="data/weights/tiny",   # folder that the training wrote
-    out_dir="_runs/demo",          # GIF and numbers
-    recordings=3,                  # decoded and judged
-    count=8,                       # windows of each
+    data_dir="data",  # recordings
+    weights="data/weights/tiny",  # folder that the training wrote
+    out_dir="_runs/demo",  # GIF and numbers
+    recordings=3,  # decoded and judged
+    count=8,  # windows of each
     seed=0,
 ) -> Path:
-    "Imagine one second and judge a few; print what is done. The path of the GIF."
+    """Imagine one second and judge a few; print what is done. The path of the GIF."""
     begin, ticks = time.monotonic(), TICKS_PER_SECOND
     names = held_out(data_dir, weights)  # first, for it says which of the two folders is not there
     model, dit, head = (net.from_pretrained(weights) for net in (WorldModel, DiT, RegressionHead))
     print(kinship(data_dir, weights))
-    names = names[::max(len(names) // recordings, 1)][:recordings]
+    names = names[:: max(len(names) // recordings, 1)][:recordings]
     frame, history = model.config.frame, model.config.conditioner.ticks
     store = ClipStore.build(data_dir, frame, names=names)
     names = usable(store, names, history, ticks)
-    print(f"{len(names)} recordings that they have not seen: {', '.join(names)}; "
-          f"frames of {frame.height} x {frame.width} pixels")
+    print(
+        f"{len(names)} recordings that they have not seen: {', '.join(names)}; "
+        f"frames of {frame.height} x {frame.width} pixels"
+    )
     name, t = names[0], walking(store, names[0], history, ticks)
     frames, actions = store.window(name, t, history, ticks)
-    print(f"one frame of {name} is given, then the keys and the mouse of {ticks} ticks: "
-          "one second is imagined, and drawn")
-    decoders = {"imagined (diffusion)": partial(dit.decode, steps=5, seed=seed),
-                "imagined (preview)": head.decode}
+    print(
+        f"one frame of {name} is given, then the keys and the mouse of {ticks} ticks: "
+        "one second is imagined, and drawn"
+    )
+    decoders = {
+        "imagined (diffusion)": partial(dit.decode, steps=5, seed=seed),
+        "imagined (preview)": head.decode,
+    }
     panels = imagined(model, decoders, frames, actions)
-    gif = save_gif(side_by_side(panels, actions[history - 1:]), Path(out_dir) / "demo.gif")
+    gif = save_gif(side_by_side(panels, actions[history - 1 :]), Path(out_dir) / "demo.gif")
     errors, _ = horizon_errors(model, store, names, HORIZONS, count)
     table = {h: {m: float(errors[m][:, i].mean()) for m in METHODS} for i, h in enumerate(HORIZONS)}
     print(f"latent error on {count} windows of each recording; 0 is perfect, 1 the best constant:")
     print(*table_lines(table), sep="\n")
-    write_json(gif.with_suffix(".json"), {
-        "recording": name, "tick": t, "frames_seen": 1, "ticks_imagined": ticks,
-        "psnr": {c: psnr(p[1:], frames[1:]).tolist() for c, p in panels.items() if c != "real"},
-        "judged_on": names, "errors": table, "weights_identity": weights_identity(weights)})
-    print("Details are blurred: the networks are small. `make study` trains such a model "
-          f"and judges it in full.\n{gif}: imagined beside real ({time.monotonic() - begin:.0f} s)")
+    write_json(
+        gif.with_suffix(".json"),
+        {
+            "recording": name,
+            "tick": t,
+            "frames_seen": 1,
+            "ticks_imagined": ticks,
+            "psnr": {c: psnr(p[1:], frames[1:]).tolist() for c, p in panels.items() if c != "real"},
+            "judged_on": names,
+            "errors": table,
+            "weights_identity": weights_identity(weights),
+        },
+    )
+    print(
+        "Details are blurred: the networks are small. `make study` trains such a model "
+        f"and judges it in full.\n{gif}: imagined beside real ({time.monotonic() - begin:.0f} s)"
+    )
     return gif
+
 
 def table_lines(
     table,  # {ticks: {"model", "copy_last", "other_actions"}}
 ) -> list[str]:
-    "The table as text."
+    """The table as text."""
     columns = "ticks ahead", "world model", "copy last", "actions of another clip", "model / copy"
-    rows = [(str(h), *(f"{r[m]:.3f}" for m in METHODS), f"{r['model'] / max(r['copy_last'], 1e-9):.2f}")
-            for h, r in table.items()]
-    return ["".join(f"{cell:>{len(c) + 3}}" for cell, c in zip(row, columns)) for row in (columns, *rows)]
+    rows = [
+        (str(h), *(f"{r[m]:.3f}" for m in METHODS), f"{r['model'] / max(r['copy_last'], 1e-9):.2f}")
+        for h, r in table.items()
+    ]
+    return [
+        "".join(f"{cell:>{len(c) + 3}}" for cell, c in zip(row, columns))
+        for row in (columns, *rows)
+    ]
 
 # %% ../nbs/21_demo.ipynb #63a938e8
 def main(
     argv=None,  # words of the command line; None: those of this process
 ) -> int:
-    "Run the demo as the command line says; 1 when it can't."
+    """Run the demo as the command line says; 1 when it can't."""
     p = argparse.ArgumentParser(
-        prog="python -m minecraft_jepa.demo", allow_abbrev=False,
+        prog="python -m minecraft_jepa.demo",
+        allow_abbrev=False,
         description="One second imagined by the shipped weights, beside the real one.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--data", dest="data_dir", default="data", metavar="FOLDER",
-                   help="recordings, NAME.mp4 + NAME.jsonl")
-    p.add_argument("--weights", default="data/weights/tiny", metavar="FOLDER",
-                   help="written by a training")
-    p.add_argument("--out", dest="out_dir", default="_runs/demo", metavar="FOLDER",
-                   help="for the GIF and its numbers")
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument(
+        "--data",
+        dest="data_dir",
+        default="data",
+        metavar="FOLDER",
+        help="recordings, NAME.mp4 + NAME.jsonl",
+    )
+    p.add_argument(
+        "--weights", default="data/weights/tiny", metavar="FOLDER", help="written by a training"
+    )
+    p.add_argument(
+        "--out",
+        dest="out_dir",
+        default="_runs/demo",
+        metavar="FOLDER",
+        help="for the GIF and its numbers",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the noise that diffusion starts from")
     arguments = vars(p.parse_args(argv))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the study does
     for what in ("data_dir", "weights"):
         if not Path(arguments[what]).is_dir():
             p.error(f"{arguments[what]}: no such folder; run from the root of the repository")
-    try: demo(**arguments)
+    try:
+        demo(**arguments)
     except (ValueError, OSError) as e:
         print(f"{p.prog}: {e}", file=sys.stderr)
         return 1
     return 0
 
 # %% ../nbs/21_demo.ipynb #79de4e6b
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # a notebook is "__main__" too
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())  # a notebook is "__main__" too

@@ -13,81 +13,107 @@ from torch import nn
 
 from .config import whole_number
 from .encoder import normalise
-from .layers import (Block, ModulatedBlock, Modulation, Pretrained, SwiGLU,
-                                   as_numbers, init_weights, modulate, rotary_grid, sincos_grid,
-                                   sincos_table)
+from minecraft_jepa.layers import (
+    Block,
+    ModulatedBlock,
+    Modulation,
+    Pretrained,
+    SwiGLU,
+    as_numbers,
+    init_weights,
+    modulate,
+    rotary_grid,
+    sincos_grid,
+    sincos_table,
+)
 
 # %% ../nbs/12_dit.ipynb #a3665401
 def patchify(
     frames,  # (b, 3, H, W), uint8 or float in 0..1
-    patch,   # side
+    patch,  # side
 ):
-    "Frames -> patches in -1..1, in reading order: (b, n, p)."
-    return rearrange(normalise(frames), "b c (row y) (col x) -> b (row col) (y x c)", y=patch, x=patch)
+    """Frames -> patches in -1..1, in reading order: (b, n, p)."""
+    return rearrange(
+        normalise(frames), "b c (row y) (col x) -> b (row col) (y x c)", y=patch, x=patch
+    )
+
 
 def unpatchify(
     patches,  # (b, n, p), in -1..1
-    grid,     # (rows, columns)
-    patch,    # side
+    grid,  # (rows, columns)
+    patch,  # side
 ):
-    "Patches -> frames (b, 3, H, W) uint8."
-    frames = rearrange(patches, "b (row col) (y x c) -> b c (row y) (col x)", row=grid[0], y=patch, x=patch)
+    """Patches -> frames (b, 3, H, W) uint8."""
+    frames = rearrange(
+        patches, "b (row col) (y x c) -> b c (row y) (col x)", row=grid[0], y=patch, x=patch
+    )
     return ((frames.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
+
 def noisy_latents(
-    z,    # (b, n, d)
+    z,  # (b, n, d)
     std,  # upper scale of the noise
 ):
-    "Latents with noise of a random size, |N(0, std^2)| for each sample: predicted latents lie off the manifold too. RAE, sec. 4.3."
+    """Latents with noise of a random size, |N(0, std^2)| for each sample: predicted latents lie off the manifold too. RAE, sec. 4.3."""
     return z + std * torch.randn(len(z), 1, 1, device=z.device).abs() * torch.randn_like(z)
 
 # %% ../nbs/12_dit.ipynb #c9e16fee
 def given_latents(
-    z,       # (b, n, d), or (b, k, n, d) as `imagine` gives them; a tensor or an array of numpy
+    z,  # (b, n, d), or (b, k, n, d) as `imagine` gives them; a tensor or an array of numpy
     config,
-    like,    # a weight: its type and place
+    like,  # a weight: its type and place
 ):
-    "The latents as one batch (b k, n, d), and the batch's axes. ValueError names what does not fit."
+    """The latents as one batch (b k, n, d), and the batch's axes. ValueError names what does not fit."""
     z, own = as_numbers(z, "z", like), (config.frame.patches, config.encoder.width)
     if z.ndim not in (3, 4) or tuple(z.shape[-2:]) != own:
-        raise ValueError(f"z is {tuple(z.shape)}, expected latents (batch, {own[0]}, {own[1]}) or "
-                         f"(batch, ticks, {own[0]}, {own[1]}) of the world model of this preset")
+        raise ValueError(
+            f"z is {tuple(z.shape)}, expected latents (batch, {own[0]}, {own[1]}) or "
+            f"(batch, ticks, {own[0]}, {own[1]}) of the world model of this preset"
+        )
     return z.reshape(-1, *own), tuple(z.shape[:-2])
 
 # %% ../nbs/12_dit.ipynb #1f9a3082
 class RegressionHead(Pretrained):
-    "Latent -> pixels in one pass. (b, n, d) -> (b, 3, H, W)"
+    """Latent -> pixels in one pass. (b, n, d) -> (b, 3, H, W)"""
+
     file = "head.safetensors"
 
-    def __init__(self,
+    def __init__(
+        self,
         config,  # uses `frame`, `encoder` and `dit.head_depth`
     ):
         super().__init__()
         self.config, f, e = config, config.frame, config.encoder
-        self.blocks = init_weights(nn.ModuleList(Block(e.width, e.heads) for _ in range(config.dit.head_depth)))
-        self.norm, self.out = nn.LayerNorm(e.width), init_weights(nn.Linear(e.width, 3 * f.patch**2))
+        self.blocks = init_weights(
+            nn.ModuleList(Block(e.width, e.heads) for _ in range(config.dit.head_depth))
+        )
+        self.norm, self.out = (
+            nn.LayerNorm(e.width),
+            init_weights(nn.Linear(e.width, 3 * f.patch**2)),
+        )
         turns = rotary_grid(f.grid, e.width // e.heads)
         self.register_buffer("turns", turns, persistent=False)
 
     def forward(self, z, frames):
-        "Training loss: latents (b, n, d) and their frames (b, 3, H, W) -> scalar."
+        """Training loss: latents (b, n, d) and their frames (b, 3, H, W) -> scalar."""
         z = noisy_latents(z.detach(), self.config.dit.latent_noise)
         return F.mse_loss(self._patches(z).float(), patchify(frames, self.config.frame.patch))
 
     @torch.no_grad()
     def decode(self, z):
-        "Latents (b, n, d) -> frames (b, 3, H, W) uint8; (b, k, n, d) -> (b, k, 3, H, W)."
+        """Latents (b, n, d) -> frames (b, 3, H, W) uint8; (b, k, n, d) -> (b, k, 3, H, W)."""
         z, lead = given_latents(z, self.config, self.out.weight)
         frame = self.config.frame
         return unpatchify(self._patches(z), frame.grid, frame.patch).unflatten(0, lead)
 
     def _patches(self, z):
-        for block in self.blocks: z = block(z, self.turns)
+        for block in self.blocks:
+            z = block(z, self.turns)
         return self.out(self.norm(z))  # (b, n, p)
 
 # %% ../nbs/12_dit.ipynb #cfd0e1d2
 def _velocity(dit, x, s, z, guidance):
-    "From the noisy patches x at time s < 1 towards the clean ones that a DiT sees under z."
+    """From the noisy patches x at time s < 1 towards the clean ones that a DiT sees under z."""
     s, noisy = s.expand(len(x)), x.to(z.dtype)
     seen = dit.denoise(noisy, s, z).to(x.dtype)
     if guidance != 1:
@@ -97,7 +123,7 @@ def _velocity(dit, x, s, z, guidance):
 
 
 def _heun(velocity, x, times):
-    "Follow the velocity from the first time to the last, 1. The last step is Euler's, as in EDM."
+    """Follow the velocity from the first time to the last, 1. The last step is Euler's, as in EDM."""
     for s, s_next in zip(times[:-1], times[1:]):
         v = velocity(x, s)
         if s_next < 1:
@@ -107,44 +133,61 @@ def _heun(velocity, x, times):
 
 # %% ../nbs/12_dit.ipynb #99edd357
 class DiT(Pretrained):
-    "Denoises pixel patches under a latent: x-prediction, flow matching, per-token adaLN-zero."
+    """Denoises pixel patches under a latent: x-prediction, flow matching, per-token adaLN-zero."""
+
     file = "dit.safetensors"
 
-    def __init__(self,
+    def __init__(
+        self,
         config,  # uses `frame`, `encoder.width` and `dit`
     ):
         super().__init__()
         self.config, f, c, latent = config, config.frame, config.dit, config.encoder.width
-        self.embed = nn.Sequential(nn.Linear(3 * f.patch**2, c.bottleneck, bias=False), nn.Linear(c.bottleneck, c.width))  # JiT sec. 4.3: a frame needs fewer numbers than its patches have
+        self.embed = nn.Sequential(
+            nn.Linear(3 * f.patch**2, c.bottleneck, bias=False), nn.Linear(c.bottleneck, c.width)
+        )  # JiT sec. 4.3: a frame needs fewer numbers than its patches have
         self.latent = nn.Linear(latent, c.width)
         self.time = nn.Sequential(nn.Linear(256, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
-        self.blocks = nn.ModuleList(ModulatedBlock(c.width, c.heads, SwiGLU(c.width), nn.RMSNorm, qk_norm=True) for _ in range(c.depth))
-        self.norm, self.modulation = nn.RMSNorm(c.width, elementwise_affine=False), Modulation(c.width, 2)
+        self.blocks = nn.ModuleList(
+            ModulatedBlock(c.width, c.heads, SwiGLU(c.width), nn.RMSNorm, qk_norm=True)
+            for _ in range(c.depth)
+        )
+        self.norm, self.modulation = (
+            nn.RMSNorm(c.width, elementwise_affine=False),
+            Modulation(c.width, 2),
+        )
         self.out = nn.Linear(c.width, 3 * f.patch**2)
         init_weights(self)
         nn.init.zeros_(self.out.weight)
-        self.no_latent = nn.Parameter(torch.zeros(latent))  # stands for every token of a dropped latent
+        self.no_latent = nn.Parameter(
+            torch.zeros(latent)
+        )  # stands for every token of a dropped latent
         self.register_buffer("position", sincos_grid(f.grid, c.width), persistent=False)
         turns = rotary_grid(f.grid, c.width // c.heads)
         self.register_buffer("turns", turns, persistent=False)
 
     def denoise(self, x, s, z):
-        "The clean patches, as the network sees them: noisy (b, n, p), times (b,), latents (b, n, d) -> (b, n, p)."
-        z = self.latent(z)                                                  # (b, n, w)
+        """The clean patches, as the network sees them: noisy (b, n, p), times (b,), latents (b, n, d) -> (b, n, p)."""
+        z = self.latent(z)  # (b, n, w)
         condition = z + self.time(sincos_table(s * 1000, 256).to(z.dtype))[:, None]  # (b, n, w)
-        x = self.embed(x) + z + self.position                               # (b, n, w)
-        for block in self.blocks: x = block(x, condition, self.turns)
+        x = self.embed(x) + z + self.position  # (b, n, w)
+        for block in self.blocks:
+            x = block(x, condition, self.turns)
         return self.out(modulate(self.norm(x), *self.modulation(condition)))
 
     def forward(self, z, frames):
-        "Training loss: latents (b, n, d) and their frames (b, 3, H, W) -> scalar."
+        """Training loss: latents (b, n, d) and their frames (b, 3, H, W) -> scalar."""
         c, clean, b = self.config.dit, patchify(frames, self.config.frame.patch), len(z)
         z = noisy_latents(z.detach(), c.latent_noise)
-        z = torch.where(torch.rand(b, 1, 1, device=z.device) < c.drop_latent, self.no_latent.to(z.dtype), z)
+        z = torch.where(
+            torch.rand(b, 1, 1, device=z.device) < c.drop_latent, self.no_latent.to(z.dtype), z
+        )
         s = torch.sigmoid(c.time_mean + c.time_std * torch.randn(b, device=z.device))  # (b,)
         noise, mix = torch.randn_like(clean), s[:, None, None]
         seen = self.denoise(mix * clean + (1 - mix) * noise, s, z)
-        return (((seen.float() - clean) / (1 - mix).clamp_min(c.clamp)) ** 2).mean()  # the velocities' difference
+        return (
+            ((seen.float() - clean) / (1 - mix).clamp_min(c.clamp)) ** 2
+        ).mean()  # the velocities' difference
 
     @torch.no_grad()
     def decode(self, z, steps=None, seed=0, guidance=None):
@@ -158,8 +201,14 @@ class DiT(Pretrained):
         guidance = float(c.guidance if guidance is None else guidance)
         source = torch.Generator().manual_seed(whole_number(seed, "seed"))
         z, lead = given_latents(z, self.config, self.out.weight)
-        noise = torch.randn(1, z.shape[1], self.out.out_features, generator=source, device="cpu",
-                            dtype=torch.float32)
+        noise = torch.randn(
+            1,
+            z.shape[1],
+            self.out.out_features,
+            generator=source,
+            device="cpu",
+            dtype=torch.float32,
+        )
         exact = torch.promote_types(z.dtype, torch.float32)  # the sum of the steps, in half models
         x = noise.to(z.device, exact).expand(len(z), -1, -1)
         times = torch.linspace(0, 1, steps + 1, device=z.device, dtype=exact)

@@ -40,42 +40,70 @@ import httpx
 from tqdm import tqdm
 
 from .config import write_json
-from .recordings import (
-    SIDES, check_folder, check_recording, deal_sides, parse_name, read_checks)
+from minecraft_jepa.recordings import (
+    SIDES,
+    check_folder,
+    check_recording,
+    deal_sides,
+    parse_name,
+    read_checks,
+)
 
 # %% ../nbs/03_download.ipynb #82c0dc3a
 class DownloadError(RuntimeError):
-    "What keeps an index from being read or a folder from being filled, and the remedy."
+    """What keeps an index from being read or a folder from being filled, and the remedy."""
+
 
 BASE = "https://openaipublic.blob.core.windows.net/minecraft-rl/"
-SNAPSHOTS = ("all_6xx_Jun_29", "all_7xx_Apr_6", "all_8xx_Jun_29", "all_9xx_Jun_29", "all_10xx_Jun_29", "find-cave-Jul-28")
+SNAPSHOTS = (
+    "all_6xx_Jun_29",
+    "all_7xx_Apr_6",
+    "all_8xx_Jun_29",
+    "all_9xx_Jun_29",
+    "all_10xx_Jun_29",
+    "find-cave-Jul-28",
+)
 HOURS_EACH = 5 / 60  # of a recording: at most five minutes
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a recording: no way out of a folder, nothing hidden
 
+
 @dataclass(frozen=True)
 class Entry:
-    "A recording in an index."
-    name: str   # without suffix
-    url: str    # of the mp4; the jsonl lies beside it
+    """A recording in an index."""
+
+    name: str  # without suffix
+    url: str  # of the mp4; the jsonl lies beside it
     index: str  # where it was listed
 
     @property
-    def player(self): return parse_name(self.name).player
+    def player(self):
+        return parse_name(self.name).player
+
     @property
-    def session(self): return parse_name(self.name).session
+    def session(self):
+        return parse_name(self.name).session
+
 
 def _entry(basedir, relpath, number, where, index):
-    if not isinstance(relpath, str): raise DownloadError(f"{where}: relpaths[{number}] is {relpath!r}, expected text; get the index again")
+    if not isinstance(relpath, str):
+        raise DownloadError(
+            f"{where}: relpaths[{number}] is {relpath!r}, expected text; get the index again"
+        )
     base = re.sub(r"\.(mp4|jsonl)$", "", relpath)
     url = f"{basedir.rstrip('/')}/{base}.mp4"
     name = base.rpartition("/")[2]
-    safe = re.fullmatch(_NAME, name) and not re.search(r"(^|/)\.\.?(/|$)|[\\?#%\s\x00-\x1f]|^/|://", relpath)
-    if not safe or len(name) > 200: raise DownloadError(f"{where}: relpaths[{number}] is {relpath!r}, which is no path of a recording; do not trust this index")
+    safe = re.fullmatch(_NAME, name) and not re.search(
+        r"(^|/)\.\.?(/|$)|[\\?#%\s\x00-\x1f]|^/|://", relpath
+    )
+    if not safe or len(name) > 200:
+        raise DownloadError(
+            f"{where}: relpaths[{number}] is {relpath!r}, which is no path of a recording; do not trust this index"
+        )
     return Entry(name, url, index)
 
 # %% ../nbs/03_download.ipynb #36c9428f
 def _fault_of(address, schemes=("http", "https")):
-    "What is wrong with an address; '' where it can be one."
+    """What is wrong with an address; '' where it can be one."""
     try:
         url = httpx.URL(address)
         host = url.raw_host.decode("ascii")
@@ -93,20 +121,23 @@ def _fault_of(address, schemes=("http", "https")):
         return f"there is no port {url.port}"
     return ""
 
+
 def _masked(address):
-    "The address without user and password, and without what follows a `?`, which may be a key."
-    return re.sub(r"\?.*", "?...", re.sub(r"//[^/]*@", "//...@", address), flags=re.S)
+    """The address without user and password, and without what follows a `?`, which may be a key."""
+    return re.sub(r"\?.*", "?...", re.sub(r"//[^/]*@", "//...@", address), flags=re.DOTALL)
+
 
 def _variable(scheme, value):
-    "Name of the variable that urllib took a proxy from."
+    """Name of the variable that urllib took a proxy from."""
     named = [n for n, v in os.environ.items() if n.lower() == f"{scheme}_proxy" and v == value]
     return named[0] if named else f"the system's {scheme} proxy"
 
 # %% ../nbs/03_download.ipynb #0ce3a0cc
 _PROXIES = "http", "https", "socks5", "socks5h"  # kinds that httpx knows
 
+
 def _check_proxies(found):
-    "DownloadError names the variable of a proxy that can't be used."
+    """DownloadError names the variable of a proxy that can't be used."""
     for scheme in ("http", "https", "all"):
         value = found.get(scheme)
         if not value:
@@ -122,11 +153,14 @@ def _check_proxies(found):
             fault = str(e)
         if fault:
             name = _variable(scheme, value)
-            raise DownloadError(f"{name}={_masked(value)}: this proxy can't be used ({fault}); "
-                                "set it as http://HOST:PORT, or unset it")
+            raise DownloadError(
+                f"{name}={_masked(value)}: this proxy can't be used ({fault}); "
+                "set it as http://HOST:PORT, or unset it"
+            )
+
 
 def _open_client(**options):
-    "An httpx client. DownloadError names the variable that keeps it from being made."
+    """An httpx client. DownloadError names the variable that keeps it from being made."""
     found = urllib.request.getproxies()
     if "*" not in [host.strip() for host in found.get("no", "").split(",")]:
         _check_proxies(found)
@@ -137,13 +171,15 @@ def _open_client(**options):
         told = ", ".join(f"{n}={os.environ[n]}" for n in names) or "the certificates"
         raise DownloadError(f"{told}: can't be read ({e}); mend it, or unset it") from None
     except (httpx.InvalidURL, ValueError) as e:
-        raise DownloadError(f"{_variable('no', found.get('no'))}={found.get('no')}: can't be read ({e});"
-                            " list names and addresses with commas between them, IPv6 without"
-                            " brackets") from None
+        raise DownloadError(
+            f"{_variable('no', found.get('no'))}={found.get('no')}: can't be read ({e});"
+            " list names and addresses with commas between them, IPv6 without"
+            " brackets"
+        ) from None
 
 # %% ../nbs/03_download.ipynb #5a242db2
 def _body(response, most=4096):
-    "The beginning of what the server answered, as text."
+    """The beginning of what the server answered, as text."""
     got = b""
     try:
         for block in response.iter_bytes():
@@ -154,8 +190,9 @@ def _body(response, most=4096):
         pass  # it is only asked for what it says about an error
     return got[:most].decode("utf-8", "replace")
 
+
 def _said(text, kind):
-    "The server's message in the text of an XML, JSON or plain answer; '' in a page for people."
+    """The server's message in the text of an XML, JSON or plain answer; '' in a page for people."""
     message = re.search(r"<Message>\s*([^<]+)", text)
     if message:
         return message[1]
@@ -167,8 +204,9 @@ def _said(text, kind):
         found = next((found[k] for k in ("error", "message", "detail") if k in found), "")
     return found if isinstance(found, str) else ""
 
+
 def _reason(response):
-    "`HTTP 409 PublicAccessNotPermitted: Public access ...`: the status, and what the server says."
+    """`HTTP 409 PublicAccessNotPermitted: Public access ...`: the status, and what the server says."""
     status, code = response.status_code, response.headers.get("x-ms-error-code", "")
     usual = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
     text, phrase = _body(response), response.reason_phrase
@@ -182,37 +220,65 @@ def _reason(response):
 def read_index(
     source,  # path of a JSON file, its URL, or a name in SNAPSHOTS
 ) -> list[Entry]:
-    "The recordings of an index, in its order. DownloadError names file, line or entry, and remedy."
+    """The recordings of an index, in its order. DownloadError names file, line or entry, and remedy."""
     source = str(source)
-    if source in SNAPSHOTS: source = f"{BASE}snapshots/{source}.json"
+    if source in SNAPSHOTS:
+        source = f"{BASE}snapshots/{source}.json"
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
         found = _get_index(source)
         source = _masked(source)
     else:
-        try: found = Path(source).read_bytes()
-        except OSError as e: raise DownloadError(f"{source}: no index can be read there ({e}); give a file, a URL, or one of {', '.join(SNAPSHOTS)}") from None
+        try:
+            found = Path(source).read_bytes()
+        except OSError as e:
+            raise DownloadError(
+                f"{source}: no index can be read there ({e}); give a file, a URL, or one of {', '.join(SNAPSHOTS)}"
+            ) from None
     try:
-        if found.startswith(b"\x1f\x8b"): found = gzip.decompress(found)
-        found = json.loads(found)  # bytes: it sees by itself in which Unicode they are, with or without its mark
-    except json.JSONDecodeError as e: raise DownloadError(f"{source}, line {e.lineno}: not JSON ({e.msg}); get the index again") from None
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e: raise DownloadError(f"{source}: not JSON ({e}); get the index again") from None
-    basedir, relpaths = (found.get("basedir"), found.get("relpaths")) if isinstance(found, dict) else (None, None)
-    if not isinstance(basedir, str) or not isinstance(relpaths, list) or not re.match(r"https?://", basedir):
-        raise DownloadError(f"{source}: expected an object with 'basedir', an http(s) address, and 'relpaths', a list; get the index again")
-    fault = _fault_of(basedir) or ("a key after a ? is not understood here" if "?" in basedir or "#" in basedir else "")
+        if found.startswith(b"\x1f\x8b"):
+            found = gzip.decompress(found)
+        found = json.loads(
+            found
+        )  # bytes: it sees by itself in which Unicode they are, with or without its mark
+    except json.JSONDecodeError as e:
+        raise DownloadError(
+            f"{source}, line {e.lineno}: not JSON ({e.msg}); get the index again"
+        ) from None
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
+        raise DownloadError(f"{source}: not JSON ({e}); get the index again") from None
+    basedir, relpaths = (
+        (found.get("basedir"), found.get("relpaths")) if isinstance(found, dict) else (None, None)
+    )
+    if (
+        not isinstance(basedir, str)
+        or not isinstance(relpaths, list)
+        or not re.match(r"https?://", basedir)
+    ):
+        raise DownloadError(
+            f"{source}: expected an object with 'basedir', an http(s) address, and 'relpaths', a list; get the index again"
+        )
+    fault = _fault_of(basedir) or (
+        "a key after a ? is not understood here" if "?" in basedir or "#" in basedir else ""
+    )
     if fault:
-        raise DownloadError(f"{source}: basedir {_masked(basedir)!r} can't be used ({fault}); mend it")
+        raise DownloadError(
+            f"{source}: basedir {_masked(basedir)!r} can't be used ({fault}); mend it"
+        )
     entries = [_entry(basedir, r, i, source, Path(source).stem) for i, r in enumerate(relpaths)]
     for name, times in Counter(e.name for e in entries).items():
-        if times > 1: raise DownloadError(f"{source}: {name} is listed {times} times; get the index again")
+        if times > 1:
+            raise DownloadError(f"{source}: {name} is listed {times} times; get the index again")
     return entries
 
+
 def _get_index(url):
-    "The bytes of an index on a server."
+    """The bytes of an index on a server."""
     fault = _fault_of(url)
     if fault:
-        raise DownloadError(f"{_masked(url)}: no address of an index ({fault}); "
-                            f"known snapshots: {', '.join(SNAPSHOTS)}")
+        raise DownloadError(
+            f"{_masked(url)}: no address of an index ({fault}); "
+            f"known snapshots: {', '.join(SNAPSHOTS)}"
+        )
     try:
         with _open_client(follow_redirects=True, timeout=60) as client:
             response = client.get(url)
@@ -225,159 +291,257 @@ def _get_index(url):
 
 # %% ../nbs/03_download.ipynb #878f4ba4
 def choose(
-    entries,       # of one index or several
-    hours=None,    # at least; a recording is counted as five minutes. None: all
+    entries,  # of one index or several
+    hours=None,  # at least; a recording is counted as five minutes. None: all
     players=None,  # how many, or their names. None: all
-    seed=0,        # another seed, another choice
+    seed=0,  # another seed, another choice
 ) -> list[Entry]:
-    "Entries of the chosen sessions. ValueError for what the index does not hold."
+    """Entries of the chosen sessions. ValueError for what the index does not hold."""
     order = lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest()
     known = sorted({e.player for e in entries}, key=order)
     if hasattr(players, "__index__"):  # a whole number of any type
         players = operator.index(players)
-        if not 0 < players <= len(known): raise ValueError(f"players={players}: the index has {len(known)}")
+        if not 0 < players <= len(known):
+            raise ValueError(f"players={players}: the index has {len(known)}")
         players = known[:players]
-    for p in set(players or ()) - set(known): raise ValueError(f"unknown player {p!r}: did you mean {' or '.join(difflib.get_close_matches(p, known, 3, 0.3)) or known[0]}?")
+    for p in set(players or ()) - set(known):
+        raise ValueError(
+            f"unknown player {p!r}: did you mean {' or '.join(difflib.get_close_matches(p, known, 3, 0.3)) or known[0]}?"
+        )
     left = [e for e in entries if players is None or e.player in players]
-    if hours is None: return left
+    if hours is None:
+        return left
     most = len(left) * HOURS_EACH
-    if not 0 < hours <= most: raise ValueError(f"hours={hours}: what is left to choose from has at most {most:.1f}; take fewer, or None for all")
+    if not 0 < hours <= most:
+        raise ValueError(
+            f"hours={hours}: what is left to choose from has at most {most:.1f}; take fewer, or None for all"
+        )
     sessions, chosen = {}, set()
-    for e in left: sessions.setdefault(e.session, []).append(e.name)
+    for e in left:
+        sessions.setdefault(e.session, []).append(e.name)
     for s in sorted(sessions, key=order):
-        if len(chosen) * HOURS_EACH >= hours: break
+        if len(chosen) * HOURS_EACH >= hours:
+            break
         chosen.update(sessions[s])
     return [e for e in left if e.name in chosen]
 
 # %% ../nbs/03_download.ipynb #26d51dc7
 def write_manifest(
-    folder,       # to be filled
-    entries,      # of `choose`
+    folder,  # to be filled
+    entries,  # of `choose`
     by="player",  # or 'session': what stays together
-    seed=0,       # deals the sides
-    share=0.15,   # of the recordings for test, and again for validation
+    seed=0,  # deals the sides
+    share=0.15,  # of the recordings for test, and again for validation
 ) -> dict[str, list[str]]:
-    "Write `manifest.json`, or add to it. Gives the sides, {'train', 'validation', 'test': names}."
+    """Write `manifest.json`, or add to it. Gives the sides, {'train', 'validation', 'test': names}."""
     folder, path = Path(folder), Path(folder) / "manifest.json"
     old = read_manifest(folder) if path.is_file() else {"split_by": by, "recordings": {}}
-    if old["split_by"] != by: raise DownloadError(f"{path}: it is split by {old['split_by']}; write it with by={old['split_by']!r}, or into another folder")
+    if old["split_by"] != by:
+        raise DownloadError(
+            f"{path}: it is split by {old['split_by']}; write it with by={old['split_by']!r}, or into another folder"
+        )
     rows = dict(old["recordings"])
     for e in entries:
-        if rows.get(e.name, {}).get("url", e.url) != e.url: raise DownloadError(f"{path}: {e.name} is already listed from {rows[e.name]['url']}; use another folder for {e.url}")
-        rows.setdefault(e.name, {"url": e.url, "index": e.index, "player": e.player, "session": e.session})
-    sides = deal_sides(sorted(rows), seed, share, by, {n: r["side"] for n, r in rows.items() if "side" in r})
+        if rows.get(e.name, {}).get("url", e.url) != e.url:
+            raise DownloadError(
+                f"{path}: {e.name} is already listed from {rows[e.name]['url']}; use another folder for {e.url}"
+            )
+        rows.setdefault(
+            e.name, {"url": e.url, "index": e.index, "player": e.player, "session": e.session}
+        )
+    sides = deal_sides(
+        sorted(rows), seed, share, by, {n: r["side"] for n, r in rows.items() if "side" in r}
+    )
     folder.mkdir(parents=True, exist_ok=True)
     for side, names in sides.items():
-        for n in names: rows[n] = rows[n] | {"side": side}
-    write_json(path, {"version": 1, "split_by": by, "seed": seed, "share": share, "recordings": {n: rows[n] for n in sorted(rows)}})
+        for n in names:
+            rows[n] = rows[n] | {"side": side}
+    write_json(
+        path,
+        {
+            "version": 1,
+            "split_by": by,
+            "seed": seed,
+            "share": share,
+            "recordings": {n: rows[n] for n in sorted(rows)},
+        },
+    )
     return sides
+
 
 def read_manifest(
     folder,  # that `write_manifest` was given
 ) -> dict:
-    "`manifest.json`: version, split_by, seed, share, and recordings {name: url, index, player, session, side}."
+    """`manifest.json`: version, split_by, seed, share, and recordings {name: url, index, player, session, side}."""
     path = Path(folder) / "manifest.json"
-    try: found = json.loads(path.read_bytes())
-    except FileNotFoundError: raise DownloadError(f"{path}: no such file; write_manifest makes it") from None
-    except json.JSONDecodeError as e: raise DownloadError(f"{path}, line {e.lineno}: not JSON ({e.msg}); delete it and write it again") from None
-    except UnicodeDecodeError as e: raise DownloadError(f"{path}: not JSON ({e}); delete it and write it again") from None
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DownloadError(f"{path}: no such file; write_manifest makes it") from None
+    except json.JSONDecodeError as e:
+        raise DownloadError(
+            f"{path}, line {e.lineno}: not JSON ({e.msg}); delete it and write it again"
+        ) from None
+    except UnicodeDecodeError as e:
+        raise DownloadError(f"{path}: not JSON ({e}); delete it and write it again") from None
     rows = found.get("recordings") if isinstance(found, dict) else None
     if not isinstance(rows, dict) or not isinstance(found.get("split_by"), str):
         raise DownloadError(f"{path}: not written by write_manifest; delete it and write it again")
     for n, r in rows.items():
-        if not isinstance(r, dict) or not isinstance(r.get("url"), str) or not re.fullmatch(_NAME, n) or r.get("side") not in SIDES: raise DownloadError(f"{path}: {n!r} is no recording of this project's; delete the file and write it again")
+        if (
+            not isinstance(r, dict)
+            or not isinstance(r.get("url"), str)
+            or not re.fullmatch(_NAME, n)
+            or r.get("side") not in SIDES
+        ):
+            raise DownloadError(
+                f"{path}: {n!r} is no recording of this project's; delete the file and write it again"
+            )
     return found
 
 # %% ../nbs/03_download.ipynb #a1ec83aa
 LEDGER = "ledger.ndjson"
 
+
 def read_ledger(
     folder,  # that `fetch` fills
 ) -> dict[str, dict]:
-    "{file name: row with status, why and bytes}. A last line that was cut off by a kill is passed over."
+    """{file name: row with status, why and bytes}. A last line that was cut off by a kill is passed over."""
     path, rows = Path(folder) / LEDGER, {}
     for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try: row = json.loads(line)
-        except ValueError: continue  # only ever the tail of a line that a kill cut: what it told is found out anew
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # only ever the tail of a line that a kill cut: what it told is found out anew
         rows[row["file"]] = row
     return rows
 
+
 class _Ledger:
-    "Adds rows, whole lines at a time."
+    """Adds rows, whole lines at a time."""
+
     def __init__(self, folder):
         self.path, self.rows, self.lock = folder / LEDGER, read_ledger(folder), threading.Lock()
         self.file = open(self.path, "ab")
-        if self.file.tell() and not self.path.read_bytes().endswith(b"\n"): self.file.write(b"\n"); self.file.flush()
+        if self.file.tell() and not self.path.read_bytes().endswith(b"\n"):
+            self.file.write(b"\n")
+            self.file.flush()
 
     def add(self, file, status, why="", size=None):
-        row = {"file": file, "status": status, "why": why, "bytes": size, "time": round(time.time(), 3)}
+        row = {
+            "file": file,
+            "status": status,
+            "why": why,
+            "bytes": size,
+            "time": round(time.time(), 3),
+        }
         with self.lock:
             self.rows[file] = row
-            self.file.write(json.dumps(row).encode() + b"\n"); self.file.flush()
+            self.file.write(json.dumps(row).encode() + b"\n")
+            self.file.flush()
 
 # %% ../nbs/03_download.ipynb #18538a71
-class _Gone(Exception): "The server has not got the file."
-class _Refused(Exception): "The server will not give the file, or gives what can't be used: another try is no use."
+class _Gone(Exception):
+    """The server has not got the file."""
+
+
+class _Refused(Exception):
+    """The server will not give the file, or gives what can't be used: another try is no use."""
+
+
 class _Cut(Exception):
-    "The transfer broke off; worth another try, after `wait` seconds if the server said so."
-    def __init__(self, why, wait=None): super().__init__(why); self.wait = wait
+    """The transfer broke off; worth another try, after `wait` seconds if the server said so."""
+
+    def __init__(self, why, wait=None):
+        super().__init__(why)
+        self.wait = wait
+
 
 def _wait(response):
-    "Seconds of Retry-After, which holds a number or a date."
+    """Seconds of Retry-After, which holds a number or a date."""
     told = response.headers.get("retry-after", "")
-    if told.isdigit(): return float(told)
-    try: return max(email.utils.parsedate_to_datetime(told).timestamp() - time.time(), 0)
-    except ValueError: return None
+    if told.isdigit():
+        return float(told)
+    try:
+        return max(email.utils.parsedate_to_datetime(told).timestamp() - time.time(), 0)
+    except ValueError:
+        return None
+
 
 def _version(response, total):
-    "Hash of what tells one version of the file from another; '' when nothing does."
+    """Hash of what tells one version of the file from another; '' when nothing does."""
     tag = response.headers.get("etag", "")
     mark = tag if tag and not tag.startswith("W/") else response.headers.get("last-modified", "")
-    packed = " ".join(["", *_encodings(response)])  # one tag may stand for the file as it is and packed
+    packed = " ".join(
+        ["", *_encodings(response)]
+    )  # one tag may stand for the file as it is and packed
     return hashlib.sha256(f"{mark} {total}{packed}".encode()).hexdigest()[:16] if mark else ""
 
+
 def _encodings(response):
-    "How the server has packed the file, in its order."
+    """How the server has packed the file, in its order."""
     told = response.headers.get("content-encoding", "").lower().replace("x-", "").split(",")
     return [kind.strip() for kind in told if kind.strip() not in ("", "identity", "aws-chunked")]
 
+
 def _length(response):
-    "Bytes of the whole file, None when the server does not say, and where this answer begins."
+    """Bytes of the whole file, None when the server does not say, and where this answer begins."""
     if response.status_code != 206:
         size = response.headers.get("content-length", "")
         return (int(size) if size.isdigit() else None), 0
     told = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("content-range", ""))
-    if not told: raise _Cut("a partial answer without Content-Range")
+    if not told:
+        raise _Cut("a partial answer without Content-Range")
     return int(told[2]), int(told[1])
 
 # %% ../nbs/03_download.ipynb #e251fe79
-_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\3\4": "zip",
+}
+
 
 def _one_of(kind, *modules):
-    "The first of these modules that is installed. _Refused names the one to install."
+    """The first of these modules that is installed. _Refused names the one to install."""
     for name in modules:
-        try: return importlib.import_module(name)
-        except ImportError: pass
-    raise _Refused(f"sent packed as {kind!r}, which this Python can't unpack: pip install {modules[-1]}")
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            pass
+    raise _Refused(
+        f"sent packed as {kind!r}, which this Python can't unpack: pip install {modules[-1]}"
+    )
+
 
 def _inflated(data):
-    try: return zlib.decompress(data)
-    except zlib.error: return zlib.decompress(data, -zlib.MAX_WBITS)  # some servers leave its frame away
+    try:
+        return zlib.decompress(data)
+    except zlib.error:
+        return zlib.decompress(data, -zlib.MAX_WBITS)  # some servers leave its frame away
+
 
 def _open_packed(path, kind):
-    "What is packed in a file, to be read."
-    if kind == "gzip": return gzip.open(path)
-    if kind == "bzip2": return bz2.open(path)
-    if kind == "xz": return lzma.open(path)
-    if kind == "deflate": return io.BytesIO(_inflated(path.read_bytes()))
+    """What is packed in a file, to be read."""
+    if kind == "gzip":
+        return gzip.open(path)
+    if kind == "bzip2":
+        return bz2.open(path)
+    if kind == "xz":
+        return lzma.open(path)
+    if kind == "deflate":
+        return io.BytesIO(_inflated(path.read_bytes()))
     if kind == "zstd":
         return _one_of(kind, "compression.zstd", "backports.zstd", "zstandard").open(path, "rb")
     if kind == "br":
         return io.BytesIO(_one_of(kind, "brotlicffi", "brotli").decompress(path.read_bytes()))
     raise _Refused(f"sent packed as {kind!r}, which is not known here; ask for another server")
 
+
 def _unpack(path, kind, target):
-    "Write what is packed in `path`. _Cut where it is broken."
+    """Write what is packed in `path`. _Cut where it is broken."""
     target.unlink(missing_ok=True)
     try:
         with _open_packed(path, kind) as packed, open(target, "xb") as f:
@@ -387,55 +551,80 @@ def _unpack(path, kind, target):
     except (_Refused, DownloadError):
         raise
     except Exception as e:  # of as many kinds as there are packers
-        if isinstance(e, OSError) and e.errno: raise
+        if isinstance(e, OSError) and e.errno:
+            raise
         raise _Cut(f"what was sent packed as {kind!r} is broken ({e})") from None
 
+
 def _unpacked(part, encodings):
-    "Path of the file as it was before it was packed: `part` itself, or beside it."
+    """Path of the file as it was before it was packed: `part` itself, or beside it."""
     kinds, whole, layers = list(reversed(encodings)), part, 0
     while True:
-        with open(whole, "rb") as f: head = f.read(8)
+        with open(whole, "rb") as f:
+            head = f.read(8)
         plain = head.lstrip(b"\xef\xbb\xbf \r\n")[:1] == b"{" or head[4:] == b"ftyp"
-        kind = kinds.pop(0) if kinds else next((k for m, k in _PACKED.items() if head.startswith(m)), "")
-        if not kind or layers > 4: return whole
+        kind = (
+            kinds.pop(0)
+            if kinds
+            else next((k for m, k in _PACKED.items() if head.startswith(m)), "")
+        )
+        if not kind or layers > 4:
+            return whole
         target = part.with_name(part.name.removesuffix(".part") + f".{layers}.part")
-        try: _unpack(whole, kind, target)
+        try:
+            _unpack(whole, kind, target)
         except _Cut:
             target.unlink(missing_ok=True)
-            if plain: return whole  # the server says that it is packed, and it is not
+            if plain:
+                return whole  # the server says that it is packed, and it is not
             whole.unlink(missing_ok=True)
             part.unlink(missing_ok=True)
             raise
-        if whole != part: whole.unlink()
+        if whole != part:
+            whole.unlink()
         whole, layers = target, layers + 1
 
 # %% ../nbs/03_download.ipynb #6616fe2a
 def _get(client, url, target, seen, stopped):
-    "Fetch once, going on where the part ends. _Cut to try again, _Gone when that is no use."
+    """Fetch once, going on where the part ends. _Cut to try again, _Gone when that is no use."""
     parts = sorted(target.parent.glob(f"{target.name}.*.part"))
-    for extra in parts[1:]: extra.unlink()
+    for extra in parts[1:]:
+        extra.unlink()
     part = parts[0] if parts else None
     have = part.stat().st_size if part else 0
     with client.stream("GET", url, headers={"Range": f"bytes={have}-"} if have else {}) as r:
-        if r.status_code in (404, 410): raise _Gone(_reason(r))
-        if r.status_code == 416 and part: part.unlink(); raise _Cut("the file has changed on the server")
-        if r.status_code in (408, 425, 429) or r.status_code >= 500: raise _Cut(_reason(r), _wait(r))
-        if r.status_code not in (200, 206): raise _Refused(_reason(r))
+        if r.status_code in (404, 410):
+            raise _Gone(_reason(r))
+        if r.status_code == 416 and part:
+            part.unlink()
+            raise _Cut("the file has changed on the server")
+        if r.status_code in (408, 425, 429) or r.status_code >= 500:
+            raise _Cut(_reason(r), _wait(r))
+        if r.status_code not in (200, 206):
+            raise _Refused(_reason(r))
         total, begin = _length(r)
         version = _version(r, total)
         named = target.with_name(f"{target.name}.{version or 'none'}.part")
         goes_on = r.status_code == 206 and begin == have and version and part == named
-        if not goes_on and part: part.unlink()
-        if r.status_code == 206 and not goes_on: raise _Cut("the file has changed on the server")
+        if not goes_on and part:
+            part.unlink()
+        if r.status_code == 206 and not goes_on:
+            raise _Cut("the file has changed on the server")
         _enough(target.parent, (total or 0) - (have if goes_on else 0))
-        descriptor = os.open(named, os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if goes_on else os.O_TRUNC) | os.O_NOFOLLOW, 0o644)
+        descriptor = os.open(
+            named,
+            os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if goes_on else os.O_TRUNC) | os.O_NOFOLLOW,
+            0o644,
+        )
         with open(descriptor, "ab") as f:
             seen(f.tell())
             _receive(r, f, seen, stopped)
             size = f.tell()
-            f.flush(); os.fsync(f.fileno())
+            f.flush()
+            os.fsync(f.fileno())
         if total is not None and size != total:
-            if size > total: named.unlink()
+            if size > total:
+                named.unlink()
             raise _Cut(f"{size} of {total} bytes came")
         _same_hash(named, r)
         whole = _unpacked(named, _encodings(r))
@@ -445,105 +634,167 @@ def _get(client, url, target, seen, stopped):
     return size
 
 # %% ../nbs/03_download.ipynb #342a12e2
-STALL = 30.0           # seconds in which less than SLOWEST bytes a second come: the connection is given up
+STALL = 30.0  # seconds in which less than SLOWEST bytes a second come: the connection is given up
 SLOWEST = 1024
+
 
 def _receive(response, file, seen, stopped):
     begin, got = time.monotonic(), 0
     try:
         for block in response.iter_raw():
-            file.write(block); seen(len(block)); got += len(block)
-            if stopped.is_set(): raise InterruptedError
+            file.write(block)
+            seen(len(block))
+            got += len(block)
+            if stopped.is_set():
+                raise InterruptedError
             if time.monotonic() - begin > STALL:
-                if got < SLOWEST * STALL: raise _Cut(f"only {got} bytes in {STALL:.0f} s")
+                if got < SLOWEST * STALL:
+                    raise _Cut(f"only {got} bytes in {STALL:.0f} s")
                 begin, got = time.monotonic(), 0
-    finally: file.flush()
+    finally:
+        file.flush()
+
 
 def _same_hash(path, response):
-    "Compare with the server's MD5 of the whole file, where it gives one (Azure does)."
-    told = response.headers.get("x-ms-blob-content-md5") or (response.headers.get("content-md5") if response.status_code == 200 else None)
-    if not told: return
-    with open(path, "rb") as f: found = base64.b64encode(hashlib.file_digest(f, "md5").digest()).decode()
-    if found != told: path.unlink(); raise _Cut("the bytes do not match the server's MD5")
+    """Compare with the server's MD5 of the whole file, where it gives one (Azure does)."""
+    told = response.headers.get("x-ms-blob-content-md5") or (
+        response.headers.get("content-md5") if response.status_code == 200 else None
+    )
+    if not told:
+        return
+    with open(path, "rb") as f:
+        found = base64.b64encode(hashlib.file_digest(f, "md5").digest()).decode()
+    if found != told:
+        path.unlink()
+        raise _Cut("the bytes do not match the server's MD5")
+
 
 def _enough(folder, more, reserve=2**28):
-    "DownloadError unless `more` bytes fit on the disk, and 256 MiB besides."
+    """DownloadError unless `more` bytes fit on the disk, and 256 MiB besides."""
     free = shutil.disk_usage(folder).free
-    if more + reserve > free: raise DownloadError(f"{folder}: {more / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free; choose fewer hours, or another disk. What is there stays, and fetch goes on from it")
+    if more + reserve > free:
+        raise DownloadError(
+            f"{folder}: {more / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free; choose fewer hours, or another disk. What is there stays, and fetch goes on from it"
+        )
 
 # %% ../nbs/03_download.ipynb #b9632df7
 def _fetch_file(client, url, target, tries, pause, seen, stopped):
-    "Fetch until whole. Gives (status, why, bytes)."
+    """Fetch until whole. Gives (status, why, bytes)."""
     failed = 0
     while True:
         here = [0]
-        def count(n): here[0] += n; seen(n)
+
+        def count(n):
+            here[0] += n
+            seen(n)
+
         before = sum(p.stat().st_size for p in target.parent.glob(f"{target.name}.*.part"))
-        try: return "done", "", _get(client, url, target, count, stopped)
-        except _Gone as e: return "missing", str(e), None
+        try:
+            return "done", "", _get(client, url, target, count, stopped)
+        except _Gone as e:
+            return "missing", str(e), None
         except (_Refused, httpx.InvalidURL, UnicodeError) as e:
-            for part in target.parent.glob(f"{target.name}.*.part"): part.unlink()
+            for part in target.parent.glob(f"{target.name}.*.part"):
+                part.unlink()
             return "failed", str(e), None
         except (_Cut, httpx.HTTPError) as e:
             now = sum(p.stat().st_size for p in target.parent.glob(f"{target.name}.*.part"))
             failed = 1 if now > before else failed + 1
             seen(-here[0])
-            if failed >= tries: return "failed", f"{str(e) or type(e).__name__} ({tries} tries)", None
-            rest = getattr(e, "wait", None) or min(pause * 2 ** (failed - 1), 60) * random.uniform(0.5, 1.5)
-            if stopped.wait(min(rest, 300)): raise InterruptedError from None
+            if failed >= tries:
+                return "failed", f"{str(e) or type(e).__name__} ({tries} tries)", None
+            rest = getattr(e, "wait", None) or min(pause * 2 ** (failed - 1), 60) * random.uniform(
+                0.5, 1.5
+            )
+            if stopped.wait(min(rest, 300)):
+                raise InterruptedError from None
 
 # %% ../nbs/03_download.ipynb #e90c02f6
 @contextmanager
 def _alone(folder):
-    "DownloadError when another fetch works in the folder."
+    """DownloadError when another fetch works in the folder."""
     with open(folder / ".lock", "w") as lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise DownloadError(f"{folder}: another fetch works here; wait for it or stop it") from None
-        except OSError as e: print(f"{folder}: this disk knows no locks ({e}); see to it yourself that only one fetch works here", file=sys.stderr)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DownloadError(
+                f"{folder}: another fetch works here; wait for it or stop it"
+            ) from None
+        except OSError as e:
+            print(
+                f"{folder}: this disk knows no locks ({e}); see to it yourself that only one fetch works here",
+                file=sys.stderr,
+            )
         yield
 
-def _halves(name): return f"{name}.jsonl", f"{name}.mp4"
+
+def _halves(name):
+    return f"{name}.jsonl", f"{name}.mp4"
+
 
 def _left(folder, names, ledger, again):
-    "Files still to be fetched, and files that are here but in no ledger, because a kill came between."
+    """Files still to be fetched, and files that are here but in no ledger, because a kill came between."""
     todo, adopted = set(), set()
     for file in (f for n in names for f in _halves(n)):
         row, path = ledger.rows.get(file, {}), folder / file
         status, here = row.get("status"), path.is_file()
-        if here and status in (None, "failed"): adopted.add(file)
-        elif status == "done" and here and row["bytes"] == path.stat().st_size: pass
-        elif status in (None, "done", "failed", *again): todo.add(file)
-    for file in adopted: ledger.add(file, "done", "", (folder / file).stat().st_size)
+        if here and status in (None, "failed"):
+            adopted.add(file)
+        elif status == "done" and here and row["bytes"] == path.stat().st_size:
+            pass
+        elif status in (None, "done", "failed", *again):
+            todo.add(file)
+    for file in adopted:
+        ledger.add(file, "done", "", (folder / file).stat().st_size)
     return todo, adopted
 
+
 def _ask_size(client, url):
-    "Bytes, None when the server does not tell; and why it has not got the file, '' where it has."
-    try: r = client.head(url)
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError): return None, ""
-    if r.status_code in (404, 410): return None, _reason(r)
+    """Bytes, None when the server does not tell; and why it has not got the file, '' where it has."""
+    try:
+        r = client.head(url)
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError):
+        return None, ""
+    if r.status_code in (404, 410):
+        return None, _reason(r)
     return (_length(r)[0] if r.status_code == 200 else None), ""
 
 # %% ../nbs/03_download.ipynb #1ffe668e
 def _fetch_pair(client, folder, name, url, todo, gone, tries, pause, ledger, seen, stopped):
-    "Both halves, the small one first: what has no lines needs no video."
+    """Both halves, the small one first: what has no lines needs no video."""
     for file in _halves(name):
-        if file not in todo: continue
+        if file not in todo:
+            continue
         other = next(f for f in _halves(name) if f != file)
-        if file in gone: result = "missing", gone[file], None
-        elif other in gone or ledger.rows.get(other, {}).get("status") == "missing": result = "missing", f"not fetched: its other half {other} is missing", None
-        else: result = _fetch_file(client, url.removesuffix(".mp4") + Path(file).suffix, folder / file, tries, pause, seen, stopped)
+        if file in gone:
+            result = "missing", gone[file], None
+        elif other in gone or ledger.rows.get(other, {}).get("status") == "missing":
+            result = "missing", f"not fetched: its other half {other} is missing", None
+        else:
+            result = _fetch_file(
+                client,
+                url.removesuffix(".mp4") + Path(file).suffix,
+                folder / file,
+                tries,
+                pause,
+                seen,
+                stopped,
+            )
         if result[0] == "missing":
-            for part in folder.glob(f"{file}.*.part"): part.unlink()
+            for part in folder.glob(f"{file}.*.part"):
+                part.unlink()
         ledger.add(file, *result)
-    if not all((folder / f).is_file() for f in _halves(name)): return
+    if not all((folder / f).is_file() for f in _halves(name)):
+        return
     row = check_recording(folder / name)
-    if row["used"]: return
+    if row["used"]:
+        return
     file = next((f for f in _halves(name) if row["why"].startswith(str(folder / f))), f"{name}.mp4")
     ledger.add(file, "corrupt", row["why"], (folder / file).stat().st_size)
 
 # %% ../nbs/03_download.ipynb #cd980b81
 def _reasons(folder, rows):
-    "[(status, why, files)], the most frequent first; what differs by name alone is one reason."
+    """[(status, why, files)], the most frequent first; what differs by name alone is one reason."""
     found = {}
     for file, row in rows.items():
         if row["status"] == "done":
@@ -551,10 +802,13 @@ def _reasons(folder, rows):
         why = row["why"].replace(f"{folder}{os.sep}", "").replace(Path(file).stem, "NAME")
         why = re.sub(r"(?<=line )\d+|(?<=frame )\d+|\d+(?= of \d)|\d+(?= frames)", "N", why)
         found.setdefault((row["status"], why), []).append(file)
-    return sorted(((*k, files) for k, files in found.items()), key=lambda r: (-len(r[2]), r[0], r[1]))
+    return sorted(
+        ((*k, files) for k, files in found.items()), key=lambda r: (-len(r[2]), r[0], r[1])
+    )
+
 
 def _summary(folder, rows, most=5):
-    "How many files came, and why the others did not, in a few lines."
+    """How many files came, and why the others did not, in a few lines."""
     counts = Counter(r["status"] for r in rows.values())
     told = ", ".join(f"{n} files {s}" for s, n in sorted(counts.items()))
     lines = [f"{folder}: {told}; {LEDGER} has a row for each"]
@@ -568,74 +822,150 @@ def _summary(folder, rows, most=5):
 
 # %% ../nbs/03_download.ipynb #7f5a8121
 def fetch(
-    folder,             # with a manifest.json
-    workers=8,          # connections at a time
-    tries=6,            # for a file, counted since its last byte
-    again=(),           # also try these anew: 'missing', 'corrupt'
-    progress=True,      # bar with bytes, rate and time left
-    pause=1.0,          # seconds before the second try; doubled up to a minute
-    timeout=STALL,      # seconds without a byte
+    folder,  # with a manifest.json
+    workers=8,  # connections at a time
+    tries=6,  # for a file, counted since its last byte
+    again=(),  # also try these anew: 'missing', 'corrupt'
+    progress=True,  # bar with bytes, rate and time left
+    pause=1.0,  # seconds before the second try; doubled up to a minute
+    timeout=STALL,  # seconds without a byte
 ) -> dict[str, dict]:
-    "Fetch what the manifest lists and is not there yet, check it, write `ledger.ndjson` and `checked.json`. Gives the ledger's rows."
+    """Fetch what the manifest lists and is not there yet, check it, write `ledger.ndjson` and `checked.json`. Gives the ledger's rows."""
     folder = Path(folder)
     manifest = read_manifest(folder)["recordings"]
     limits, stopped = httpx.Limits(max_connections=workers), threading.Event()
     headers = {"User-Agent": "minecraft_jepa", "Accept-Encoding": "identity"}
     for n, r in manifest.items():
         fault = _fault_of(r["url"])
-        if fault: raise DownloadError(f"{folder / 'manifest.json'}: the url of {n} can't be used ({fault}); mend it")
-    with _alone(folder), _open_client(limits=limits, headers=headers, timeout=timeout, follow_redirects=True) as client, ThreadPoolExecutor(workers) as pool:
+        if fault:
+            raise DownloadError(
+                f"{folder / 'manifest.json'}: the url of {n} can't be used ({fault}); mend it"
+            )
+    with (
+        _alone(folder),
+        _open_client(
+            limits=limits, headers=headers, timeout=timeout, follow_redirects=True
+        ) as client,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         ledger = _Ledger(folder)
         todo, adopted = _left(folder, manifest, ledger, again)
         for part in folder.glob("*.part"):
-            if part.name.rsplit(".", 2)[0] not in todo: part.unlink()
-        urls = {f: r["url"].removesuffix(".mp4") + Path(f).suffix for n, r in manifest.items() for f in _halves(n) if f in todo}
-        asked = tqdm(pool.map(lambda u: _ask_size(client, u), urls.values()), total=len(urls),
-                     desc="asking for sizes", disable=not (progress and urls))
+            if part.name.rsplit(".", 2)[0] not in todo:
+                part.unlink()
+        urls = {
+            f: r["url"].removesuffix(".mp4") + Path(f).suffix
+            for n, r in manifest.items()
+            for f in _halves(n)
+            if f in todo
+        }
+        asked = tqdm(
+            pool.map(lambda u: _ask_size(client, u), urls.values()),
+            total=len(urls),
+            desc="asking for sizes",
+            disable=not (progress and urls),
+        )
         told = dict(zip(urls, asked))
         gone = {f: why for f, (_, why) in told.items() if why}
         sizes = [n for n, _ in told.values() if n is not None]
         mean = sum(sizes) / max(len(sizes), 1)
         wanted = sum(mean if told[f][0] is None else told[f][0] for f in todo - set(gone))
         _enough(folder, wanted - sum(p.stat().st_size for p in folder.glob("*.part")))
-        with tqdm(total=round(wanted), unit="B", unit_scale=True, unit_divisor=1024, desc="fetching", disable=not (progress and todo), smoothing=0.05) as bar:
+        with tqdm(
+            total=round(wanted),
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            desc="fetching",
+            disable=not (progress and todo),
+            smoothing=0.05,
+        ) as bar:
             names = [n for n in manifest if (todo | adopted) & set(_halves(n))]
-            _all_pairs(pool, names, stopped, lambda n: _fetch_pair(client, folder, n, manifest[n]["url"], todo, gone, tries, pause, ledger, bar.update, stopped))
+            _all_pairs(
+                pool,
+                names,
+                stopped,
+                lambda n: _fetch_pair(
+                    client,
+                    folder,
+                    n,
+                    manifest[n]["url"],
+                    todo,
+                    gone,
+                    tries,
+                    pause,
+                    ledger,
+                    bar.update,
+                    stopped,
+                ),
+            )
     check_folder(folder, progress=progress)
     rows = {f: ledger.rows[f] for n in manifest for f in _halves(n) if f in ledger.rows}
     if progress:
         print(_summary(folder, rows))
     return rows
 
+
 def _all_pairs(pool, names, stopped, one):
-    "Run `one` for each name; the first error stops the others at their next block."
+    """Run `one` for each name; the first error stops the others at their next block."""
     jobs = [pool.submit(one, n) for n in names]
-    try: done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+    try:
+        done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
     finally:
         stopped.set()
-        for job in jobs: job.cancel()
-    for job in done: job.result()
+        for job in jobs:
+            job.cancel()
+    for job in done:
+        job.result()
 
 # %% ../nbs/03_download.ipynb #e9a95271
 def main(
     argv=None,  # words of the command line; None: those of this process
 ):
-    "Choose and fetch as the command line says."
-    p = argparse.ArgumentParser(prog="python -m minecraft_jepa.download", description="Fetch recordings that an index lists; go on with what is left.", allow_abbrev=False)
+    """Choose and fetch as the command line says."""
+    p = argparse.ArgumentParser(
+        prog="python -m minecraft_jepa.download",
+        description="Fetch recordings that an index lists; go on with what is left.",
+        allow_abbrev=False,
+    )
     p.add_argument("folder", type=Path, help="to fill, or to go on with")
-    p.add_argument("--index", action="append", default=[], help=f"file, URL or one of {', '.join(SNAPSHOTS)}; may be repeated. Without it: what the folder's manifest lists")
+    p.add_argument(
+        "--index",
+        action="append",
+        default=[],
+        help=f"file, URL or one of {', '.join(SNAPSHOTS)}; may be repeated. Without it: what the folder's manifest lists",
+    )
     p.add_argument("--hours", type=float, help="at least so many (default: all)")
     p.add_argument("--players", type=int, help="of so many players (default: all)")
-    p.add_argument("--by", choices=("player", "session"), default="player", help="what stays on one side of the split")
+    p.add_argument(
+        "--by",
+        choices=("player", "session"),
+        default="player",
+        help="what stays on one side of the split",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the choice and of the split")
     p.add_argument("--workers", type=int, default=8, help="connections at a time")
-    p.add_argument("--again", action="append", default=[], choices=("missing", "corrupt"), help="also try these anew")
+    p.add_argument(
+        "--again",
+        action="append",
+        default=[],
+        choices=("missing", "corrupt"),
+        help="also try these anew",
+    )
     a = p.parse_args(argv)
     try:
-        if a.index: write_manifest(a.folder, choose([e for i in a.index for e in read_index(i)], a.hours, a.players, a.seed), a.by, a.seed)
+        if a.index:
+            write_manifest(
+                a.folder,
+                choose([e for i in a.index for e in read_index(i)], a.hours, a.players, a.seed),
+                a.by,
+                a.seed,
+            )
         rows = fetch(a.folder, a.workers, again=a.again)
-    except (DownloadError, ValueError, OSError) as e: sys.exit(f"{p.prog}: {e}")
-    except KeyboardInterrupt: sys.exit(f"{p.prog}: stopped; the same command goes on from here")
+    except (DownloadError, ValueError, OSError) as e:
+        sys.exit(f"{p.prog}: {e}")
+    except KeyboardInterrupt:
+        sys.exit(f"{p.prog}: stopped; the same command goes on from here")
     checks = read_checks(a.folder)
     names = {Path(f).stem for f in rows}
     if not any(checks[n]["used"] for n in names & set(checks)):
@@ -645,4 +975,5 @@ def main(
         sys.exit(f"{p.prog}: {a.folder}: not one of {len(names)} recordings can be used: {why}")
 
 # %% ../nbs/03_download.ipynb #39961e73
-if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook is "__main__" too
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # a notebook is "__main__" too

@@ -31,172 +31,335 @@ from .config import write_json
 
 # %% ../nbs/15_drawing.ipynb #2216c507
 COLOURS = {  # by method, the same in every figure
-    "model": "#0173b2", "copy_last": "#de8f05", "noop": "#029e73", "other_actions": "#cc78bc", "linear": "#949494", "no_history": "#8c564b",
-    "shrunk_copy": "#ca9161", "shifted_copy": "#b3a100", "other_future": "#cc78bc", "best_rival": "#0173b2",
-    "real": "#222222", "imagined": "#0173b2", "dit": "#d55e00", "head": "#56b4e9", "train": "#949494", "validation": "#0173b2", "yours": "#0173b2", "shipped": "#949494",
+    "model": "#0173b2",
+    "copy_last": "#de8f05",
+    "noop": "#029e73",
+    "other_actions": "#cc78bc",
+    "linear": "#949494",
+    "no_history": "#8c564b",
+    "shrunk_copy": "#ca9161",
+    "shifted_copy": "#b3a100",
+    "other_future": "#cc78bc",
+    "best_rival": "#0173b2",
+    "real": "#222222",
+    "imagined": "#0173b2",
+    "dit": "#d55e00",
+    "head": "#56b4e9",
+    "train": "#949494",
+    "validation": "#0173b2",
+    "yours": "#0173b2",
+    "shipped": "#949494",
 }
-LABELS = {   # what the legends say
-    "model": "world model", "copy_last": "copy the last frame", "noop": "no-op actions", "other_actions": "actions of another clip",
-    "linear": "linear extrapolation", "no_history": "without action history", "shrunk_copy": "copy, drawn to the mean",
-    "shifted_copy": "copy, shifted and drawn to the mean", "other_future": "future actions of another clip",
-    "best_rival": "strongest rival without a model", "dit": "diffusion transformer", "head": "regression head",
+LABELS = {  # what the legends say
+    "model": "world model",
+    "copy_last": "copy the last frame",
+    "noop": "no-op actions",
+    "other_actions": "actions of another clip",
+    "linear": "linear extrapolation",
+    "no_history": "without action history",
+    "shrunk_copy": "copy, drawn to the mean",
+    "shifted_copy": "copy, shifted and drawn to the mean",
+    "other_future": "future actions of another clip",
+    "best_rival": "strongest rival without a model",
+    "dit": "diffusion transformer",
+    "head": "regression head",
 }
-MARKERS = {"model": "o", "copy_last": "s", "noop": "^", "other_actions": "v", "linear": "D", "no_history": "<", "shrunk_copy": "p", "shifted_copy": "*",
-           "other_future": "v", "best_rival": "o", "dit": "P", "head": "X"}
+MARKERS = {
+    "model": "o",
+    "copy_last": "s",
+    "noop": "^",
+    "other_actions": "v",
+    "linear": "D",
+    "no_history": "<",
+    "shrunk_copy": "p",
+    "shifted_copy": "*",
+    "other_future": "v",
+    "best_rival": "o",
+    "dit": "P",
+    "head": "X",
+}
 TICKS_PER_SECOND = 20  # Minecraft's clock
-DPI = 150              # of every saved figure
+DPI = 150  # of every saved figure
 _OF_TRUTH = "_of_truth"  # a decoder fed with true latents: its own colour, dashed
-_SPARE = ("#ca9161", "#d55e00", "#ece133", "#56b4e9", "#fbafe4")  # for names that are no method, in order of appearance
+_SPARE = (
+    "#ca9161",
+    "#d55e00",
+    "#ece133",
+    "#56b4e9",
+    "#fbafe4",
+)  # for names that are no method, in order of appearance
 
 # %% ../nbs/15_drawing.ipynb #f37412a6
 def style():
-    "Set the plot style of the project, for the rest of the session, whatever a matplotlibrc says."
+    """Set the plot style of the project, for the rest of the session, whatever a matplotlibrc says."""
     if not plt.get_fignums():
-        try: plt.switch_backend(matplotlib.get_backend())
-        except ImportError: plt.switch_backend("agg")  # MPLBACKEND names a screen that is not there
+        try:
+            plt.switch_backend(matplotlib.get_backend())
+        except ImportError:
+            plt.switch_backend("agg")  # MPLBACKEND names a screen that is not there
     matplotlib.rcdefaults()
-    sns.set_theme(context="notebook", style="ticks", palette="colorblind", font="DejaVu Sans", rc={  # matplotlib brings the font along
-        "figure.figsize": (7, 4.2), "figure.dpi": 100, "savefig.dpi": DPI, "figure.constrained_layout.use": True,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-        "grid.color": "#e4e4e4", "grid.linewidth": 0.8, "axes.edgecolor": "#666666", "axes.linewidth": 0.8,
-        "xtick.color": "#666666", "ytick.color": "#666666", "xtick.labelcolor": "#222222", "ytick.labelcolor": "#222222",
-        "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10,
-        "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlepad": 10, "legend.fontsize": 10, "legend.frameon": False,
-        "lines.linewidth": 1.8, "lines.markersize": 5.5, "image.interpolation": "nearest"})
+    sns.set_theme(
+        context="notebook",
+        style="ticks",
+        palette="colorblind",
+        font="DejaVu Sans",
+        rc={  # matplotlib brings the font along
+            "figure.figsize": (7, 4.2),
+            "figure.dpi": 100,
+            "savefig.dpi": DPI,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#e4e4e4",
+            "grid.linewidth": 0.8,
+            "axes.edgecolor": "#666666",
+            "axes.linewidth": 0.8,
+            "xtick.color": "#666666",
+            "ytick.color": "#666666",
+            "xtick.labelcolor": "#222222",
+            "ytick.labelcolor": "#222222",
+            "font.size": 11,
+            "axes.titlesize": 12,
+            "axes.labelsize": 11,
+            "xtick.labelsize": 10,
+            "ytick.labelsize": 10,
+            "axes.titlelocation": "left",
+            "axes.titleweight": "bold",
+            "axes.titlepad": 10,
+            "legend.fontsize": 10,
+            "legend.frameon": False,
+            "lines.linewidth": 1.8,
+            "lines.markersize": 5.5,
+            "image.interpolation": "nearest",
+        },
+    )
+
 
 def _in_our_style(draw):
-    "Make the figure in the project's style, and leave the session's as it is."
+    """Make the figure in the project's style, and leave the session's as it is."""
+
     @wraps(draw)
     def styled(*args, **kwargs):
         with plt.rc_context():
             style()
             return draw(*args, **kwargs)
+
     return styled
+
 
 def colours(
     names,  # what one figure shows, in order
 ) -> dict:
-    "A colour for each name: its own if it is a method, else the next spare one."
+    """A colour for each name: its own if it is a method, else the next spare one."""
     spare = itertools.cycle(_SPARE)
     return {name: COLOURS.get(name.removesuffix(_OF_TRUTH)) or next(spare) for name in names}
 
+
 def _label(name):
-    "What the legend says: 'dit_of_truth' -> 'diffusion transformer, true latent'."
+    """What the legend says: 'dit_of_truth' -> 'diffusion transformer, true latent'."""
     base = name.removesuffix(_OF_TRUTH)
     return LABELS.get(base, base.replace("_", " ")) + (", true latent" if base != name else "")
 
 # %% ../nbs/15_drawing.ipynb #c18f0142
 def _plain(value):
-    "`value` as JSON can hold it: arrays become lists, and nan and inf, which JSON lacks, become null."
-    if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
-    if hasattr(value, "tolist"): return _plain(value.tolist())  # arrays, tensors and their scalars
-    if isinstance(value, float) and not math.isfinite(value): return None
+    """`value` as JSON can hold it: arrays become lists, and nan and inf, which JSON lacks, become null."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())  # arrays, tensors and their scalars
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value
 
+
 def _write(path, data):
-    "Write bytes whole or not at all, as `write_json` does."
+    """Write bytes whole or not at all, as `write_json` does."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(data)
     os.replace(part, path)
 
-_SAVED = {"savefig.bbox": None, "savefig.facecolor": "auto", "savefig.edgecolor": "auto",
-          "savefig.transparent": False, "text.usetex": False}  # whatever a matplotlibrc says
+
+_SAVED = {
+    "savefig.bbox": None,
+    "savefig.facecolor": "auto",
+    "savefig.edgecolor": "auto",
+    "savefig.transparent": False,
+    "text.usetex": False,
+}  # whatever a matplotlibrc says
+
 
 def save_figure(
-    fig,      # matplotlib figure
+    fig,  # matplotlib figure
     out_dir,  # folder, made if missing
-    name,     # the files are NAME.png and NAME.json
+    name,  # the files are NAME.png and NAME.json
     numbers,  # what the figure shows: dicts, lists, arrays and numbers
 ) -> Path:
-    "Save figure and numbers side by side, show the figure in a notebook, close it, return the path of the PNG."
+    """Save figure and numbers side by side, show the figure in a notebook, close it, return the path of the PNG."""
     path = Path(out_dir) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     png = io.BytesIO()
     with plt.rc_context(_SAVED):
-        fig.savefig(png, format="png", dpi=DPI, metadata={"Software": None})  # the tag would change with matplotlib's version
+        fig.savefig(
+            png, format="png", dpi=DPI, metadata={"Software": None}
+        )  # the tag would change with matplotlib's version
     write_json(path.with_suffix(".json"), _plain(numbers))
     _write(path, png.getvalue())
     plt.close(fig)
     _show(png.getvalue())
     return path
 
+
 def _show(png):
-    "Show a PNG under the cell of a notebook; elsewhere nothing."
+    """Show a PNG under the cell of a notebook; elsewhere nothing."""
     ipython = sys.modules.get("IPython")  # not there unless this runs in it
     shell = ipython.get_ipython() if ipython else None
-    if not hasattr(shell, "kernel"): return
-    from IPython.display import Image as Shown, display
-    display(Shown(png, width=Image.open(io.BytesIO(png)).width * 2 // 3))  # as large as at 100 dots an inch
+    if not hasattr(shell, "kernel"):
+        return
+    from IPython.display import Image as Shown
+    from IPython.display import display
+
+    display(
+        Shown(png, width=Image.open(io.BytesIO(png)).width * 2 // 3)
+    )  # as large as at 100 dots an inch
 
 # %% ../nbs/15_drawing.ipynb #b42f72b9
 def enlarge(
     frames,  # (..., h, w)
-    scale,   # how many times, a whole number
+    scale,  # how many times, a whole number
 ) -> np.ndarray:
-    "Repeat every pixel `scale` times in both directions."
-    if scale != int(scale) or scale < 1: raise ValueError(f"scale={scale!r} must be a whole number, 1 or more")
-    return np.asarray(frames).repeat(int(scale), -2).repeat(int(scale), -1)  # (..., scale h, scale w)
+    """Repeat every pixel `scale` times in both directions."""
+    if scale != int(scale) or scale < 1:
+        raise ValueError(f"scale={scale!r} must be a whole number, 1 or more")
+    return (
+        np.asarray(frames).repeat(int(scale), -2).repeat(int(scale), -1)
+    )  # (..., scale h, scale w)
 
 # %% ../nbs/15_drawing.ipynb #ccec654d
 def _pixels(name, frames):
-    "Frames as an array, checked."
+    """Frames as an array, checked."""
     frames = np.asarray(frames)
     if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != np.uint8:
-        raise ValueError(f"{name}: expected uint8 frames (k, 3, h, w), found {frames.dtype} {frames.shape}; frames in 0..1 need (255 * x).round().astype('uint8')")
+        raise ValueError(
+            f"{name}: expected uint8 frames (k, 3, h, w), found {frames.dtype} {frames.shape}; frames in 0..1 need (255 * x).round().astype('uint8')"
+        )
     return frames  # (k, 3, h, w)
 
 # %% ../nbs/15_drawing.ipynb #1a1c1a51
 _NAMES = [n.removeprefix("key.keyboard.") for n in ACTION_NAMES]  # as the boxes are called
-_KEYS, _BUTTONS = _NAMES[:_NAMES.index("x")], ("attack", "use", "pick")
+_KEYS, _BUTTONS = _NAMES[: _NAMES.index("x")], ("attack", "use", "pick")
 _BOARD = 530, 96  # width and height of the board in units
-_KEYBOARD = [     # rows of (key, cap, width in keys); the 3 x 3 block of the hotbar stands beside them
-    [("escape", "esc", 1.5), ("q", "Q", 1), ("w", "W", 1), ("e", "E", 1), (None, "", 1.1), ("1", "1", 1), ("2", "2", 1), ("3", "3", 1)],
-    [("left.shift", "shift", 1.5), ("a", "A", 1), ("s", "S", 1), ("d", "D", 1), ("f", "F", 1), (None, "", .1), ("4", "4", 1), ("5", "5", 1), ("6", "6", 1)],
-    [("left.control", "ctrl", 1.5), ("space", "space", 4), (None, "", .1), ("7", "7", 1), ("8", "8", 1), ("9", "9", 1)]]
+_KEYBOARD = [  # rows of (key, cap, width in keys); the 3 x 3 block of the hotbar stands beside them
+    [
+        ("escape", "esc", 1.5),
+        ("q", "Q", 1),
+        ("w", "W", 1),
+        ("e", "E", 1),
+        (None, "", 1.1),
+        ("1", "1", 1),
+        ("2", "2", 1),
+        ("3", "3", 1),
+    ],
+    [
+        ("left.shift", "shift", 1.5),
+        ("a", "A", 1),
+        ("s", "S", 1),
+        ("d", "D", 1),
+        ("f", "F", 1),
+        (None, "", 0.1),
+        ("4", "4", 1),
+        ("5", "5", 1),
+        ("6", "6", 1),
+    ],
+    [
+        ("left.control", "ctrl", 1.5),
+        ("space", "space", 4),
+        (None, "", 0.1),
+        ("7", "7", 1),
+        ("8", "8", 1),
+        ("9", "9", 1),
+    ],
+]
+
 
 def action_boxes(
     height,  # of the panel, pixels
     width,
 ) -> dict:
-    "Where `draw_action` draws what: name -> (left, top, right, bottom) in pixels, right and bottom excluded."
+    """Where `draw_action` draws what: name -> (left, top, right, bottom) in pixels, right and bottom excluded."""
     unit = min(width / _BOARD[0], height / _BOARD[1])
     left, top = (width - unit * _BOARD[0]) / 2, (height - unit * _BOARD[1]) / 2
-    place = lambda x0, y0, x1, y1: tuple(round(o + unit * v) for o, v in ((left, x0), (top, y0), (left, x1), (top, y1)))
+    place = lambda x0, y0, x1, y1: tuple(
+        round(o + unit * v) for o, v in ((left, x0), (top, y0), (left, x1), (top, y1))
+    )
     boxes, key = {}, 30
     for i, row in enumerate(_KEYBOARD):
         x = 3
         for name, _, keys in row:
-            if name: boxes[name] = place(x + 1, 3 + key * i + 1, x + key * keys - 1, 3 + key * (i + 1) - 1)
+            if name:
+                boxes[name] = place(
+                    x + 1, 3 + key * i + 1, x + key * keys - 1, 3 + key * (i + 1) - 1
+                )
             x += key * keys
     mouse = 288, 10  # left and top
-    for name, box in dict(attack=(0, 0, 25, 33), use=(27, 0, 52, 33), pick=(20, 8, 32, 27), body=(0, 35, 52, 76)).items():
+    for name, box in dict(
+        attack=(0, 0, 25, 33), use=(27, 0, 52, 33), pick=(20, 8, 32, 27), body=(0, 35, 52, 76)
+    ).items():
         boxes[name] = place(*(v + mouse[i % 2] for i, v in enumerate(box)))
     return {**boxes, "camera": place(360, 6, 444, 90), "degrees": place(454, 6, 528, 90)}
 
 # %% ../nbs/15_drawing.ipynb #49bb6e3b
-_INK = dict(ground="#15171c", idle="#22252d", edge="#3b404b", faint="#8b92a0", light="#e8eaee", on="#ffb000", on_edge="#ffd266")
+_INK = dict(
+    ground="#15171c",
+    idle="#22252d",
+    edge="#3b404b",
+    faint="#8b92a0",
+    light="#e8eaee",
+    on="#ffb000",
+    on_edge="#ffd266",
+)
 _FINE = 4  # shapes are drawn this much larger and averaged down; text is drawn at its own size, where its hinting is sharp
 
-def _font(size): return ImageFont.load_default(max(size, 6))  # Aileron, bundled with Pillow: the same on every machine
+
+def _font(size):
+    return ImageFont.load_default(
+        max(size, 6)
+    )  # Aileron, bundled with Pillow: the same on every machine
+
 
 def _fit(draw, text, size, width):
-    "The font in which `text` is at most `width` pixels wide, `size` at most."
-    while size > 6 and draw.textlength(text, font=_font(size)) > width: size -= 0.5
+    """The font in which `text` is at most `width` pixels wide, `size` at most."""
+    while size > 6 and draw.textlength(text, font=_font(size)) > width:
+        size -= 0.5
     return _font(size)
 
+
 def _arrow(draw, box, dx, dy, full=10.0):
-    "The camera's turn: length grows with the root of the degrees, so that half a degree shows; `full` degrees, VPT's largest, reach the rim."
+    """The camera's turn: length grows with the root of the degrees, so that half a degree shows; `full` degrees, VPT's largest, reach the rim."""
     x0, y0, x1, y1 = box
     cx, cy, r = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2
     turn = math.hypot(dx, dy)
-    if turn < 0.05: return  # rounds to 0.0 degrees
+    if turn < 0.05:
+        return  # rounds to 0.0 degrees
     ux, uy = dx / turn, dy / turn
     length = r * 0.94 * min(1, math.sqrt(turn / full))
     head = min(0.28 * r, 0.6 * length)
-    tip, neck = (cx + ux * length, cy + uy * length), (cx + ux * (length - head), cy + uy * (length - head))
+    tip, neck = (
+        (cx + ux * length, cy + uy * length),
+        (cx + ux * (length - head), cy + uy * (length - head)),
+    )
     draw.line([(cx, cy), neck], fill=_INK["on"], width=max(1, round(r / 9)))
-    draw.polygon([tip, (neck[0] - uy * head * .62, neck[1] + ux * head * .62), (neck[0] + uy * head * .62, neck[1] - ux * head * .62)], fill=_INK["on"])
+    draw.polygon(
+        [
+            tip,
+            (neck[0] - uy * head * 0.62, neck[1] + ux * head * 0.62),
+            (neck[0] + uy * head * 0.62, neck[1] - ux * head * 0.62),
+        ],
+        fill=_INK["on"],
+    )
 
 # %% ../nbs/15_drawing.ipynb #52d71047
 def draw_action(
@@ -204,9 +367,12 @@ def draw_action(
     height,  # pixels
     width,
 ) -> np.ndarray:
-    "A panel of the keyboard, the mouse and the camera with what is pressed lit up, uint8 (height, width, 3)."
+    """A panel of the keyboard, the mouse and the camera with what is pressed lit up, uint8 (height, width, 3)."""
     action = np.asarray(action, dtype=np.float32)
-    if action.shape != (ACTION_DIM,): raise ValueError(f"action: expected ({ACTION_DIM},), found {action.shape}; give one tick of `encode_actions`")
+    if action.shape != (ACTION_DIM,):
+        raise ValueError(
+            f"action: expected ({ACTION_DIM},), found {action.shape}; give one tick of `encode_actions`"
+        )
     values = dict(zip(_NAMES, action.tolist()))
     down = {n: values[n] > 0.5 for n in (*_KEYS, *_BUTTONS)}
     dx, dy, wheel = (values[n] for n in ("dx", "dy", "dwheel"))
@@ -214,76 +380,116 @@ def draw_action(
     unit = (boxes["camera"][2] - boxes["camera"][0]) / 84
     image = Image.new("RGB", (width * _FINE, height * _FINE), _INK["ground"])
     draw = ImageDraw.Draw(image)
+
     def plate(name, radius, corners=(True,) * 4):
         x0, y0, x1, y1 = (v * _FINE for v in boxes[name])
         on = down.get(name, False)
-        draw.rounded_rectangle((x0, y0, x1 - 1, y1 - 1), radius * unit * _FINE, _INK["on" if on else "idle"],
-                               _INK["on_edge" if on else "edge"], max(1, round(1.2 * unit)) * _FINE, corners=corners)
-    for name in _KEYS: plate(name, 5)
-    plate("attack", 22, (True, False, False, False)); plate("use", 22, (False, True, False, False)); plate("body", 24, (False, False, True, True))
+        draw.rounded_rectangle(
+            (x0, y0, x1 - 1, y1 - 1),
+            radius * unit * _FINE,
+            _INK["on" if on else "idle"],
+            _INK["on_edge" if on else "edge"],
+            max(1, round(1.2 * unit)) * _FINE,
+            corners=corners,
+        )
+
+    for name in _KEYS:
+        plate(name, 5)
+    plate("attack", 22, (True, False, False, False))
+    plate("use", 22, (False, True, False, False))
+    plate("body", 24, (False, False, True, True))
     x0, y0, x1, y1 = (v * _FINE for v in boxes["pick"])
-    gap = max(2, round(2 * unit)) * _FINE  # around the wheel; three times as round, it still covers the corners of the wheel's box
-    draw.rounded_rectangle((x0 - gap, y0 - gap, x1 + gap - 1, y1 + gap - 1), 3 * gap, _INK["ground"])
+    gap = (
+        max(2, round(2 * unit)) * _FINE
+    )  # around the wheel; three times as round, it still covers the corners of the wheel's box
+    draw.rounded_rectangle(
+        (x0 - gap, y0 - gap, x1 + gap - 1, y1 + gap - 1), 3 * gap, _INK["ground"]
+    )
     plate("pick", 6)
-    if wheel: _wheel(draw, boxes["pick"], wheel, _INK["ground" if down["pick"] else "on"])
+    if wheel:
+        _wheel(draw, boxes["pick"], wheel, _INK["ground" if down["pick"] else "on"])
     x0, y0, x1, y1 = camera = tuple(v * _FINE for v in boxes["camera"])
     cx, cy, line = (x0 + x1) / 2, (y0 + y1) / 2, max(1, round(unit)) * _FINE
     draw.ellipse((x0, y0, x1 - 1, y1 - 1), _INK["idle"], _INK["edge"], line)
-    draw.line((x0 + 4 * line, cy, x1 - 4 * line, cy), _INK["edge"], line); draw.line((cx, y0 + 4 * line, cx, y1 - 4 * line), _INK["edge"], line)
+    draw.line((x0 + 4 * line, cy, x1 - 4 * line, cy), _INK["edge"], line)
+    draw.line((cx, y0 + 4 * line, cx, y1 - 4 * line), _INK["edge"], line)
     _arrow(draw, camera, dx, dy)
     return _write_caps(image.reduce(_FINE), boxes, unit, down, dx, dy)
 
 # %% ../nbs/15_drawing.ipynb #45d309be
 def _wheel(draw, box, wheel, ink):
-    "A triangle on the wheel, up where the player scrolls up."
+    """A triangle on the wheel, up where the player scrolls up."""
     x0, y0, x1, y1 = (v * _FINE for v in box)
     cx, cy, r, up = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) * 0.3, math.copysign(1, wheel)
     draw.polygon([(cx, cy - up * r), (cx - r, cy + up * r), (cx + r, cy + up * r)], fill=ink)
 
+
 def _write_caps(image, boxes, unit, down, dx, dy):
-    "The letters on the keys and the degrees beside the camera."
+    """The letters on the keys and the degrees beside the camera."""
     draw = ImageDraw.Draw(image)
     for name, cap, _ in sum(_KEYBOARD, []):
-        if not name: continue
+        if not name:
+            continue
         x0, y0, x1, y1 = boxes[name]
         font = _fit(draw, cap, (14 if len(cap) == 1 else 12) * unit, x1 - x0 - 2)
-        draw.text(((x0 + x1) / 2, (y0 + y1) / 2), cap, _INK["ground" if down[name] else "faint"], font, anchor="mm")
+        draw.text(
+            ((x0 + x1) / 2, (y0 + y1) / 2),
+            cap,
+            _INK["ground" if down[name] else "faint"],
+            font,
+            anchor="mm",
+        )
     x0, y0, x1, y1 = boxes["degrees"]
     for y, value, (less, more) in ((0.38, dx, ("left", "right")), (0.62, dy, ("up", "down"))):
         text = f"{abs(value):.1f}° {'' if abs(value) < 0.05 else more if value > 0 else less}"
         font = _fit(draw, text, 14 * unit, x1 - x0)
-        draw.text((x0, y0 + y * (y1 - y0)), text, _INK["faint" if abs(value) < 0.05 else "light"], font, anchor="lm")
+        draw.text(
+            (x0, y0 + y * (y1 - y0)),
+            text,
+            _INK["faint" if abs(value) < 0.05 else "light"],
+            font,
+            anchor="lm",
+        )
     return np.array(image)
 
 # %% ../nbs/15_drawing.ipynb #8ce510d9
 def tick_caption(
     tick,  # ticks after the given frame
 ) -> str:
-    "'given frame' for tick 0, else 't+7, 0.35 s'."
+    """'given frame' for tick 0, else 't+7, 0.35 s'."""
     return "given frame" if tick == 0 else f"t+{tick}, {tick / TICKS_PER_SECOND:.2f} s"
 
+
 def _check_panels(panels):
-    "Panels as arrays, all with as many frames of the same size."
+    """Panels as arrays, all with as many frames of the same size."""
     panels = {name: _pixels(name, frames) for name, frames in panels.items()}
-    if not panels: raise ValueError("no panels: give a dict of caption -> frames (k, 3, h, w)")
+    if not panels:
+        raise ValueError("no panels: give a dict of caption -> frames (k, 3, h, w)")
     shapes = {name: frames.shape for name, frames in panels.items()}
-    if len(set(shapes.values())) > 1: raise ValueError("panels differ in number or size of frames: " + ", ".join(f"{n} {s}" for n, s in shapes.items()))
-    if 0 in next(iter(shapes.values())): raise ValueError(f"panels hold no pixels: {shapes}")
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            "panels differ in number or size of frames: "
+            + ", ".join(f"{n} {s}" for n, s in shapes.items())
+        )
+    if 0 in next(iter(shapes.values())):
+        raise ValueError(f"panels hold no pixels: {shapes}")
     return panels
 
 # %% ../nbs/15_drawing.ipynb #94d19175
 def side_by_side(
-    panels,           # caption -> uint8 frames (k, 3, h, w)
-    actions,          # (k, 28), or (k-1, 28): nothing acts after the last frame
-    first: int = 0,   # tick of the first frame; 1 if the given frame is not among them
-    columns=None,     # panels in a row; default: all of up to three, else two
-    scale=None,       # how many times a frame is enlarged; default: to about 320 pixels
+    panels,  # caption -> uint8 frames (k, 3, h, w)
+    actions,  # (k, 28), or (k-1, 28): nothing acts after the last frame
+    first: int = 0,  # tick of the first frame; 1 if the given frame is not among them
+    columns=None,  # panels in a row; default: all of up to three, else two
+    scale=None,  # how many times a frame is enlarged; default: to about 320 pixels
 ) -> list:
-    "One picture a tick, uint8 (h, w, 3): the panels, their captions, the tick, and the action that acts next."
+    """One picture a tick, uint8 (h, w, 3): the panels, their captions, the tick, and the action that acts next."""
     panels, actions = _check_panels(panels), np.asarray(actions)
     k, _, h, w = next(iter(panels.values())).shape
     if actions.ndim != 2 or len(actions) not in (k, k - 1):
-        raise ValueError(f"actions {actions.shape} for {k} frames: give one action a frame ({k}, {ACTION_DIM}), or none for the last ({k - 1}, {ACTION_DIM})")
+        raise ValueError(
+            f"actions {actions.shape} for {k} frames: give one action a frame ({k}, {ACTION_DIM}), or none for the last ({k - 1}, {ACTION_DIM})"
+        )
     scale = scale or max(1, math.ceil(300 / w))
     columns = min(columns or (len(panels) if len(panels) < 4 else 2), len(panels))
     gap, head, h, w = 12, 28, h * scale, w * scale
@@ -296,75 +502,117 @@ def side_by_side(
         draw = ImageDraw.Draw(image)
         for j, (name, frames) in enumerate(panels.items()):
             x, y = gap + j % columns * (w + gap), j // columns * (head + h + gap // 2)
-            image.paste(Image.fromarray(enlarge(frames[i], scale).transpose(1, 2, 0)), (x, y + head))
+            image.paste(
+                Image.fromarray(enlarge(frames[i], scale).transpose(1, 2, 0)), (x, y + head)
+            )
             _caption(draw, (x, y, x + w, y + head), name, first + i)
         _progress(draw, (gap, deep + gap, wide - gap, deep + gap + 3), i, k)
-        if i < len(actions): image.paste(Image.fromarray(draw_action(actions[i], foot - 3 - 2 * gap, wide)), (0, deep + gap + 3 + gap // 2))
+        if i < len(actions):
+            image.paste(
+                Image.fromarray(draw_action(actions[i], foot - 3 - 2 * gap, wide)),
+                (0, deep + gap + 3 + gap // 2),
+            )
         pictures.append(np.array(image))
     return pictures
 
 # %% ../nbs/15_drawing.ipynb #6754099b
 def _caption(draw, box, name, tick):
-    "The panel's name on the left, the tick on the right."
+    """The panel's name on the left, the tick on the right."""
     x0, y0, x1, y1 = box
     text, y = tick_caption(tick), (y0 + y1) / 2
-    size = _fit(draw, f"{name}    {text}", 15, x1 - x0).size  # one size for both, so that they share a baseline
+    size = _fit(
+        draw, f"{name}    {text}", 15, x1 - x0
+    ).size  # one size for both, so that they share a baseline
     draw.text((x0, y), name, _INK["light"], _font(size), anchor="lm")
     draw.text((x1, y), text, _INK["on" if tick == 0 else "faint"], _font(size), anchor="rm")
 
+
 def _progress(draw, box, i, k):
-    "A bar that fills from the first frame to the last."
+    """A bar that fills from the first frame to the last."""
     x0, y0, x1, y1 = box
     draw.rectangle((x0, y0, x1 - 1, y1 - 1), _INK["idle"])
-    if i: draw.rectangle((x0, y0, x0 + (x1 - x0) * i // (k - 1) - 1, y1 - 1), _INK["faint"])
+    if i:
+        draw.rectangle((x0, y0, x0 + (x1 - x0) * i // (k - 1) - 1, y1 - 1), _INK["faint"])
 
 # %% ../nbs/15_drawing.ipynb #7b47232b
 def _encode_gif(frames, milliseconds, colours):
-    "The bytes of a looping GIF with at most `colours` colours a picture."
-    pictures = [Image.fromarray(f).quantize(colours, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE) for f in frames]
+    """The bytes of a looping GIF with at most `colours` colours a picture."""
+    pictures = [
+        Image.fromarray(f).quantize(
+            colours, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE
+        )
+        for f in frames
+    ]
     file = io.BytesIO()
-    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0, disposal=1)
+    pictures[0].save(
+        file,
+        "GIF",
+        save_all=True,
+        append_images=pictures[1:],
+        duration=milliseconds,
+        loop=0,
+        disposal=1,
+    )
     return file.getvalue()
+
 
 _LONGEST = 65_535  # hundredths of a second that one picture of a GIF can stay
 
-def _is_number(value): return isinstance(value, numbers.Real) and math.isfinite(value)
+
+def _is_number(value):
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
 
 def _delays(path, many, fps, hold):
-    "Milliseconds that each of `many` pictures stays. ValueError where GIF has no such time."
+    """Milliseconds that each of `many` pictures stays. ValueError where GIF has no such time."""
     least, longest = 100 / _LONGEST, _LONGEST / 100
     if not _is_number(fps) or not least <= fps <= 50:
-        raise ValueError(f"{path}: fps={fps!r} must lie between {least:.5f} (GIF knows no longer picture) "
-                         "and 50 (browsers slow faster GIFs down to 10)")
+        raise ValueError(
+            f"{path}: fps={fps!r} must lie between {least:.5f} (GIF knows no longer picture) "
+            "and 50 (browsers slow faster GIFs down to 10)"
+        )
     delay = 10 * round(100 / float(fps))
     if not _is_number(hold) or not 0 <= hold <= longest - delay / 1000:
-        raise ValueError(f"{path}: hold={hold!r} must be seconds from 0 to {longest - delay / 1000:.2f}: "
-                         f"a picture of a GIF stays for {longest:.2f} s at most")
+        raise ValueError(
+            f"{path}: hold={hold!r} must be seconds from 0 to {longest - delay / 1000:.2f}: "
+            f"a picture of a GIF stays for {longest:.2f} s at most"
+        )
     return [delay] * (many - 1) + [delay + 10 * round(100 * float(hold))]
 
+
 def save_gif(
-    frames,             # pictures, uint8 (h, w, 3)
-    path,               # NAME.gif, its folder is made if missing
-    fps=20,             # frames a second, 0.00153 to 50, rounded to the hundredth of a second that GIF knows
+    frames,  # pictures, uint8 (h, w, 3)
+    path,  # NAME.gif, its folder is made if missing
+    fps=20,  # frames a second, 0.00153 to 50, rounded to the hundredth of a second that GIF knows
     hold: float = 0.5,  # seconds the last picture stays before the loop starts again, 655 at most
-    limit: float = 3.0, # megabytes; the palette shrinks to 128 and 64 colours to stay below
+    limit: float = 3.0,  # megabytes; the palette shrinks to 128 and 64 colours to stay below
 ) -> Path:
-    "Write a looping GIF, whole or not at all, and return its path. Equal neighbours are merged into one longer frame."
+    """Write a looping GIF, whole or not at all, and return its path. Equal neighbours are merged into one longer frame."""
     path, frames = Path(path), [np.asarray(f) for f in frames]
-    if not frames: raise ValueError(f"{path}: no frames to write; give at least one picture (h, w, 3)")
+    if not frames:
+        raise ValueError(f"{path}: no frames to write; give at least one picture (h, w, 3)")
     for i, f in enumerate(frames):
         if f.dtype != np.uint8 or f.ndim != 3 or f.shape[-1] != 3 or f.shape != frames[0].shape:
-            raise ValueError(f"{path}: frame {i} is {f.dtype} {f.shape}; all must be uint8 (h, w, 3) of one size, as frame 0 {frames[0].shape}")
+            raise ValueError(
+                f"{path}: frame {i} is {f.dtype} {f.shape}; all must be uint8 (h, w, 3) of one size, as frame 0 {frames[0].shape}"
+            )
     milliseconds = _delays(path, len(frames), fps, hold)
     if not _is_number(limit) or not limit > 0:
         raise ValueError(f"{path}: limit={limit!r} must be megabytes above 0")
     for colours in (256, 128, 64):
-        try: data = _encode_gif(frames, milliseconds, colours)
+        try:
+            data = _encode_gif(frames, milliseconds, colours)
         except (OverflowError, struct.error):
-            raise ValueError(f"{path}: equal pictures stand for more than {_LONGEST / 100:.0f} seconds, the longest "
-                             "that GIF knows; give fewer of them or a larger fps") from None
-        if len(data) <= limit * 1e6: break
-    else: warnings.warn(f"{path}: {len(data) / 1e6:.1f} MB is over {limit} MB even with 64 colours; give fewer frames or a smaller scale")
+            raise ValueError(
+                f"{path}: equal pictures stand for more than {_LONGEST / 100:.0f} seconds, the longest "
+                "that GIF knows; give fewer of them or a larger fps"
+            ) from None
+        if len(data) <= limit * 1e6:
+            break
+    else:
+        warnings.warn(
+            f"{path}: {len(data) / 1e6:.1f} MB is over {limit} MB even with 64 colours; give fewer frames or a smaller scale"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, data)
     return path
@@ -372,19 +620,26 @@ def save_gif(
 # %% ../nbs/15_drawing.ipynb #a86467e7
 @_in_our_style
 def filmstrip(
-    rows,                           # caption -> uint8 frames (k, 3, h, w), frame 0 is the given frame
-    ticks=(0, 1, 2, 4, 8, 15),      # frames shown
-    notes=None,                     # caption -> a short text under each frame shown, e.g. its PSNR
-    scale=None,                     # how many times a frame is enlarged; default: to about 200 pixels
+    rows,  # caption -> uint8 frames (k, 3, h, w), frame 0 is the given frame
+    ticks=(0, 1, 2, 4, 8, 15),  # frames shown
+    notes=None,  # caption -> a short text under each frame shown, e.g. its PSNR
+    scale=None,  # how many times a frame is enlarged; default: to about 200 pixels
 ) -> plt.Figure:
-    "A figure of rows of frames, for `save_figure`."
+    """A figure of rows of frames, for `save_figure`."""
     rows, notes = _check_panels(rows), notes or {}
     k, _, h, w = next(iter(rows.values())).shape
     for tick in ticks:
-        if not 0 <= tick < k: raise ValueError(f"tick {tick}: the rows hold frames 0 to {k - 1}; leave it out or roll out further")
+        if not 0 <= tick < k:
+            raise ValueError(
+                f"tick {tick}: the rows hold frames 0 to {k - 1}; leave it out or roll out further"
+            )
     for name, texts in notes.items():
-        if name not in rows: raise ValueError(f"notes for {name!r}, but the rows are {', '.join(map(repr, rows))}")
-        if len(texts) != len(ticks): raise ValueError(f"notes for {name!r}: {len(texts)} texts for {len(ticks)} ticks; give one for each")
+        if name not in rows:
+            raise ValueError(f"notes for {name!r}, but the rows are {', '.join(map(repr, rows))}")
+        if len(texts) != len(ticks):
+            raise ValueError(
+                f"notes for {name!r}: {len(texts)} texts for {len(ticks)} ticks; give one for each"
+            )
     scale = scale or max(1, round(200 / w))
     h, w, gap, left, top = h * scale, w * scale, 8, 28 + 15 * max(map(len, rows)), 76
     below = {name: 30 if name in notes else 0 for name in rows}
@@ -393,92 +648,195 @@ def filmstrip(
     y = height - top
     for i, (name, frames) in enumerate(rows.items()):
         y -= h
-        fig.text((left - 16) / width, (y + h / 2) / height, name, ha="right", va="center", fontsize=11, fontweight="bold")
+        fig.text(
+            (left - 16) / width,
+            (y + h / 2) / height,
+            name,
+            ha="right",
+            va="center",
+            fontsize=11,
+            fontweight="bold",
+        )
         for j, tick in enumerate(ticks):
             x = left + j * (w + gap)
             ax = fig.add_axes((x / width, y / height, w / width, h / height))
-            ax.imshow(enlarge(frames[tick], scale).transpose(1, 2, 0), interpolation="none", aspect="auto"); ax.set_axis_off()
-            if i == 0: fig.text((x + w / 2) / width, (y + h + 14) / height, _heading(tick), ha="center", va="bottom", fontsize=10, linespacing=1.15)
-            if name in notes: fig.text((x + w / 2) / width, (y - 5) / height, notes[name][j], ha="center", va="top", fontsize=9, color="#555555")
+            ax.imshow(
+                enlarge(frames[tick], scale).transpose(1, 2, 0), interpolation="none", aspect="auto"
+            )
+            ax.set_axis_off()
+            if i == 0:
+                fig.text(
+                    (x + w / 2) / width,
+                    (y + h + 14) / height,
+                    _heading(tick),
+                    ha="center",
+                    va="bottom",
+                    fontsize=10,
+                    linespacing=1.15,
+                )
+            if name in notes:
+                fig.text(
+                    (x + w / 2) / width,
+                    (y - 5) / height,
+                    notes[name][j],
+                    ha="center",
+                    va="top",
+                    fontsize=9,
+                    color="#555555",
+                )
         y -= gap + below[name]
     return fig
 
-def _heading(tick): return tick_caption(tick).replace(", ", "\n")
+
+def _heading(tick):
+    return tick_caption(tick).replace(", ", "\n")
 
 # %% ../nbs/15_drawing.ipynb #86a9421b
 def horizon_plot(
-    ax,                      # matplotlib axes
-    horizons,                # ticks ahead, e.g. [1, 2, 4, 8, 15]
-    series,                  # method -> list of {"mean", "interval": [lo, hi]}, one a horizon
+    ax,  # matplotlib axes
+    horizons,  # ticks ahead, e.g. [1, 2, 4, 8, 15]
+    series,  # method -> list of {"mean", "interval": [lo, hi]}, one a horizon
     ylabel="latent error",
 ):
-    "Lines with bands of confidence over the horizon, and a legend in the order of the last means."
+    """Lines with bands of confidence over the horizon, and a legend in the order of the last means."""
     for name, points in series.items():
-        if len(points) != len(horizons): raise ValueError(f"{name}: {len(points)} points for {len(horizons)} horizons; give one for each")
+        if len(points) != len(horizons):
+            raise ValueError(
+                f"{name}: {len(points)} points for {len(horizons)} horizons; give one for each"
+            )
     for name, colour in colours(series).items():
         points, main = series[name], name == "model"
         mean = [p["mean"] for p in points]
         lo, hi = zip(*(p.get("interval") or (p["mean"],) * 2 for p in points))
         ax.fill_between(horizons, lo, hi, color=colour, alpha=0.18, linewidth=0)
-        ax.plot(horizons, mean, "--" if name.endswith(_OF_TRUTH) else "-", color=colour, marker=MARKERS.get(name.removesuffix(_OF_TRUTH), "o"), label=_label(name),
-                linewidth=2.6 if main else 1.6, markeredgecolor="white", markeredgewidth=0.8, markersize=7.5 if main else 6.5, zorder=3 if main else 2)
+        ax.plot(
+            horizons,
+            mean,
+            "--" if name.endswith(_OF_TRUTH) else "-",
+            color=colour,
+            marker=MARKERS.get(name.removesuffix(_OF_TRUTH), "o"),
+            label=_label(name),
+            linewidth=2.6 if main else 1.6,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+            markersize=7.5 if main else 6.5,
+            zorder=3 if main else 2,
+        )
     ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_locator(FixedLocator(list(horizons))); ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_locator(FixedLocator(list(horizons)))
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticks(list(horizons), [str(h) for h in horizons])
-    ax.set_xlabel(f"ticks ahead ({TICKS_PER_SECOND} ticks = 1 s)"); ax.set_ylabel(ylabel)
+    ax.set_xlabel(f"ticks ahead ({TICKS_PER_SECOND} ticks = 1 s)")
+    ax.set_ylabel(ylabel)
     last = np.argsort([-points[-1]["mean"] for points in series.values()], kind="stable")
-    lines = ax.get_lines()[-len(series):]
+    lines = ax.get_lines()[-len(series) :]
     ax.legend(handles=[lines[i] for i in last])
     return ax
 
 # %% ../nbs/15_drawing.ipynb #67e7df64
 def curves_plot(
-    ax,                    # matplotlib axes
-    rows,                  # list of dicts, one a line of the log
-    names,                 # columns to draw
-    x="step",              # column of the horizontal axis
-    smooth: int = 1,       # rows in the running mean; the raw curve stays behind it, faint
+    ax,  # matplotlib axes
+    rows,  # list of dicts, one a line of the log
+    names,  # columns to draw
+    x="step",  # column of the horizontal axis
+    smooth: int = 1,  # rows in the running mean; the raw curve stays behind it, faint
     ylabel="loss",
 ):
-    "One curve a column, over the rows that have it."
+    """One curve a column, over the rows that have it."""
     known = sorted({key for row in rows for key in row})
     for name in (x, *names):
-        if name not in known: raise ValueError(f"no row of the log has {name!r}; it has {', '.join(known) or 'no rows'}")
+        if name not in known:
+            raise ValueError(
+                f"no row of the log has {name!r}; it has {', '.join(known) or 'no rows'}"
+            )
     for name, colour in colours(names).items():
-        xs, ys = zip(*((row[x], row[name]) for row in rows if x in row and row.get(name) is not None))
+        xs, ys = zip(
+            *((row[x], row[name]) for row in rows if x in row and row.get(name) is not None)
+        )
         few = len(ys) <= 30  # sparse: evaluations, each a point
-        if smooth > 1 and not few: ax.plot(xs, ys, color=colour, alpha=0.25, linewidth=0.8)
-        ax.plot(xs, ys if few else _running_mean(ys, smooth), color=colour, marker="o" if few else None, label=_label(name),
-                zorder=3 if few else 2, markeredgecolor="white", markeredgewidth=0.8)
-    ax.set_xlabel(x); ax.set_ylabel(ylabel); ax.margins(x=0.02); ax.legend()
+        if smooth > 1 and not few:
+            ax.plot(xs, ys, color=colour, alpha=0.25, linewidth=0.8)
+        ax.plot(
+            xs,
+            ys if few else _running_mean(ys, smooth),
+            color=colour,
+            marker="o" if few else None,
+            label=_label(name),
+            zorder=3 if few else 2,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+        )
+    ax.set_xlabel(x)
+    ax.set_ylabel(ylabel)
+    ax.margins(x=0.02)
+    ax.legend()
     return ax
 
+
 def _running_mean(values, rows):
-    "Mean over `rows` neighbours, half of them to come: an exponential mean would lag behind a falling loss."
+    """Mean over `rows` neighbours, half of them to come: an exponential mean would lag behind a falling loss."""
     rows = min(rows, len(values))
     window = np.ones(rows)
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")  # fewer at both ends
+    return np.convolve(values, window, "same") / np.convolve(
+        np.ones(len(values)), window, "same"
+    )  # fewer at both ends
 
 # %% ../nbs/15_drawing.ipynb #1b58af95
 @_in_our_style
 def compare_plot(
-    compared,                   # of `evaluation.compare`: quantity -> (first, second, whether the second is better)
+    compared,  # of `evaluation.compare`: quantity -> (first, second, whether the second is better)
     names=("first", "second"),  # what the runs are called
 ):
-    "A dot for each run, a panel for each kind of quantity; gives figure and axes."
+    """A dot for each run, a panel for each kind of quantity; gives figure and axes."""
     kinds = {}
-    for quantity in compared: kinds.setdefault(quantity.split(",")[0].split(" of ")[0], []).append(quantity)
-    if not kinds: raise ValueError("nothing to compare: the two reports share no quantity; evaluate both with the same version")
-    fig, axes = plt.subplots(1, len(kinds), figsize=(3.8 * len(kinds), 0.8 + 0.32 * max(map(len, kinds.values()))), squeeze=False, layout="constrained")
+    for quantity in compared:
+        kinds.setdefault(quantity.split(",")[0].split(" of ")[0], []).append(quantity)
+    if not kinds:
+        raise ValueError(
+            "nothing to compare: the two reports share no quantity; evaluate both with the same version"
+        )
+    fig, axes = plt.subplots(
+        1,
+        len(kinds),
+        figsize=(3.8 * len(kinds), 0.8 + 0.32 * max(map(len, kinds.values()))),
+        squeeze=False,
+        layout="constrained",
+    )
     for ax, (kind, quantities) in zip(axes[0], kinds.items()):
         for y, quantity in enumerate(quantities):
             first, second, better = compared[quantity]
-            ax.plot([first, second], [y, y], color=COLOURS["model" if better else "linear"], linewidth=2, zorder=1)
+            ax.plot(
+                [first, second],
+                [y, y],
+                color=COLOURS["model" if better else "linear"],
+                linewidth=2,
+                zorder=1,
+            )
         first, second, better = zip(*(compared[q] for q in quantities))
-        ax.scatter(first, range(len(quantities)), s=36, facecolor="white", edgecolor="#222222", label=names[0])
-        ax.scatter(second, range(len(quantities)), s=44, color=[COLOURS["model" if b else "linear"] for b in better], label=names[1])
-        ax.set_yticks(range(len(quantities)), [q.removeprefix(kind).lstrip(", ").removeprefix("of ").replace("_", " ") for q in quantities])
-        ax.invert_yaxis(); ax.set_title(kind, fontsize=10)
+        ax.scatter(
+            first,
+            range(len(quantities)),
+            s=36,
+            facecolor="white",
+            edgecolor="#222222",
+            label=names[0],
+        )
+        ax.scatter(
+            second,
+            range(len(quantities)),
+            s=44,
+            color=[COLOURS["model" if b else "linear"] for b in better],
+            label=names[1],
+        )
+        ax.set_yticks(
+            range(len(quantities)),
+            [
+                q.removeprefix(kind).lstrip(", ").removeprefix("of ").replace("_", " ")
+                for q in quantities
+            ],
+        )
+        ax.invert_yaxis()
+        ax.set_title(kind, fontsize=10)
     axes[0, -1].legend()
     return fig, axes[0]
 
@@ -487,7 +845,7 @@ def compare_plot(
 def beside_plot(
     found,  # of `evaluation.beside`
 ) -> plt.Figure:
-    "Left, each bar as a share of what is wanted; right, the error over copying by horizon, for both runs."
+    """Left, each bar as a share of what is wanted; right, the error over copying by horizon, for both runs."""
     pair = colours(found["share_of_copying"])
     wanted = [r for r in found["rows"] if r["wanted"]]
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=[1.2, 1])
@@ -499,7 +857,10 @@ def beside_plot(
             text = "not measured" if row[who] is None else f"{row[who]:.3g}"
             left.text(max(share, 0) + 0.02, y, text, va="center", fontsize=8)
     left.axvline(1, color="#222222", linestyle=":", linewidth=1)
-    left.set_yticks(range(len(wanted)), [r["what"].replace("_", " ").replace(", intervals apart", "") for r in wanted])
+    left.set_yticks(
+        range(len(wanted)),
+        [r["what"].replace("_", " ").replace(", intervals apart", "") for r in wanted],
+    )
     left.invert_yaxis()
     left.grid(axis="y", visible=False)
     left.set_xlim(min(left.get_xlim()[0], 0), max(left.get_xlim()[1], 1.15))

@@ -15,26 +15,30 @@ import torch
 def frozen_copy(
     module,  # left as it is
 ):
-    "A copy that hears no gradient."
+    """A copy that hears no gradient."""
     return copy.deepcopy(module).requires_grad_(False)
+
 
 @torch.no_grad()
 def ema_update(
-    slow,      # changed in place
-    fast,      # same architecture
+    slow,  # changed in place
+    fast,  # same architecture
     momentum,  # share of the old value that is kept
 ):
-    "Move every parameter of `slow` by 1 - momentum towards `fast`. Buffers are copied: a running count has no meaningful average."
-    torch._foreach_lerp_(list(slow.parameters()), [p.detach() for p in fast.parameters()], 1 - momentum)
-    for a, b in zip(slow.buffers(), fast.buffers()): a.copy_(b)
+    """Move every parameter of `slow` by 1 - momentum towards `fast`. Buffers are copied: a running count has no meaningful average."""
+    torch._foreach_lerp_(
+        list(slow.parameters()), [p.detach() for p in fast.parameters()], 1 - momentum
+    )
+    for a, b in zip(slow.buffers(), fast.buffers()):
+        a.copy_(b)
 
 # %% ../nbs/08_ema.ipynb #f7120107
 def momentum_at(
-    step,   # 0 .. steps
+    step,  # 0 .. steps
     steps,  # length of the run
     start,  # momentum at step 0
-    end,    # and at the last step
+    end,  # and at the last step
 ):
-    "Momentum of the teacher at `step`."
+    """Momentum of the teacher at `step`."""
     done = min(step / max(steps, 1), 1)
     return end - (end - start) * (math.cos(math.pi * done) + 1) / 2

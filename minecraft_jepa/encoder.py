@@ -16,7 +16,7 @@ from .layers import FeedForward, as_tensor, layer_norm, sincos_grid
 def normalise(
     frames,  # (b, 3, H, W), uint8 or float in 0..1
 ):
-    "Frames as float in -1..1. ValueError for another type, shape or range, with the remedy."
+    """Frames as float in -1..1. ValueError for another type, shape or range, with the remedy."""
     frames = as_tensor(frames, "frames")
     if frames.ndim != 4 or frames.shape[1] != 3:
         told = f"frames are {tuple(frames.shape)}, expected (batch, 3, height, width)"
@@ -29,8 +29,9 @@ def normalise(
         frames = _in_range(frames)
     return frames * 2 - 1
 
+
 def _remedy(shape):
-    "What makes frames of another shape fit."
+    """What makes frames of another shape fit."""
     if len(shape) == 4 and shape[-1] == 3:
         return ": frames.permute(0, 3, 1, 2) puts the colours first"
     if len(shape) == 3 and 3 in (shape[0], shape[-1]):
@@ -38,36 +39,52 @@ def _remedy(shape):
         return f": frames{last}[None] is a batch of one"
     return ": frames.flatten(0, 1) makes one batch of clips" if len(shape) == 5 else ""
 
+
 @torch.compiler.disable
 def _in_range(frames):
-    "Float frames in 0..1. Whole numbers up to 255 are bytes in another type, and are divided."
+    """Float frames in 0..1. Whole numbers up to 255 are bytes in another type, and are divided."""
     low, high = (float(x) for x in frames.detach().aminmax())
     if low >= -1e-3 and high <= 1 + 1e-3:  # a resized frame may overshoot
         return frames
     if low >= 0 and high <= 255 and bool((frames == frames.round()).all()):
         return frames / 255
-    raise ValueError(f"frames hold {low:g} .. {high:g}, expected uint8 or float in 0..1: "
-                     "divide by 255, or hand over uint8")  # nan ends here too
+    raise ValueError(
+        f"frames hold {low:g} .. {high:g}, expected uint8 or float in 0..1: "
+        "divide by 255, or hand over uint8"
+    )  # nan ends here too
 
 # %% ../nbs/07_encoder.ipynb #1c244487
 class Encoder(nn.Module):
-    "ViT without class token. (b, 3, H, W) -> (b, n, d)"
-    def __init__(self,
+    """ViT without class token. (b, 3, H, W) -> (b, n, d)"""
+
+    def __init__(
+        self,
         config,  # uses `frame` and `encoder`
     ):
         super().__init__()
         f, e = config.frame, config.encoder
         self.size = f.height, f.width
         self.vit = VisionTransformer(
-            img_size=self.size, patch_size=f.patch, embed_dim=e.width, depth=e.depth, num_heads=e.heads,
-            class_token=False, global_pool="", num_classes=0, pos_embed="learn", mlp_layer=FeedForward)
+            img_size=self.size,
+            patch_size=f.patch,
+            embed_dim=e.width,
+            depth=e.depth,
+            num_heads=e.heads,
+            class_token=False,
+            global_pool="",
+            num_classes=0,
+            pos_embed="learn",
+            mlp_layer=FeedForward,
+        )
         del self.vit.pos_embed  # fixed, so a buffer takes the place of timm's parameter
         self.vit.register_buffer("pos_embed", sincos_grid(f.grid, e.width)[None], persistent=False)
 
     def forward(self, frames):
         frames = as_tensor(frames, "frames")
         if frames.ndim == 4 and frames.shape[1] == 3 and tuple(frames.shape[-2:]) != self.size:
-            raise ValueError(f"frames are {frames.shape[-2]}x{frames.shape[-1]}, this encoder takes {self.size[0]}x{self.size[1]}: resize them, or use the preset they were stored for")
+            raise ValueError(
+                f"frames are {frames.shape[-2]}x{frames.shape[-1]}, this encoder takes {self.size[0]}x{self.size[1]}: resize them, or use the preset they were stored for"
+            )
         weight = self.vit.patch_embed.proj.weight
         x = normalise(frames).to(weight.device, weight.dtype)
         return layer_norm(self.vit(x))  # (b, n, d)

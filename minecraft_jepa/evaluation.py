@@ -27,16 +27,18 @@ from .recordings import find_recordings, group_of, split_recordings
 
 # %% ../nbs/14_evaluation.ipynb #c35148e6
 def window_starts(
-    store,    # ClipStore
-    name,     # one recording
-    ticks,    # length of the action history
+    store,  # ClipStore
+    name,  # one recording
+    ticks,  # length of the action history
     horizon,  # ticks after t
-    count,    # windows, or fewer where the recording is short
+    count,  # windows, or fewer where the recording is short
 ):
-    "Evenly spread t, each with a frame before it. ValueError where the recording has none."
+    """Evenly spread t, each with a frame before it. ValueError where the recording has none."""
     starts = store.starts(name, max(ticks, 2), horizon)
     if not len(starts):
-        raise ValueError(f"{name}: {_no_window(ticks, horizon)}; use longer recordings or a smaller horizon")
+        raise ValueError(
+            f"{name}: {_no_window(ticks, horizon)}; use longer recordings or a smaller horizon"
+        )
     return starts[np.unique(np.linspace(0, len(starts) - 1, count).round().astype(int))]
 
 
@@ -45,116 +47,149 @@ def _no_window(ticks, horizon):
 
 
 def left_out(
-    store,    # ClipStore
-    names,    # recordings
-    ticks,    # length of the action history
+    store,  # ClipStore
+    names,  # recordings
+    ticks,  # length of the action history
     horizon,  # ticks after t
 ):
-    "{name: why} of the recordings that nothing can be judged on: without a window, or without any movement."
+    """{name: why} of the recordings that nothing can be judged on: without a window, or without any movement."""
     found = {}
     for n in names:
-        if not len(store.starts(n, max(ticks, 2), horizon)): found[n] = _no_window(ticks, horizon)
+        if not len(store.starts(n, max(ticks, 2), horizon)):
+            found[n] = _no_window(ticks, horizon)
         elif _still(store[n].frames):
             found[n] = "nothing moves in it, so that to copy the last frame has no error"
     return found
 
 
 def _still(frames, part=200):
-    "Whether all frames are one picture; of a recording that moves, only the first part is read."
-    return all((frames[i:i + part] == frames[0]).all() for i in range(0, len(frames), part))
+    """Whether all frames are one picture; of a recording that moves, only the first part is read."""
+    return all((frames[i : i + part] == frames[0]).all() for i in range(0, len(frames), part))
 
 
 def usable(
-    store, names, ticks, horizon, least=2,
+    store,
+    names,
+    ticks,
+    horizon,
+    least=2,
 ):
-    "The recordings that can be judged; the others are named. ValueError where fewer than `least` are left."
+    """The recordings that can be judged; the others are named. ValueError where fewer than `least` are left."""
     out = left_out(store, names, ticks, horizon)
-    for n, why in out.items(): print(f"left out: {n}: {why}")
+    for n, why in out.items():
+        print(f"left out: {n}: {why}")
     kept = [n for n in names if n not in out]
     if len(kept) < least:
         told = "; ".join(f"{n}: {why}" for n, why in list(out.items())[:3]) or "there are no others"
-        raise ValueError(f"{len(kept)} recording(s) can be judged, at least {least} are needed ({told}); "
-                         "give longer recordings, or more of them")
+        raise ValueError(
+            f"{len(kept)} recording(s) can be judged, at least {least} are needed ({told}); "
+            "give longer recordings, or more of them"
+        )
     return kept
 
 # %% ../nbs/14_evaluation.ipynb #4c38c257
 def evaluation_windows(
-    store,    # ClipStore
-    name,     # one recording
-    ticks,    # length of the action history
+    store,  # ClipStore
+    name,  # one recording
+    ticks,  # length of the action history
     horizon,  # ticks imagined
-    count,    # windows, or fewer where the recording is short
+    count,  # windows, or fewer where the recording is short
 ):
-    "Frames t-1 .. t+horizon (B, 2+horizon, 3, H, W) uint8 and actions t-ticks+1 .. t+horizon-1 (B, ticks-1+horizon, 28) of evenly spread t."
+    """Frames t-1 .. t+horizon (B, 2+horizon, 3, H, W) uint8 and actions t-ticks+1 .. t+horizon-1 (B, ticks-1+horizon, 28) of evenly spread t."""
     starts = window_starts(store, name, ticks, horizon, count)
     clip = store[name]
-    frames = np.stack([clip.frames[t - 1:t + horizon + 1] for t in starts])
-    actions = np.stack([clip.actions[t - ticks + 1:t + horizon] for t in starts])
+    frames = np.stack([clip.frames[t - 1 : t + horizon + 1] for t in starts])
+    actions = np.stack([clip.actions[t - ticks + 1 : t + horizon] for t in starts])
     return torch.from_numpy(frames), torch.from_numpy(actions)
 
 # %% ../nbs/14_evaluation.ipynb #b6998b7b
 def held_out(
     data_dir,  # folder of NAME.mp4 + NAME.jsonl
-    weights,   # folder that the training wrote, with training.json
+    weights,  # folder that the training wrote, with training.json
 ):
-    "Recordings of `data_dir` to judge these weights on: its test side if it has a split.json, else all; never one of a session or world they were trained or validated on."
+    """Recordings of `data_dir` to judge these weights on: its test side if it has a split.json, else all; never one of a session or world they were trained or validated on."""
     path = Path(weights) / "training.json"
-    if not path.is_file(): raise ValueError(f"{path}: no such file, so nobody knows what these weights were trained on; train with nbs/study/2_train.ipynb or copy the whole weights folder")
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such file, so nobody knows what these weights were trained on; train with nbs/study/2_train.ipynb or copy the whole weights folder"
+        )
     used = json.loads(path.read_text())
     used = {group_of(n) for n in used["train"] + used["validation"]}
     data_dir = Path(data_dir)
-    names = split_recordings(data_dir)["test"] if (data_dir / "split.json").is_file() else [p.stem for p in find_recordings(data_dir)]
+    names = (
+        split_recordings(data_dir)["test"]
+        if (data_dir / "split.json").is_file()
+        else [p.stem for p in find_recordings(data_dir)]
+    )
     names = [n for n in names if group_of(n) not in used]
-    if len(names) < 2: raise ValueError(f"{data_dir}: {len(names)} recording(s) that the weights have not seen, at least 2 are needed; give a folder with more")
+    if len(names) < 2:
+        raise ValueError(
+            f"{data_dir}: {len(names)} recording(s) that the weights have not seen, at least 2 are needed; give a folder with more"
+        )
     return names
 
 # %% ../nbs/14_evaluation.ipynb #27550c25
 def weights_identity(
     weights,  # folder that the training wrote
 ):
-    "{'sha256' of the world model, 'preset', 'steps', 'seed'}: which weights these are, wherever they lie."
+    """{'sha256' of the world model, 'preset', 'steps', 'seed'}: which weights these are, wherever they lie."""
     weights = Path(weights)
     told = json.loads((weights / "training.json").read_text())
     digest = hashlib.sha256((weights / "world_model.safetensors").read_bytes()).hexdigest()
     return {"sha256": digest} | {k: told.get(k) for k in ("preset", "steps", "seed")}
 
+
 def recordings_identity(
     data_dir,  # folder of NAME.mp4 + NAME.jsonl
 ):
-    "{'folder', 'recordings', 'names_sha256'}: how many, and a digest of their names."
+    """{'folder', 'recordings', 'names_sha256'}: how many, and a digest of their names."""
     names = sorted(p.stem for p in find_recordings(data_dir))
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    return {"folder": Path(data_dir).resolve().name, "recordings": len(names), "names_sha256": digest}
+    return {
+        "folder": Path(data_dir).resolve().name,
+        "recordings": len(names),
+        "names_sha256": digest,
+    }
+
 
 def kinship(
     data_dir,  # folder of recordings
-    weights,   # folder that the training wrote
+    weights,  # folder that the training wrote
 ):
-    "A sentence: were these weights made from recordings of this folder, or do they meet for the first time?"
+    """A sentence: were these weights made from recordings of this folder, or do they meet for the first time?"""
     told = json.loads((Path(weights) / "training.json").read_text())
     used = {group_of(n) for n in told["train"] + told["validation"]}
     here = {group_of(p.stem) for p in find_recordings(data_dir)}
     if used & here:
         return f"weights of {weights}, trained on {len(used & here)} other worlds or sessions of {data_dir}"
     like = f"like {min(used)}" if used else "that nobody named"
-    return (f"weights of {weights} ({told.get('preset')}) on recordings of {data_dir}: as far as names tell, "
-            f"they were not made for each other. The weights were trained on {len(used)} worlds or sessions {like}, "
-            "none of which is here; what follows is how far they carry over, not what a model of these "
-            "recordings can do. Train one with nbs/study/2_train.ipynb and pass its folder as weights.")
+    return (
+        f"weights of {weights} ({told.get('preset')}) on recordings of {data_dir}: as far as names tell, "
+        f"they were not made for each other. The weights were trained on {len(used)} worlds or sessions {like}, "
+        "none of which is here; what follows is how far they carry over, not what a model of these "
+        "recordings can do. Train one with nbs/study/2_train.ipynb and pass its folder as weights."
+    )
 
 # %% ../nbs/14_evaluation.ipynb #519f2d6e
 class Remembers:
-    "A WorldModel that looks at no frame twice and imagines no future twice; what it keeps stays below `limit` bytes."
+    """A WorldModel that looks at no frame twice and imagines no future twice; what it keeps stays below `limit` bytes."""
+
     def __init__(self, model, limit=2**30):
         self.model, self.limit, self.held, self.kept = model, limit, 0, OrderedDict()
 
-    def __getattr__(self, name): return getattr(self.model, name)
-    def target(self, frames): return self._by_frame("target", frames)
-    def encode(self, frames): return self._by_frame("encode", frames)
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def target(self, frames):
+        return self._by_frame("target", frames)
+
+    def encode(self, frames):
+        return self._by_frame("encode", frames)
 
     def imagine(self, z, actions):
         key = "imagine", _digest(z), _digest(actions)
-        if key not in self.kept: self._keep(key, self.model.imagine(z, actions))
+        if key not in self.kept:
+            self._keep(key, self.model.imagine(z, actions))
         found = self._recall(key).to(z.device)
         self._forget()
         return found
@@ -163,8 +198,11 @@ class Remembers:
         keys = [(what, _digest(f)) for f in frames]
         new = {key: i for i, key in enumerate(keys) if key not in self.kept}
         if new:
-            for key, z in zip(new, getattr(self.model, what)(frames[list(new.values())])): self._keep(key, z)
-        found = torch.stack([self._recall(key) for key in keys]).to(next(self.model.parameters()).device)
+            for key, z in zip(new, getattr(self.model, what)(frames[list(new.values())])):
+                self._keep(key, z)
+        found = torch.stack([self._recall(key) for key in keys]).to(
+            next(self.model.parameters()).device
+        )
         self._forget()
         return found
 
@@ -177,74 +215,100 @@ class Remembers:
         return self.kept[key]
 
     def _forget(self):
-        "Drop what was not asked for the longest."
-        while self.held > self.limit: self.held -= self.kept.popitem(last=False)[1].nbytes
+        """Drop what was not asked for the longest."""
+        while self.held > self.limit:
+            self.held -= self.kept.popitem(last=False)[1].nbytes
+
 
 def _digest(x):
-    data = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()  # of any type, bfloat16 too
+    data = (
+        x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    )  # of any type, bfloat16 too
     return hashlib.blake2b(data, digest_size=16).digest() + str(x.dtype).encode()
 
 # %% ../nbs/14_evaluation.ipynb #2491d393
 @torch.no_grad()
 def latent_futures(
-    model,    # WorldModel
-    frames,   # (B, 2+K, 3, H, W) uint8, from t-1
+    model,  # WorldModel
+    frames,  # (B, 2+K, 3, H, W) uint8, from t-1
     actions,  # (B, 24+K, 28)
-    other,    # (B, 24+K, 28), of another recording
-    horizons, # ticks, at most K
+    other,  # (B, 24+K, 28), of another recording
+    horizons,  # ticks, at most K
 ):
-    "True latents (B, 1+K, N, D) of frames t .. t+K, and each method's guess (B, len(horizons), N, D) at `horizons`."
-    device, ticks, steps = next(model.parameters()).device, model.config.conditioner.ticks, torch.arange(1, frames.shape[1] - 1)
+    """True latents (B, 1+K, N, D) of frames t .. t+K, and each method's guess (B, len(horizons), N, D) at `horizons`."""
+    device, ticks, steps = (
+        next(model.parameters()).device,
+        model.config.conditioner.ticks,
+        torch.arange(1, frames.shape[1] - 1),
+    )
     frames, actions, other = frames.to(device), actions.to(device), other.to(device)
     idle = actions.clone()
-    idle[:, ticks - 1:] = torch.as_tensor(NOOP, device=device)
+    idle[:, ticks - 1 :] = torch.as_tensor(NOOP, device=device)
     other_future = torch.cat([actions[:, : ticks - 1], other[:, ticks - 1 :]], 1)
     z = short = model.encode(frames[:, 1])
     alone = []
-    for k in range(len(steps)):  # each step is told its last action alone, and that nothing was done before
+    for k in range(
+        len(steps)
+    ):  # each step is told its last action alone, and that nothing was done before
         only = torch.as_tensor(NOOP, device=device).repeat(len(actions), ticks, 1)
         only[:, -1] = actions[:, ticks - 1 + k]
         short = model.step(short, only)
         alone.append(short)
-    truth = torch.stack([model.target(frames[:, k]) for k in range(frames.shape[1])], 1)  # (B, 2+K, N, D)
+    truth = torch.stack(
+        [model.target(frames[:, k]) for k in range(frames.shape[1])], 1
+    )  # (B, 2+K, N, D)
     before, now = truth[:, :1], truth[:, 1:2]
     at = [h - 1 for h in horizons]
     guesses = {
-        "model": model.imagine(z, actions)[:, at], "noop": model.imagine(z, idle)[:, at], "other_actions": model.imagine(z, other)[:, at],
+        "model": model.imagine(z, actions)[:, at],
+        "noop": model.imagine(z, idle)[:, at],
+        "other_actions": model.imagine(z, other)[:, at],
         "other_future": model.imagine(z, other_future)[:, at],  # with the true history
         "no_history": torch.stack(alone, 1)[:, at],
-        "copy_last": now.expand(-1, len(at), -1, -1), "linear": now + (now - before) * torch.tensor(horizons, device=device)[:, None, None]}
+        "copy_last": now.expand(-1, len(at), -1, -1),
+        "linear": now + (now - before) * torch.tensor(horizons, device=device)[:, None, None],
+    }
     return truth[:, 1:], guesses
 
 # %% ../nbs/14_evaluation.ipynb #23e55651
 @torch.no_grad()
 def horizon_errors(
-    model,             # WorldModel, in eval mode
-    store,             # ClipStore
-    names,             # recordings, at least two: the actions of one serve as the wrong ones of another
-    horizons,          # ticks
-    count=64,          # windows a recording
-    batch=32,          # windows at a time
+    model,  # WorldModel, in eval mode
+    store,  # ClipStore
+    names,  # recordings, at least two: the actions of one serve as the wrong ones of another
+    horizons,  # ticks
+    count=64,  # windows a recording
+    batch=32,  # windows at a time
 ):
-    "Normalised latent error of each method: {method: (recordings, horizons)}, and the variance it was divided by."
-    if len(names) < 2: raise ValueError(f"{len(names)} recording(s) given, at least 2 are needed to try the actions of another one")
+    """Normalised latent error of each method: {method: (recordings, horizons)}, and the variance it was divided by."""
+    if len(names) < 2:
+        raise ValueError(
+            f"{len(names)} recording(s) given, at least 2 are needed to try the actions of another one"
+        )
     ticks, last = model.config.conditioner.ticks, max(horizons)
     windows = [evaluation_windows(store, n, ticks, last, count) for n in names]
     errors, total, squares, seen = {}, 0, 0, 0
     for r, (frames, actions) in enumerate(windows):
-        other = windows[(r + len(names) // 2) % len(names)][1]  # half the list on: another world where a world has several recordings
+        other = windows[(r + len(names) // 2) % len(names)][
+            1
+        ]  # half the list on: another world where a world has several recordings
         other = other[torch.arange(len(actions)) % len(other)]
         parts = []
         for f, a, o in zip(frames.split(batch), actions.split(batch), other.split(batch)):
             truth, guesses = latent_futures(model, f, a, o, horizons)
-            parts.append({m: ((g - truth[:, list(horizons)]) ** 2).mean((2, 3)) for m, g in guesses.items()})  # (b, horizons)
+            parts.append(
+                {m: ((g - truth[:, list(horizons)]) ** 2).mean((2, 3)) for m, g in guesses.items()}
+            )  # (b, horizons)
             z = truth[:, 0].double()
             total, squares, seen = total + z.sum(0), squares + (z**2).sum(0), seen + len(z)
-        for m in parts[0]: errors.setdefault(m, []).append(torch.cat([p[m] for p in parts]).mean(0).cpu().numpy())
+        for m in parts[0]:
+            errors.setdefault(m, []).append(torch.cat([p[m] for p in parts]).mean(0).cpu().numpy())
     variance = float((squares / seen - (total / seen) ** 2).mean())
     if not variance > 1e-12:
-        raise ValueError(f"the latents of {', '.join(names[:3])}.. are all alike, so no error can be set against "
-                         "their variance: all frames show one picture, or the weights have collapsed")
+        raise ValueError(
+            f"the latents of {', '.join(names[:3])}.. are all alike, so no error can be set against "
+            "their variance: all frames show one picture, or the weights have collapsed"
+        )
     return {m: np.stack(e) / variance for m, e in errors.items()}, variance
 
 # %% ../nbs/14_evaluation.ipynb #b2c56f28
@@ -263,20 +327,25 @@ def interval(
         half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
     return {"mean": mean, "interval": [mean - half, mean + half]}
 
+
 LEAST_ERROR = 1e-9  # share of the variance that counts as no error: what float32 leaves
 
+
 def by_horizon(
-    errors,    # {method: (recordings, horizons)}
+    errors,  # {method: (recordings, horizons)}
     horizons,  # ticks
 ):
-    "{ticks: {method: {'mean', 'interval'}}}, ready for JSON."
-    return {str(h): {m: interval(e[:, i]) for m, e in errors.items()} for i, h in enumerate(horizons)}
+    """{ticks: {method: {'mean', 'interval'}}}, ready for JSON."""
+    return {
+        str(h): {m: interval(e[:, i]) for m, e in errors.items()} for i, h in enumerate(horizons)
+    }
 
 # %% ../nbs/14_evaluation.ipynb #db546845
 def ratio(
-    errors,    # {method: (recordings, horizons)}
+    errors,  # {method: (recordings, horizons)}
     horizons,  # ticks
-    above="other_future", below="model",
+    above="other_future",
+    below="model",
 ):
     """{ticks: {'mean', 'interval'}} of one method's error over another's, recording by recording.
 
@@ -291,82 +360,141 @@ def psnr(
     a,  # (..., 3, H, W) uint8
     b,  # the same shape
 ):
-    "Peak signal-to-noise ratio of each frame in dB; 60 where they are equal."
+    """Peak signal-to-noise ratio of each frame in dB; 60 where they are equal."""
     mse = ((a.float() - b.float()) ** 2).mean((-3, -2, -1))
     return (10 * torch.log10(255**2 / mse)).clamp(max=60.0)
+
 
 def ssim(
     a,  # (B, 3, H, W) uint8
     b,  # the same shape
 ):
-    "Structural similarity of each frame, -1 .. 1."
-    one = lambda x, y: structural_similarity(x.numpy(), y.numpy(), channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255)
+    """Structural similarity of each frame, -1 .. 1."""
+    one = lambda x, y: structural_similarity(
+        x.numpy(),
+        y.numpy(),
+        channel_axis=0,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        data_range=255,
+    )
     return torch.tensor([one(x, y) for x, y in zip(a.cpu(), b.cpu())], dtype=torch.float32)
 
 # %% ../nbs/14_evaluation.ipynb #e0771ffb
 @torch.no_grad()
 def pixel_scores(
-    model,     # WorldModel, in eval mode
+    model,  # WorldModel, in eval mode
     decoders,  # {name: function from latents (b, n, d) to frames (b, 3, H, W) uint8}
-    store,     # ClipStore
-    names,     # recordings
+    store,  # ClipStore
+    names,  # recordings
     horizons,  # ticks
-    count=8,   # windows a recording
+    count=8,  # windows a recording
     measures=None,  # {name: function of two batches of frames -> one number each}; None: PSNR and SSIM
 ):
-    "What `measures` say of decoded imagined frames, of decoded true latents, and of the given frame kept: {'psnr'|'ssim'|..: {method: (recordings, horizons)}}."
+    """What `measures` say of decoded imagined frames, of decoded true latents, and of the given frame kept: {'psnr'|'ssim'|..: {method: (recordings, horizons)}}."""
     measures = measures or {"psnr": psnr, "ssim": ssim}
     scores, device, at = {m: {} for m in measures}, next(model.parameters()).device, list(horizons)
     for name in names:
-        frames, actions = evaluation_windows(store, name, model.config.conditioner.ticks, max(at), count)
-        future = model.imagine(model.encode(frames[:, 1].to(device)), actions.to(device))[:, [h - 1 for h in at]]
+        frames, actions = evaluation_windows(
+            store, name, model.config.conditioner.ticks, max(at), count
+        )
+        future = model.imagine(model.encode(frames[:, 1].to(device)), actions.to(device))[
+            :, [h - 1 for h in at]
+        ]
         truth = torch.stack([model.target(frames[:, 1 + h].to(device)) for h in at], 1)
-        drawn = {d: _drawn(f, future) for d, f in decoders.items()} | {f"{d}_of_truth": _drawn(f, truth) for d, f in decoders.items()}
+        drawn = {d: _drawn(f, future) for d, f in decoders.items()} | {
+            f"{d}_of_truth": _drawn(f, truth) for d, f in decoders.items()
+        }
         for i, h in enumerate(at):
-            real, shown = frames[:, 1 + h], {"copy_last": frames[:, 1]} | {d: pixels[:, i] for d, pixels in drawn.items()}
+            real, shown = (
+                frames[:, 1 + h],
+                {"copy_last": frames[:, 1]} | {d: pixels[:, i] for d, pixels in drawn.items()},
+            )
             for m, pixels in shown.items():
                 for score, measure in measures.items():
-                    scores[score].setdefault(m, {}).setdefault(name, []).append(float(measure(pixels, real).mean()))
-    return {s: {m: np.array([rows[n] for n in names]) for m, rows in per.items()} for s, per in scores.items()}
+                    scores[score].setdefault(m, {}).setdefault(name, []).append(
+                        float(measure(pixels, real).mean())
+                    )
+    return {
+        s: {m: np.array([rows[n] for n in names]) for m, rows in per.items()}
+        for s, per in scores.items()
+    }
+
 
 def _drawn(decoder, z, part=32):
-    "Frames (b, k, 3, H, W) of latents (b, k, n, d), many at a time."
-    return torch.cat([decoder(some).cpu() for some in z.flatten(0, 1).split(part)]).unflatten(0, z.shape[:2])
+    """Frames (b, k, 3, H, W) of latents (b, k, n, d), many at a time."""
+    return torch.cat([decoder(some).cpu() for some in z.flatten(0, 1).split(part)]).unflatten(
+        0, z.shape[:2]
+    )
 
 # %% ../nbs/14_evaluation.ipynb #8b386d25
-LEARNED = {"lpips": "alexnet-owt-7be5be79.pth", "fid": "weights-inception-2015-12-05-6726825d.pth"}  # as torchvision and torch-fidelity name them
+LEARNED = {
+    "lpips": "alexnet-owt-7be5be79.pth",
+    "fid": "weights-inception-2015-12-05-6726825d.pth",
+}  # as torchvision and torch-fidelity name them
+
 
 def learned_metrics(
     device="cpu",
 ):
-    "({'lpips': frames, frames (b, 3, H, W) uint8 -> (b,); 'fid': the same -> number} as far as this machine can, {name: why not} of the others). Zhang et al. 2018; Heusel et al. 2017."
+    """({'lpips': frames, frames (b, 3, H, W) uint8 -> (b,); 'fid': the same -> number} as far as this machine can, {name: why not} of the others). Zhang et al. 2018; Heusel et al. 2017."""
     found, lacking = {}, {"fvd": "its network is no file of weights"}
     for name, file in LEARNED.items():
         path = Path(torch.hub.get_dir()) / "checkpoints" / file
-        if not path.is_file(): lacking[name] = f"{file} is not in the folder checkpoints of torch.hub.get_dir()"; continue
-        if not _is_what_it_says(path): lacking[name] = f"{file} in torch.hub.get_dir() is another file than its name says: its SHA-256 begins otherwise"; continue  # these libraries unpickle
-        try: lpip, fid, _ = (importlib.import_module(m) for m in ("torchmetrics.image.lpip", "torchmetrics.image.fid", "torch_fidelity"))
-        except ImportError as e: lacking[name] = f"{e}: pip install torchmetrics torch-fidelity"; continue
+        if not path.is_file():
+            lacking[name] = f"{file} is not in the folder checkpoints of torch.hub.get_dir()"
+            continue
+        if not _is_what_it_says(path):
+            lacking[name] = (
+                f"{file} in torch.hub.get_dir() is another file than its name says: its SHA-256 begins otherwise"
+            )
+            continue  # these libraries unpickle
+        try:
+            lpip, fid, _ = (
+                importlib.import_module(m)
+                for m in ("torchmetrics.image.lpip", "torchmetrics.image.fid", "torch_fidelity")
+            )
+        except ImportError as e:
+            lacking[name] = f"{e}: pip install torchmetrics torch-fidelity"
+            continue
         if name == "lpips":
-            judge = lpip.LearnedPerceptualImagePatchSimilarity("alex", reduction="none", normalize=True).to(device)
-            found[name] = lambda a, b, judge=judge: judge(a.to(device).float() / 255, b.to(device).float() / 255).detach().cpu().flatten()
-        else: found[name] = partial(_frechet, fid.FrechetInceptionDistance(feature_extractor_weights_path=str(path)).to(device), device)
+            judge = lpip.LearnedPerceptualImagePatchSimilarity(
+                "alex", reduction="none", normalize=True
+            ).to(device)
+            found[name] = lambda a, b, judge=judge: (
+                judge(a.to(device).float() / 255, b.to(device).float() / 255)
+                .detach()
+                .cpu()
+                .flatten()
+            )
+        else:
+            found[name] = partial(
+                _frechet,
+                fid.FrechetInceptionDistance(feature_extractor_weights_path=str(path)).to(device),
+                device,
+            )
     return found, lacking
 
-def _is_what_it_says(path): return hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem.rpartition("-")[2])
+
+def _is_what_it_says(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem.rpartition("-")[2])
+
 
 def _frechet(judge, device, imagined, real):
     judge.reset()
     for frames, is_real in ((imagined, False), (real, True)):
-        for part in frames.split(32): judge.update(part.to(device), real=is_real)
+        for part in frames.split(32):
+            judge.update(part.to(device), real=is_real)
     return float(judge.compute())
 
 # %% ../nbs/14_evaluation.ipynb #c7f11785
 def count_flops(
     call,  # function without arguments
 ):
-    "Floating-point operations of the matrix products in one `call`. Source: torch.utils.flop_counter."
-    with FlopCounterMode(display=False) as counter, torch.no_grad(): call()
+    """Floating-point operations of the matrix products in one `call`. Source: torch.utils.flop_counter."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
     return counter.get_total_flops()
 
 # %% ../nbs/14_evaluation.ipynb #860d536e
@@ -389,14 +517,19 @@ def bars(
         rows.append({"bar": name, "number": len(ticks), "interval": None, "wanted": 15})
     worlds = found["probes_by_world"]
     for label in ("pitch", "yaw_change"):
-        number, interval = found["probes"]["model"].get(label), worlds.get(label, {}).get("interval")
+        number, interval = (
+            found["probes"]["model"].get(label),
+            worlds.get(label, {}).get("interval"),
+        )
         rows.append({"bar": f"{label}_r2", "number": number, "interval": interval})
     top1, sensitivity = found["retrieval"]["top1"]["4"]["model"], found["ratio"]["8"]
     for name, value in (("top1_at_4_ticks", top1), ("ratio_at_8_ticks", sensitivity)):
         rows.append({"bar": name, "number": value["mean"], "interval": value["interval"]})
     for row in rows:
         row.setdefault("wanted", BARS.get(row["bar"]))
-        low = row["interval"][0] if row["interval"] and row["bar"].endswith("_r2") else row["number"]
+        low = (
+            row["interval"][0] if row["interval"] and row["bar"].endswith("_r2") else row["number"]
+        )
         row["met"] = low is not None and low >= row["wanted"]
     return rows
 
@@ -404,48 +537,96 @@ def bars(
 def read_report(
     path,  # evaluate.json
 ):
-    "A report of this version. ValueError where it is of another."
+    """A report of this version. ValueError where it is of another."""
     path = Path(path)
-    try: found = json.loads(path.read_text())
-    except FileNotFoundError: raise ValueError(f"{path}: no such file; nbs/study/3_evaluate.ipynb writes it") from None
-    except json.JSONDecodeError as e: raise ValueError(f"{path}, line {e.lineno}: not JSON ({e.msg}); evaluate again") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA: raise ValueError(f"{path}: schema {found.get('schema') if isinstance(found, dict) else None}, this version reads {SCHEMA}; evaluate again with nbs/study/3_evaluate.ipynb")
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; nbs/study/3_evaluate.ipynb writes it") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}, line {e.lineno}: not JSON ({e.msg}); evaluate again") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path}: schema {found.get('schema') if isinstance(found, dict) else None}, this version reads {SCHEMA}; evaluate again with nbs/study/3_evaluate.ipynb"
+        )
     return found
 
 
 def compare(
-    first,   # report
+    first,  # report
     second,  # report on the same recordings
 ):
-    "{quantity: (first, second, whether the second is better)} of two reports. ValueError where they were judged on different recordings."
-    if first["recordings"] != second["recordings"]: raise ValueError(f"judged on different recordings ({', '.join(first['recordings'][:3])}.. and {', '.join(second['recordings'][:3])}..): give both the same data_dir")
-    pick = lambda r: {f"error over copying, {h} ticks": r["share_of_copying"][h]["model"]["mean"] for h in r["share_of_copying"]} | \
-        {f"other over true future actions, {h} ticks": v["mean"] for h, v in r["ratio"].items()} | {f"top-1 retrieval, {h} ticks": v["model"]["mean"] for h, v in r["retrieval"]["top1"].items()} | \
-        {f"R2 of {k}": v for k, v in r["probes"]["model"].items()}
-    a, b = pick(first), pick(second)  # latents of two encoders differ, so no error is compared as it is
-    return {k: (a[k], b[k], b[k] < a[k] if k.startswith("error") else b[k] > a[k]) for k in a if k in b}
+    """{quantity: (first, second, whether the second is better)} of two reports. ValueError where they were judged on different recordings."""
+    if first["recordings"] != second["recordings"]:
+        raise ValueError(
+            f"judged on different recordings ({', '.join(first['recordings'][:3])}.. and {', '.join(second['recordings'][:3])}..): give both the same data_dir"
+        )
+    pick = lambda r: (
+        {
+            f"error over copying, {h} ticks": r["share_of_copying"][h]["model"]["mean"]
+            for h in r["share_of_copying"]
+        }
+        | {f"other over true future actions, {h} ticks": v["mean"] for h, v in r["ratio"].items()}
+        | {
+            f"top-1 retrieval, {h} ticks": v["model"]["mean"]
+            for h, v in r["retrieval"]["top1"].items()
+        }
+        | {f"R2 of {k}": v for k, v in r["probes"]["model"].items()}
+    )
+    a, b = (
+        pick(first),
+        pick(second),
+    )  # latents of two encoders differ, so no error is compared as it is
+    return {
+        k: (a[k], b[k], b[k] < a[k] if k.startswith("error") else b[k] > a[k]) for k in a if k in b
+    }
 
 # %% ../nbs/14_evaluation.ipynb #5ef5e7ce
 def beside(
-    yours,    # report
+    yours,  # report
     shipped,  # report of the shipped weights
 ):
-    "The bars and the error over copying of two reports, in rows, and in words whether they can be compared."
+    """The bars and the error over copying of two reports, in rows, and in words whether they can be compared."""
     ticks, reports = ("1", "2", "4", "8", "15"), {"yours": yours, "shipped": shipped}
-    share = {who: {h: r["share_of_copying"][h]["model"] for h in ticks} for who, r in reports.items()}
+    share = {
+        who: {h: r["share_of_copying"][h]["model"] for h in ticks} for who, r in reports.items()
+    }
     numbers = {who: {b["bar"]: b["number"] for b in r["bars"]} for who, r in reports.items()}
-    rows = [{"what": b["bar"], "wanted": b["wanted"], **{who: numbers[who].get(b["bar"]) for who in reports}}
-            for b in yours["bars"]]
-    rows += [{"what": f"error over copying, {h} tick{'s' * (h != '1')}", "wanted": None,
-              **{who: share[who][h]["mean"] for who in reports}} for h in ticks]
+    rows = [
+        {
+            "what": b["bar"],
+            "wanted": b["wanted"],
+            **{who: numbers[who].get(b["bar"]) for who in reports},
+        }
+        for b in yours["bars"]
+    ]
+    rows += [
+        {
+            "what": f"error over copying, {h} tick{'s' * (h != '1')}",
+            "wanted": None,
+            **{who: share[who][h]["mean"] for who in reports},
+        }
+        for h in ticks
+    ]
     same = yours["recordings"] == shipped["recordings"]
     count = {who: len(r["recordings"]) for who, r in reports.items()}
     some = {who: ", ".join(r["recordings"][:2]) for who, r in reports.items()}
     told = f"judged on the same {count['yours']} recordings. Errors of two encoders can't be compared, ratios can."
     if not same:
-        told = (f"not comparable, for yours was judged on {count['yours']} recordings ({some['yours']}..) and the "
-                f"shipped on {count['shipped']} ({some['shipped']}..). Read each column by itself.")
+        told = (
+            f"not comparable, for yours was judged on {count['yours']} recordings ({some['yours']}..) and the "
+            f"shipped on {count['shipped']} ({some['shipped']}..). Read each column by itself."
+        )
     if yours["preset"] != shipped["preset"]:
         told += f" Yours is of the preset {yours['preset']}, the shipped of {shipped['preset']}."
-    about = {who: {k: r.get(k) for k in ("preset", "recordings", "weights", "weights_identity", "data")} for who, r in reports.items()}
-    return {"comparable": same, "told": told, "rows": rows, "share_of_copying": share, "about": about}
+    about = {
+        who: {k: r.get(k) for k in ("preset", "recordings", "weights", "weights_identity", "data")}
+        for who, r in reports.items()
+    }
+    return {
+        "comparable": same,
+        "told": told,
+        "rows": rows,
+        "share_of_copying": share,
+        "about": about,
+    }

@@ -16,46 +16,72 @@ import torch.nn.functional as F
 from torch import nn
 
 from .actions import ACTION_DIM, CURSOR, MOUSE, SWITCHES
-from .config import whole_number
 from .conditioner import make_conditioner
+from .config import whole_number
 from .ema import ema_update, frozen_copy
 from .encoder import Encoder
-from .layers import Matching, Pretrained, as_numbers, clean_names, layer_norm, read_weights
+from minecraft_jepa.layers import (
+    Matching,
+    Pretrained,
+    as_numbers,
+    clean_names,
+    layer_norm,
+    read_weights,
+)
 from .predictor import Predictor
 
 # %% ../nbs/11_jepa.ipynb #052620a1
 class Taught(Pretrained):
-    "A network with an `encoder` and its slow copy, the `teacher`."
+    """A network with an `encoder` and its slow copy, the `teacher`."""
+
     def update_teacher(self, momentum):
-        "Move the teacher towards the encoder; `momentum` is the share it keeps."
+        """Move the teacher towards the encoder; `momentum` is the share it keeps."""
         ema_update(self.teacher, self.encoder, momentum)
 
     def adopt_teacher(self):
-        "End of training: the encoder takes the teacher's weights, so that one encoder is left to ship."
+        """End of training: the encoder takes the teacher's weights, so that one encoder is left to ship."""
         ema_update(self.encoder, self.teacher, 0.0)
 
     def train(self, mode=True):
-        "As in torch, but the teacher always stays in eval mode."
+        """As in torch, but the teacher always stays in eval mode."""
         super().train(mode)
         self.teacher.eval()
         return self
 
     def start_from(self, folder):
-        "Take over what another run of the same architecture learned; of its inverse-dynamics head, which is used in training alone, what fits. ValueError as for `from_pretrained`."
+        """Take over what another run of the same architecture learned; of its inverse-dynamics head, which is used in training alone, what fits. ValueError as for `from_pretrained`."""
         head = {k: v for k, v in clean_names(self.state_dict()).items() if k.startswith("inverse.")}
-        state = {k: v for k, v in read_weights(folder, self.file, self.config).items() if not k.startswith("inverse.") or (k in head and head[k].shape == v.shape)}
+        state = {
+            k: v
+            for k, v in read_weights(folder, self.file, self.config).items()
+            if not k.startswith("inverse.") or (k in head and head[k].shape == v.shape)
+        }
         self._load_saved(head | state, Path(folder) / self.file)
 
     def save_adopted(self, folder):
-        "`save_pretrained` with the teacher in the encoder's place, as `adopt_teacher` leaves it; this network stays as it is."
+        """`save_pretrained` with the teacher in the encoder's place, as `adopt_teacher` leaves it; this network stays as it is."""
         self._adopted = True
-        try: self.save_pretrained(folder)
-        finally: self._adopted = False
+        try:
+            self.save_pretrained(folder)
+        finally:
+            self._adopted = False
 
     def _saved_state(self):  # where the two are equal, one is written
         state = super()._saved_state()
-        if getattr(self, "_adopted", False): return {k: state["teacher." + k.removeprefix("encoder.")] if k.startswith("encoder.") else v for k, v in state.items() if not k.startswith("teacher.")}
-        same = all(torch.equal(v, state["teacher." + k]) for k, v in ((k.removeprefix("encoder."), v) for k, v in state.items() if k.startswith("encoder.")))
+        if getattr(self, "_adopted", False):
+            return {
+                k: state["teacher." + k.removeprefix("encoder.")] if k.startswith("encoder.") else v
+                for k, v in state.items()
+                if not k.startswith("teacher.")
+            }
+        same = all(
+            torch.equal(v, state["teacher." + k])
+            for k, v in (
+                (k.removeprefix("encoder."), v)
+                for k, v in state.items()
+                if k.startswith("encoder.")
+            )
+        )
         return {k: v for k, v in state.items() if not (same and k.startswith("teacher."))}
 
     def _load_saved(self, state, path, assign=False):
@@ -65,39 +91,46 @@ class Taught(Pretrained):
         super()._load_saved(state, path, assign)
 
 # %% ../nbs/11_jepa.ipynb #73e98310
-def _processes(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _processes():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
 
 def across(
     x,  # a mean over this process's samples
 ):
-    "The mean over all processes' samples, through which gradients flow."
+    """The mean over all processes' samples, through which gradients flow."""
     return dist.nn.functional.all_reduce(x) / _processes() if _processes() > 1 else x
+
 
 def between_frames(
     z,  # (b, n, d)
 ):
-    "What differs between frames: (b, n, d) without the mean of each position."
+    """What differs between frames: (b, n, d) without the mean of each position."""
     return z.float() - across(z.float().mean(0, keepdim=True))
 
+
 def sigreg(
-    z,            # (b, n, d), of `between_frames`
+    z,  # (b, n, d), of `between_frames`
     slices=1024,  # random directions
-    seed=0,       # decides them; the same in all processes
+    seed=0,  # decides them; the same in all processes
 ):
-    "Epps-Pulley statistic of the latents along random directions against N(0, 1), over the number of frames. 0 for a Gaussian."
-    direction = torch.randn(z.shape[-1], slices, generator=torch.Generator().manual_seed(whole_number(seed, "seed"))).to(z)
+    """Epps-Pulley statistic of the latents along random directions against N(0, 1), over the number of frames. 0 for a Gaussian."""
+    direction = torch.randn(
+        z.shape[-1], slices, generator=torch.Generator().manual_seed(whole_number(seed, "seed"))
+    ).to(z)
     with torch.autocast(z.device.type, enabled=False):
-        x = z.flatten(0, 1) @ F.normalize(direction, dim=0)             # (b n, slices)
-    t = torch.linspace(0, 3, 17, device=z.device)                       # the integrand is even
-    gauss, angle = (-t**2 / 2).exp(), x[..., None] * t                  # (17,), (b n, slices, 17)
+        x = z.flatten(0, 1) @ F.normalize(direction, dim=0)  # (b n, slices)
+    t = torch.linspace(0, 3, 17, device=z.device)  # the integrand is even
+    gauss, angle = (-(t**2) / 2).exp(), x[..., None] * t  # (17,), (b n, slices, 17)
     real, imaginary = across(angle.cos().mean(0)), across(angle.sin().mean(0))
-    return torch.trapezoid(((real - gauss)**2 + imaginary**2) * gauss, t).mul(2).mean()
+    return torch.trapezoid(((real - gauss) ** 2 + imaginary**2) * gauss, t).mul(2).mean()
+
 
 def vicreg(
-    z,       # (b, n, d), of `between_frames`
-    least=1, # std that a feature should have
+    z,  # (b, n, d), of `between_frames`
+    least=1,  # std that a feature should have
 ):
-    "(variance, covariance): how far each feature's std stays below `least`, and the mean square of the covariances of different features."
+    """(variance, covariance): how far each feature's std stays below `least`, and the mean square of the covariances of different features."""
     with torch.autocast(z.device.type, enabled=False):  # in bfloat16 a variance keeps two digits
         z = z.float()
         covariance = across(torch.einsum("bni,bnj->ij", z, z) / (z.shape[0] * z.shape[1]))
@@ -106,16 +139,22 @@ def vicreg(
         short = F.relu(least - (variance + 1e-4).sqrt()).mean()
         return short, others.square().sum() / z.shape[-1]
 
+
 def spread_loss(
     settings,  # config.jepa
-    latents,   # that hear gradients, each (b, n, d): of frames t .. t+K, or beside a slow copy of frame t
-    seed=0,    # for SIGReg's directions
+    latents,  # that hear gradients, each (b, n, d): of frames t .. t+K, or beside a slow copy of frame t
+    seed=0,  # for SIGReg's directions
 ):
-    "What keeps latents apart; 0 where the slow copy alone does."
-    if settings.anti_collapse == "ema" and not settings.floor: return 0
+    """What keeps latents apart; 0 where the slow copy alone does."""
+    if settings.anti_collapse == "ema" and not settings.floor:
+        return 0
     z = between_frames(torch.cat(latents))
-    if settings.anti_collapse == "ema": return settings.floor * vicreg(z, settings.spread)[0]
-    if settings.anti_collapse == "sigreg": return settings.sigreg * len(z) * _processes() * sigreg(z, settings.slices, seed)  # the statistic grows with the number of samples
+    if settings.anti_collapse == "ema":
+        return settings.floor * vicreg(z, settings.spread)[0]
+    if settings.anti_collapse == "sigreg":
+        return (
+            settings.sigreg * len(z) * _processes() * sigreg(z, settings.slices, seed)
+        )  # the statistic grows with the number of samples
     std, covariance = vicreg(z)
     return settings.vicreg_std * std + settings.vicreg_cov * covariance
 
@@ -123,55 +162,75 @@ def spread_loss(
 def camera_moves(
     actions,  # (..., 28)
 ):
-    "Whether the mouse turns the camera: with a screen open it moves the cursor. (...,)"
+    """Whether the mouse turns the camera: with a screen open it moves the cursor. (...,)"""
     return (actions[..., CURSOR] == 0.5).all(-1)
 
+
 class InverseDynamics(nn.Module):
-    "Losses of naming, from two latents (b, n, d), what was done between them."
+    """Losses of naming, from two latents (b, n, d), what was done between them."""
+
     unit = 3  # degrees of a turn that count as 1
 
-    def __init__(self,
-        grid,   # patches high and wide
+    def __init__(
+        self,
+        grid,  # patches high and wide
         width,  # of the tokens
     ):
         super().__init__()
         self.grid, self.match = grid, Matching(grid, width)
-        self.pair, self.moved, self.out = nn.Linear(2 * width, width), nn.Linear(self.match.width, width), nn.Linear(2 * width, ACTION_DIM)
+        self.pair, self.moved, self.out = (
+            nn.Linear(2 * width, width),
+            nn.Linear(self.match.width, width),
+            nn.Linear(2 * width, ACTION_DIM),
+        )
         self.height = nn.Linear(grid[0] * width, 1)
 
     def say(self, z, later):
-        "What was done between a frame and the next, (b, 28): logits of keys and buttons, the turn in `unit` degrees; nothing of cursor and wheel."
+        """What was done between a frame and the next, (b, 28): logits of keys and buttons, the turn in `unit` degrees; nothing of cursor and wheel."""
         said, back = (self.out(way).float() for way in self.compare_both_ways(z, later))
-        return torch.cat([said[:, :MOUSE.start], said[:, MOUSE] - back[:, MOUSE], said[:, MOUSE.stop:]], 1)  # the other way round a turn is the opposite one
+        return torch.cat(
+            [said[:, : MOUSE.start], said[:, MOUSE] - back[:, MOUSE], said[:, MOUSE.stop :]], 1
+        )  # the other way round a turn is the opposite one
 
     def compare(self, z, later):
-        "What `say` draws its answer from by one linear map, (b, 2 width)."
+        """What `say` draws its answer from by one linear map, (b, 2 width)."""
         return self.compare_both_ways(z, later)[0]
 
     def compare_both_ways(self, z, later):
-        "`compare` of (z, later), and of (later, z)."
+        """`compare` of (z, later), and of (later, z)."""
         own, change = self.pair.weight.chunk(2, -1)  # pair of (z, later - z)
         change = F.linear(later - z, change)
-        pairs = F.linear(z, own, self.pair.bias) + change, F.linear(later, own, self.pair.bias) - change
+        pairs = (
+            F.linear(z, own, self.pair.bias) + change,
+            F.linear(later, own, self.pair.bias) - change,
+        )
         moves = self.match.both_ways(z, later)
-        return [torch.cat([F.gelu(pair).mean(1), F.gelu(self.moved(move))], -1)
-                for pair, move in zip(pairs, moves)]
+        return [
+            torch.cat([F.gelu(pair).mean(1), F.gelu(self.moved(move))], -1)
+            for pair, move in zip(pairs, moves)
+        ]
 
     def forward(self, z, later, action):
-        "The action (b, 28) between a frame and the next; no turn where a screen is open."
-        said = self.say(z, later)                                                          # (b, 28)
+        """The action (b, 28) between a frame and the next; no turn where a screen is open."""
+        said = self.say(z, later)  # (b, 28)
         turn = F.smooth_l1_loss(said[:, MOUSE], action[:, MOUSE] / self.unit, reduction="none")
         turn = (turn * camera_moves(action)[:, None]).mean()
-        return F.binary_cross_entropy_with_logits(said[:, SWITCHES], action[:, SWITCHES].clamp(0, 1)) + turn
+        return (
+            F.binary_cross_entropy_with_logits(said[:, SWITCHES], action[:, SWITCHES].clamp(0, 1))
+            + turn
+        )
 
     def level(self, z):
-        "One number for each latent, (b,)."
+        """One number for each latent, (b,)."""
         return self.height(z.unflatten(1, self.grid).mean(2).flatten(1))[:, 0]
 
     def tilt(self, z, later, actions):
-        "How far the mouse went down in all actions (b, k, 28) between two frames. With a screen open it moves the cursor, and does not count."
-        free = camera_moves(actions)                                                        # (b, k)
-        return F.smooth_l1_loss((self.level(later) - self.level(z)).float(), (actions[..., MOUSE][..., 1] * free).sum(1) / 10)
+        """How far the mouse went down in all actions (b, k, 28) between two frames. With a screen open it moves the cursor, and does not count."""
+        free = camera_moves(actions)  # (b, k)
+        return F.smooth_l1_loss(
+            (self.level(later) - self.level(z)).float(),
+            (actions[..., MOUSE][..., 1] * free).sum(1) / 10,
+        )
 
     def losses(self, settings, near, last, actions):
         """All that training asks of the head, in the weights of config.jepa.
@@ -202,16 +261,21 @@ def _fit_inputs(model, z, actions, only=False):
     z = as_numbers(z, "z", weight)
     actions, ticks = as_numbers(actions, "actions", weight), c.conditioner.ticks
     if z.ndim != 3 or tuple(z.shape[1:]) != (c.frame.patches, c.encoder.width):
-        raise ValueError(f"z is {tuple(z.shape)}, expected latents (batch, {c.frame.patches}, "
-                         f"{c.encoder.width}), as `encode` gives them")
+        raise ValueError(
+            f"z is {tuple(z.shape)}, expected latents (batch, {c.frame.patches}, "
+            f"{c.encoder.width}), as `encode` gives them"
+        )
     wrong = actions.ndim != 3 or actions.shape[1] < ticks or actions.shape[2] != ACTION_DIM
-    if wrong or len(actions) != len(z) and 1 not in (len(actions), len(z)):
+    if wrong or (len(actions) != len(z) and 1 not in (len(actions), len(z))):
         raise ValueError(
             f"actions are {tuple(actions.shape)}, expected ({len(z)}, {ticks - 1} + K, "
-            f"{ACTION_DIM}) with K of at least 1: {ticks} ticks end at the one acted on")
+            f"{ACTION_DIM}) with K of at least 1: {ticks} ticks end at the one acted on"
+        )
     if only and actions.shape[1] != ticks:
-        raise ValueError(f"actions are {tuple(actions.shape)}, expected ({len(z)}, {ticks}, "
-                         f"{ACTION_DIM}): ticks t-{ticks - 1} .. t; `imagine` takes more")
+        raise ValueError(
+            f"actions are {tuple(actions.shape)}, expected ({len(z)}, {ticks}, "
+            f"{ACTION_DIM}): ticks t-{ticks - 1} .. t; `imagine` takes more"
+        )
     batch = max(len(z), len(actions)) if len(z) and len(actions) else 0
     return z.expand(batch, -1, -1), actions.expand(batch, -1, -1)
 
@@ -235,7 +299,8 @@ def _encode_window(model, frames):
 
 # %% ../nbs/11_jepa.ipynb #c9bcc123
 class WorldModel(Taught):
-    "Encoder, teacher, conditioner and predictor, composed."
+    """Encoder, teacher, conditioner and predictor, composed."""
+
     file = "world_model.safetensors"
 
     def __init__(self, config):
@@ -246,19 +311,20 @@ class WorldModel(Taught):
         self.teacher = frozen_copy(self.encoder)
         self.conditioner = make_conditioner(config)
         self.predictor = Predictor(config)
-        if config.jepa.inverse: self.inverse = InverseDynamics(config.frame.grid, config.encoder.width)
+        if config.jepa.inverse:
+            self.inverse = InverseDynamics(config.frame.grid, config.encoder.width)
 
     def encode(self, frames):
-        "Frames (B, 3, H, W), uint8 or float in 0..1 -> latents (B, N, D)."
+        """Frames (B, 3, H, W), uint8 or float in 0..1 -> latents (B, N, D)."""
         return self.encoder(frames)
 
     @torch.no_grad()
     def target(self, frames):
-        "What the teacher sees: frames (B, 3, H, W) -> latents (B, N, D)."
+        """What the teacher sees: frames (B, 3, H, W) -> latents (B, N, D)."""
         return self.teacher(frames)
 
     def step(self, z, actions):
-        "Latent of frame t (B, N, D) and actions t-24 .. t (B, 25, 28) -> latent of frame t+1."
+        """Latent of frame t (B, N, D) and actions t-24 .. t (B, 25, 28) -> latent of frame t+1."""
         z, actions = _fit_inputs(self, z, actions, only=True)
         return self._advance(z, self.conditioner.read(actions), 0, start=z)
 
@@ -305,7 +371,7 @@ class WorldModel(Taught):
         return self._loss_parts(frames, actions, seed)[0]
 
     def _loss_parts(self, frames, actions, seed):
-        "The parts, the latent error by tick, and the last target."
+        """The parts, the latent error by tick, and the last target."""
         j, ticks, losses, errors = self.config.jepa, self.config.conditioner.ticks, [], []
         seen, truths = _encode_window(self, frames)
         z, start, told = seen[0], truths[0], self.conditioner.read(actions)
@@ -318,7 +384,7 @@ class WorldModel(Taught):
         if j.inverse:
             near = [seen[0], seen[1], *truths[2:3]]  # the third makes a second pair
             last = seen[frames.shape[1] - 1] if j.tilt else None
-            parts |= self.inverse.losses(j, near, last, actions[:, ticks - 1:])
+            parts |= self.inverse.losses(j, near, last, actions[:, ticks - 1 :])
         return parts, torch.stack(errors), truths[-1]
 
     def _advance(self, z, told, k, start):
@@ -326,8 +392,8 @@ class WorldModel(Taught):
 
 # %% ../nbs/11_jepa.ipynb #34efa809
 def encoder_gradients(
-    model,    # WorldModel
-    frames,   # (B, 1+K, 3, H, W) uint8, as for `forward`
+    model,  # WorldModel
+    frames,  # (B, 1+K, 3, H, W) uint8, as for `forward`
     actions,  # (B, 24+K, 28)
     seed=0,
 ) -> dict[str, float]:
@@ -354,31 +420,49 @@ def encoder_gradients(
 def rankme(
     z,  # (samples, d)
 ):
-    "Effective rank of the rows, 1 to d. RankMe, eq. 1."
+    """Effective rank of the rows, 1 to d. RankMe, eq. 1."""
     s = torch.linalg.svdvals(z.double())
     p = s / s.sum().clamp_min(1e-12) + 1e-12
     return float((-(p * p.log()).sum()).exp())
+
 
 @torch.no_grad()
 def collapse_metrics(
     z,  # (b, n, d), latents of frames that have nothing to do with each other
 ):
-    "`rank` (1..d) and `std` (0..1) of latents over frames, and the mean absolute `correlation` of two features (0..1)."
+    """`rank` (1..d) and `std` (0..1) of latents over frames, and the mean absolute `correlation` of two features (0..1)."""
     z = z.float() - z.float().mean(0)  # what is left differs between frames
     flat = z.flatten(0, 1)
     spread = flat.std(0).clamp_min(1e-6)
     correlation = (flat.T @ flat / (len(flat) * spread[:, None] * spread)).fill_diagonal_(0)
-    return {"rank": rankme(flat), "std": float(z.flatten(1).std(0).mean()), "correlation": float(correlation.abs().sum() / (len(spread) * (len(spread) - 1)))}
+    return {
+        "rank": rankme(flat),
+        "std": float(z.flatten(1).std(0).mean()),
+        "correlation": float(correlation.abs().sum() / (len(spread) * (len(spread) - 1))),
+    }
 
-_ADVICE = {"ema": "Try a smaller lr, a larger ema_start, anti_collapse='sigreg', a smaller inverse", "sigreg": "Try a larger sigreg, or a larger batch", "vicreg": "Try a larger vicreg_std, or a larger batch"}
+
+_ADVICE = {
+    "ema": "Try a smaller lr, a larger ema_start, anti_collapse='sigreg', a smaller inverse",
+    "sigreg": "Try a larger sigreg, or a larger batch",
+    "vicreg": "Try a larger vicreg_std, or a larger batch",
+}
+
 
 def collapse_alarm(
     metrics,  # of `collapse_metrics`
-    config,   # thresholds in `jepa`
+    config,  # thresholds in `jepa`
 ):
-    "None, or one line that says what is wrong and what to try."
-    rank, std, floor = metrics["rank"], metrics["std"], config.jepa.rank_alarm * config.encoder.width
-    if std < config.jepa.std_alarm: what = f"std over frames is {std:.3f}, below {config.jepa.std_alarm}"
-    elif rank < floor: what = f"effective rank is {rank:.1f}, below {floor:.1f}"
-    else: return None
+    """None, or one line that says what is wrong and what to try."""
+    rank, std, floor = (
+        metrics["rank"],
+        metrics["std"],
+        config.jepa.rank_alarm * config.encoder.width,
+    )
+    if std < config.jepa.std_alarm:
+        what = f"std over frames is {std:.3f}, below {config.jepa.std_alarm}"
+    elif rank < floor:
+        what = f"effective rank is {rank:.1f}, below {floor:.1f}"
+    else:
+        return None
     return f"the latent is collapsing: {what}. {_ADVICE[config.jepa.anti_collapse]}, or more varied recordings"

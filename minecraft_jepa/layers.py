@@ -27,31 +27,33 @@ from .config import load_config, whole_number
 # %% ../nbs/06_layers.ipynb #c10e94bf
 def sincos_table(
     positions,  # (n,) tensor
-    width,      # even
+    width,  # even
 ):
-    "Sine and cosine of `positions` at `width/2` frequencies: (n, width). Attention Is All You Need, sec. 3.5."
+    """Sine and cosine of `positions` at `width/2` frequencies: (n, width). Attention Is All You Need, sec. 3.5."""
     freq = 10000 ** (-torch.arange(width // 2, device=positions.device) / (width // 2))
     angle = positions[:, None].float() * freq  # (n, width/2)
     return torch.cat([angle.sin(), angle.cos()], -1)  # (n, width)
 
+
 def grid_positions(
     grid,  # (rows, columns)
 ):
-    "Row and column of each patch, in reading order: two (rows*columns,) tensors."
+    """Row and column of each patch, in reading order: two (rows*columns,) tensors."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     return rows.flatten(), columns.flatten()
 
+
 def sincos_grid(
-    grid,   # (rows, columns)
+    grid,  # (rows, columns)
     width,  # multiple of 4
 ):
-    "Fixed 2-D positions, half the width for rows, half for columns: (rows*columns, width). MAE, app. A."
+    """Fixed 2-D positions, half the width for rows, half for columns: (rows*columns, width). MAE, app. A."""
     rows, columns = grid_positions(grid)
     return torch.cat([sincos_table(rows, width // 2), sincos_table(columns, width // 2)], -1)
 
 # %% ../nbs/06_layers.ipynb #59adbdca
 def rotary_grid(
-    grid,        # (rows, columns)
+    grid,  # (rows, columns)
     head_width,  # multiple of 4
 ):
     """Turns of the queries and keys of one head, half of them by row, half by column.
@@ -65,18 +67,19 @@ def rotary_grid(
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1)
 
+
 def rotate(
-    x,      # (b, h, n, head_width)
+    x,  # (b, h, n, head_width)
     turns,  # (n, 2, head_width), of `rotary_grid`
 ):
-    "Turn each pair of features of `x`, one from either half, by its angle."
+    """Turn each pair of features of `x`, one from either half, by its angle."""
     cos, sin = turns.to(x.dtype).unbind(1)
     a, b = x.chunk(2, -1)
     return torch.addcmul(torch.cat([b, a], -1) * sin, x, cos)
 
 # %% ../nbs/06_layers.ipynb #310b89d3
 def _one_pass():
-    "oneDNN's linear layer, or None where this torch has none."
+    """oneDNN's linear layer, or None where this torch has none."""
     if not torch.backends.mkldnn.is_available():
         return None
     try:
@@ -88,10 +91,12 @@ def _one_pass():
     except (AttributeError, RuntimeError):
         return None
 
+
 ONE_PASS = _one_pass()
 
+
 def goes_in_one_pass(x, layer):
-    "Whether oneDNN may take the linear `layer` of `x`."
+    """Whether oneDNN may take the linear `layer` of `x`."""
     if ONE_PASS is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     plain = type(x) is torch.Tensor and type(layer) is nn.Linear
@@ -102,23 +107,25 @@ def goes_in_one_pass(x, layer):
     many = x.shape[:-1].numel() >= 512  # for a few rows laying out the weights takes longer
     return many and x.dtype == layer.weight.dtype == torch.float32 and not hooked
 
+
 def linear(
-    x,            # (..., d)
-    layer,        # nn.Linear
-    gelu=False,   # after it
+    x,  # (..., d)
+    layer,  # nn.Linear
+    gelu=False,  # after it
 ):
-    "`layer` of `x`, and GELU of that."
+    """`layer` of `x`, and GELU of that."""
     if goes_in_one_pass(x, layer):
         return ONE_PASS(x, layer.weight, layer.bias, "gelu" if gelu else "none", [], "none")
     return F.gelu(layer(x)) if gelu else layer(x)
 
+
 def add_linear(
-    onto,   # (..., d), or None
-    x,      # (..., e)
+    onto,  # (..., d), or None
+    x,  # (..., e)
     layer,  # nn.Linear, e -> d
-    drop,   # Dropout, after the layer
+    drop,  # Dropout, after the layer
 ):
-    "onto + drop(layer(x))"
+    """onto + drop(layer(x))"""
     if onto is None:
         return drop(linear(x, layer))
     idle = drop.p == 0 or not drop.training
@@ -129,36 +136,46 @@ def add_linear(
 
 # %% ../nbs/06_layers.ipynb #8261595d
 class Dropout(nn.Dropout):
-    "nn.Dropout; on a CPU four lots are cut from each random number of 64 bits, which keeps the rate to 1/65536."
+    """nn.Dropout; on a CPU four lots are cut from each random number of 64 bits, which keeps the rate to 1/65536."""
+
     def forward(self, x):
-        if not self.training or self.p == 0 or x.device.type != "cpu": return super().forward(x)
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
         dropped = round(self.p * 2**16)
-        lots = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()].view(x.shape)
+        lots = (
+            torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
+            .random_(-(2**63), None)
+            .view(torch.int16)[: x.numel()]
+            .view(x.shape)
+        )
         return x * (lots >= dropped - 2**15).to(x.dtype) * (1 / (1 - dropped / 2**16))
 
+
 class FeedForward(Mlp):
-    "timm's, its GELU and the sum with `onto` in one pass each where nothing is kept."
+    """timm's, its GELU and the sum with `onto` in one pass each where nothing is kept."""
+
     def forward(self, x, onto=None):
         hidden = self.drop1(linear(x, self.fc1, gelu=True))
         return add_linear(onto, hidden, self.fc2, self.drop2)
+
 
 def mlp(
     width,
     dropout=0.0,  # after each of its two layers
 ):
-    "The feed-forward of a ViT block, four times as wide inside."
+    """The feed-forward of a ViT block, four times as wide inside."""
     made = FeedForward(width, 4 * width)
     made.drop1, made.drop2 = Dropout(dropout), Dropout(dropout)
     return made
 
 # %% ../nbs/06_layers.ipynb #d3cf0cbc
 def attention(
-    q,          # (b, h, n, d)
-    k,          # (b, h, m, d)
-    v,          # (b, h, m, d)
+    q,  # (b, h, n, d)
+    k,  # (b, h, m, d)
+    v,  # (b, h, m, d)
     bias=None,  # (h, 1, m), added to the scores
 ):
-    "softmax(q k^T / sqrt(d) + bias) v: (b, h, n, d)."
+    """softmax(q k^T / sqrt(d) + bias) v: (b, h, n, d)."""
     if bias is None:
         return F.scaled_dot_product_attention(q, k, v)
     if q.device.type != "cpu":
@@ -168,12 +185,14 @@ def attention(
 
 # %% ../nbs/06_layers.ipynb #e1d9f2c0
 class Attention(nn.Module):
-    "Multi-head attention over `context`, or over the tokens themselves."
-    def __init__(self,
-        width,           # of the tokens
-        heads,           # number of heads
-        dropout=0.0,     # of the output
-        qk_norm=False,   # RMS-normalise queries and keys (JiT sec. 4.3): keeps the logits bounded
+    """Multi-head attention over `context`, or over the tokens themselves."""
+
+    def __init__(
+        self,
+        width,  # of the tokens
+        heads,  # number of heads
+        dropout=0.0,  # of the output
+        qk_norm=False,  # RMS-normalise queries and keys (JiT sec. 4.3): keeps the logits bounded
     ):
         super().__init__()
         self.heads = heads
@@ -199,61 +218,83 @@ class Attention(nn.Module):
 
 # %% ../nbs/06_layers.ipynb #5b7d9e14
 def rows_alike(
-    now,      # (b, rows, columns, heads, d)
-    later,    # the same
-    reach,    # columns
+    now,  # (b, rows, columns, heads, d)
+    later,  # the same
+    reach,  # columns
     parts=2,  # that each row is cut into, side by side
 ):
-    "Cosine of each part of a row with what the later frame shows -reach .. reach columns to its right, what all places share taken off both: (b, parts rows heads (2 reach + 1)), -1 to 1."
+    """Cosine of each part of a row with what the later frame shows -reach .. reach columns to its right, what all places share taken off both: (b, parts rows heads (2 reach + 1)), -1 to 1."""
     return slid(*told_apart(now, later), reach, parts)
 
+
 def told_apart(now, later):
-    "Both (b, rows, columns, heads, d) without what all places share, of length 1: (b, r, h, c, d)."
+    """Both (b, rows, columns, heads, d) without what all places share, of length 1: (b, r, h, c, d)."""
     shared = (now + later).mean((1, 2), keepdim=True) / 2  # it tells no place
     pair = ((x - shared).transpose(2, 3) for x in (now, later))
     return [F.normalize(x, dim=-1, eps=1e-3) for x in pair]  # rounding is not a likeness
 
+
 def slid(a, b, reach, parts=2):
-    "`rows_alike` of what `told_apart` gives."
+    """`rows_alike` of what `told_apart` gives."""
     columns = a.shape[3]
-    alike = a @ F.pad(b, (0, 0, reach, reach)).transpose(-1, -2)                       # (b, r, h, c, c + 2 reach)
-    alike = F.pad(alike.flatten(-2), (0, columns)).unflatten(-1, (columns, -1))[..., :2 * reach + 1]  # each row one further to the left: (b, r, h, c, 2 reach + 1)
-    seen = (torch.arange(columns, device=a.device)[:, None] + torch.arange(-reach, reach + 1, device=a.device)).clamp(-1, columns).remainder(columns + 1) < columns
-    return torch.cat([part.sum(-2) / inside.sum(0).clamp_min(1) for part, inside in zip(alike.chunk(parts, -2), seen.chunk(parts))], 1).flatten(1)
+    alike = a @ F.pad(b, (0, 0, reach, reach)).transpose(-1, -2)  # (b, r, h, c, c + 2 reach)
+    alike = F.pad(alike.flatten(-2), (0, columns)).unflatten(-1, (columns, -1))[
+        ..., : 2 * reach + 1
+    ]  # each row one further to the left: (b, r, h, c, 2 reach + 1)
+    seen = (
+        torch.arange(columns, device=a.device)[:, None]
+        + torch.arange(-reach, reach + 1, device=a.device)
+    ).clamp(-1, columns).remainder(columns + 1) < columns
+    return torch.cat(
+        [
+            part.sum(-2) / inside.sum(0).clamp_min(1)
+            for part, inside in zip(alike.chunk(parts, -2), seen.chunk(parts))
+        ],
+        1,
+    ).flatten(1)
+
 
 class Matching(nn.Module):
-    "`rows_alike` in features that are learned for it: (b, n, d), (b, n, d) -> (b, width)"
-    def __init__(self,
-        grid,        # patches high and wide
-        width,       # of the tokens
-        heads=8,     # ways of looking
+    """`rows_alike` in features that are learned for it: (b, n, d), (b, n, d) -> (b, width)"""
+
+    def __init__(
+        self,
+        grid,  # patches high and wide
+        width,  # of the tokens
+        heads=8,  # ways of looking
         head_width=8,
-        fine=4,      # columns within a patch
+        fine=4,  # columns within a patch
         reach=0.15,  # of the width, to either side: a turn of 20 degrees, where 100 are seen
     ):
         super().__init__()
-        self.grid, self.shape, self.reach = grid, (fine, heads, head_width), round(reach * grid[1] * fine)
+        self.grid, self.shape, self.reach = (
+            grid,
+            (fine, heads, head_width),
+            round(reach * grid[1] * fine),
+        )
         self.look = nn.Linear(width, fine * heads * head_width, bias=False)
         self.width = 2 * grid[0] * heads * (2 * self.reach + 1)
 
     def lay_out(self, z):
-        "(b, n, d) -> (b, rows, columns, heads, head_width), the columns those within patches."
+        """(b, n, d) -> (b, rows, columns, heads, head_width), the columns those within patches."""
         return self.look(z).unflatten(-1, self.shape).unflatten(1, self.grid).flatten(2, 3)
 
-    def forward(self, z, later): return rows_alike(self.lay_out(z), self.lay_out(later), self.reach)
+    def forward(self, z, later):
+        return rows_alike(self.lay_out(z), self.lay_out(later), self.reach)
 
     def both_ways(self, z, later):
-        "What it gives of (z, later), and of (later, z)."
+        """What it gives of (z, later), and of (later, z)."""
         a, b = told_apart(self.lay_out(z), self.lay_out(later))
         return slid(a, b, self.reach), slid(b, a, self.reach)
 
     def other_way_round(self, alike):
-        "What it gives of (later, z), from what it gave of (z, later); off a little at the seam between the halves."
+        """What it gives of (later, z), from what it gave of (z, later); off a little at the seam between the halves."""
         return alike.unflatten(-1, (-1, 2 * self.reach + 1)).flip(-1).flatten(-2)
 
 # %% ../nbs/06_layers.ipynb #cab63903
 class SwiGLU(nn.Module):
-    "Gated feed-forward with the parameter count of a 4x MLP. Shazeer, GLU Variants, sec. 2."
+    """Gated feed-forward with the parameter count of a 4x MLP. Shazeer, GLU Variants, sec. 2."""
+
     def __init__(self, width):
         super().__init__()
         hidden = width * 8 // 3 // 8 * 8  # a multiple of 8 suits the matrix units
@@ -265,7 +306,8 @@ class SwiGLU(nn.Module):
 
 # %% ../nbs/06_layers.ipynb #e1931308
 class Block(nn.Module):
-    "Self-attention, then MLP. (b, n, d) -> (b, n, d)"
+    """Self-attention, then MLP. (b, n, d) -> (b, n, d)"""
+
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
         self.norm1, self.attend = nn.LayerNorm(width), Attention(width, heads, dropout)
@@ -275,12 +317,14 @@ class Block(nn.Module):
         x = self.attend(self.norm1(x), turns=turns, onto=x)
         return self.mlp(self.norm2(x), onto=x)
 
+
 class CrossBlock(nn.Module):
     """The tokens ask `context`, then MLP. (b, n, d), (b, m, d) -> (b, n, d)
 
     No norm on the context: it would take the size of a camera turn away. `kv` are its keys and
     values (b, m, 2d), where they have been computed already.
     """
+
     def __init__(self, width, heads):
         super().__init__()
         self.norm1, self.attend = nn.LayerNorm(width), Attention(width, heads)
@@ -292,26 +336,34 @@ class CrossBlock(nn.Module):
 
 # %% ../nbs/06_layers.ipynb #d4e3006f
 def modulate(
-    x,      # (b, n, d), normalised
+    x,  # (b, n, d), normalised
     shift,  # (b, 1 or n, d)
     scale,  # (b, 1 or n, d)
 ):
-    "Shift and scale of adaLN."
+    """Shift and scale of adaLN."""
     return x * (1 + scale) + shift
 
+
 class Modulation(nn.Sequential):
-    "condition -> `parts` tensors of the width, all zero at the start."
+    """condition -> `parts` tensors of the width, all zero at the start."""
+
     def __init__(self, width, parts):
         super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
         self.parts = parts
 
-    def forward(self, condition): return super().forward(condition).chunk(self.parts, -1)
+    def forward(self, condition):
+        return super().forward(condition).chunk(self.parts, -1)
+
 
 class ModulatedBlock(nn.Module):
-    "A block steered by `condition`, with the norm and feed-forward it is given."
+    """A block steered by `condition`, with the norm and feed-forward it is given."""
+
     def __init__(self, width, heads, mlp, norm=nn.LayerNorm, dropout=0.0, qk_norm=False):
         super().__init__()
-        self.norm1, self.norm2 = norm(width, elementwise_affine=False), norm(width, elementwise_affine=False)
+        self.norm1, self.norm2 = (
+            norm(width, elementwise_affine=False),
+            norm(width, elementwise_affine=False),
+        )
         self.attend, self.mlp = Attention(width, heads, dropout, qk_norm), mlp
         self.modulation = Modulation(width, 6)
 
@@ -324,50 +376,58 @@ class ModulatedBlock(nn.Module):
 def init_weights(
     module,  # applied to all its parts
 ):
-    "Xavier-uniform matrices, zero biases, zero modulations. DiT, sec. 4."
+    """Xavier-uniform matrices, zero biases, zero modulations. DiT, sec. 4."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
-            if part.bias is not None: nn.init.zeros_(part.bias)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
     for part in module.modules():
-        if isinstance(part, Modulation): nn.init.zeros_(part[1].weight)
+        if isinstance(part, Modulation):
+            nn.init.zeros_(part[1].weight)
     return module
 
 # %% ../nbs/06_layers.ipynb #9f8dccef
 def layer_norm(
     z,  # (..., d)
 ):
-    "Each token to mean 0 and variance 1, without parameters: the space every latent of this library lives in."
+    """Each token to mean 0 and variance 1, without parameters: the space every latent of this library lives in."""
     return F.layer_norm(z, z.shape[-1:])
+
 
 def count_parameters(
     module,
 ):
-    "Number of parameters, trained or not."
+    """Number of parameters, trained or not."""
     return sum(p.numel() for p in module.parameters())
 
 # %% ../nbs/06_layers.ipynb #a6b6fb8d
 def as_tensor(
-    x,     # a tensor or an array of numpy
+    x,  # a tensor or an array of numpy
     what,  # name of the argument
 ):
-    "`x` as a tensor. ValueError names the argument."
+    """`x` as a tensor. ValueError names the argument."""
     if isinstance(x, torch.Tensor):
         return x
     if not isinstance(x, np.ndarray):
         kind = type(x).__name__
-        raise ValueError(f"{what} is of type {kind}, expected a tensor: torch.from_numpy for an array")
+        raise ValueError(
+            f"{what} is of type {kind}, expected a tensor: torch.from_numpy for an array"
+        )
     try:
-        return torch.from_numpy(x if x.flags.writeable and min(x.strides, default=0) >= 0 else x.copy())
+        return torch.from_numpy(
+            x if x.flags.writeable and min(x.strides, default=0) >= 0 else x.copy()
+        )
     except TypeError:
         raise ValueError(f"{what} holds {x.dtype}, expected uint8 or float32") from None
 
+
 def as_numbers(
-    x,     # a tensor or an array of numpy
+    x,  # a tensor or an array of numpy
     what,  # name of the argument
     like,  # a weight: its type and place
 ):
-    "`x` as a tensor of the weight's type where the weight is. ValueError names the argument."
+    """`x` as a tensor of the weight's type where the weight is. ValueError names the argument."""
     x = as_tensor(x, what)
     if x.is_complex():
         raise ValueError(f"{what} holds {x.dtype}, expected float32")
@@ -375,68 +435,93 @@ def as_numbers(
 
 # %% ../nbs/06_layers.ipynb #d8bcc145
 class Pretrained(nn.Module):
-    "Saves to and loads from a folder. Subclasses set `file` and take the config alone."
+    """Saves to and loads from a folder. Subclasses set `file` and take the config alone."""
+
     file = None  # e.g. 'world_model.safetensors'
 
-    def save_pretrained(self,
-        folder,      # made if missing
+    def save_pretrained(
+        self,
+        folder,  # made if missing
         dtype=None,  # e.g. torch.float16 halves the file; None keeps the weights as they are
     ):
-        "Write `config.json` and this network's safetensors file into `folder`, each whole or not at all."
-        folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().cpu().contiguous().to(dtype if dtype and v.is_floating_point() else v.dtype) for k, v in self._saved_state().items()}
-        _replace(folder / self.file, lambda part: part.write_bytes(save(state, metadata={"preset": self.config.name})))
+        """Write `config.json` and this network's safetensors file into `folder`, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            k: v.detach()
+            .cpu()
+            .contiguous()
+            .to(dtype if dtype and v.is_floating_point() else v.dtype)
+            for k, v in self._saved_state().items()
+        }
+        _replace(
+            folder / self.file,
+            lambda part: part.write_bytes(save(state, metadata={"preset": self.config.name})),
+        )
         _replace(folder / "config.json", lambda part: part.write_text(self.config.to_json() + "\n"))
 
     @classmethod
-    def from_pretrained(cls,
-        folder,        # written by save_pretrained
-        config=None,   # what the caller expects; None takes what the folder says
+    def from_pretrained(
+        cls,
+        folder,  # written by save_pretrained
+        config=None,  # what the caller expects; None takes what the folder says
     ):
-        "Read the network back, in eval mode. ValueError names the file, what does not fit and the remedy."
+        """Read the network back, in eval mode. ValueError names the file, what does not fit and the remedy."""
         state = read_weights(folder, cls.file, config)
         model = without_weights(cls, load_config(Path(folder) / "config.json"))
         model._load_saved(state, Path(folder) / cls.file, assign=True)
         return model.eval()
 
     def _saved_state(self):
-        "Tensors by clean name; shards of FSDP are gathered, by all ranks."
+        """Tensors by clean name; shards of FSDP are gathered, by all ranks."""
         state = clean_names(self.state_dict())
         return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
 
     def _load_saved(self, state, path, assign=False):
-        "Take over `state`; with `assign` its tensors themselves."
+        """Take over `state`; with `assign` its tensors themselves."""
         names = self.state_dict()
         own = clean_names(names)
-        wrong = [f"{k} is {tuple(state[k].shape) if k in state else 'missing'}, expected {tuple(v.shape)}" for k, v in own.items() if k not in state or state[k].shape != v.shape]
+        wrong = [
+            f"{k} is {tuple(state[k].shape) if k in state else 'missing'}, expected {tuple(v.shape)}"
+            for k, v in own.items()
+            if k not in state or state[k].shape != v.shape
+        ]
         wrong += [f"{k} is not part of this network" for k in state if k not in own]
-        if wrong: raise ValueError(f"{path}: the weights do not fit {path.with_name('config.json')}: {'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}; they come from another preset or version, train again or give the right folder")
+        if wrong:
+            raise ValueError(
+                f"{path}: the weights do not fit {path.with_name('config.json')}: {'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}; they come from another preset or version, train again or give the right folder"
+            )
         self.load_state_dict({k: state[c] for k, c in zip(names, own)}, assign=assign)
 
 # %% ../nbs/06_layers.ipynb #c930b99a
 WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
+
 def clean_names(
     state,  # {name: tensor}
 ):
-    "The same without what wrappers left in the names. ValueError when two become one."
+    """The same without what wrappers left in the names. ValueError when two become one."""
     clean = {k: ".".join(p for p in k.split(".") if p not in WRAPPERS) for k in state}
     while clean and all(c.startswith("model.") for c in clean.values()):  # of a training framework
         clean = {k: c.removeprefix("model.") for k, c in clean.items()}
     if len(set(clean.values())) < len(clean):
         twice = next(c for c in clean.values() if list(clean.values()).count(c) > 1)
-        raise ValueError(f"{twice} is there twice, with and without {' or '.join(WRAPPERS[:2])}; keep one")
+        raise ValueError(
+            f"{twice} is there twice, with and without {' or '.join(WRAPPERS[:2])}; keep one"
+        )
     return {clean[k]: v for k, v in state.items()}
+
 
 def without_weights(
     network,  # a class
-    config,   # what it takes
+    config,  # what it takes
 ):
     """`network(config)` with its weights on the meta device, and real buffers, float32 on the CPU.
 
     What the caller has set as device, type and seed is neither used nor changed.
     """
     from accelerate import init_empty_weights
+
     kind = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -448,42 +533,77 @@ def without_weights(
 
 # %% ../nbs/06_layers.ipynb #e7c1f23a
 def _replace(path, write):
-    "Write to a `.part` file beside `path`, then rename."
+    """Write to a `.part` file beside `path`, then rename."""
     part = path.with_name(path.name + ".part")
     try:
         write(part)
         os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
+
 
 def _compare(path, found, wanted):
-    "ValueError when weights of `found` cannot serve `wanted`, with the line of the first difference."
+    """ValueError when weights of `found` cannot serve `wanted`, with the line of the first difference."""
     found, wanted = found.architecture(), wanted.architecture()
     wrong = [k for k in wanted if found.get(k) != wanted[k]]
-    if not wrong: return
-    leaf, section, line, lines = wrong[0].split(".")[1], wrong[0].split(".")[0], 0, path.read_text().splitlines()
+    if not wrong:
+        return
+    leaf, section, line, lines = (
+        wrong[0].split(".")[1],
+        wrong[0].split(".")[0],
+        0,
+        path.read_text().splitlines(),
+    )
     for i, text in enumerate(lines, 1):
-        if f'"{section}": {{' in text: line = i
-        if line and i > line and f'"{leaf}"' in text: line = i; break
+        if f'"{section}": {{' in text:
+            line = i
+        if line and i > line and f'"{leaf}"' in text:
+            line = i
+            break
     told = ", ".join(f"{k}={found.get(k)} (expected {wanted[k]})" for k in wrong[:4])
-    raise ValueError(f"{path}, line {line}: weights of another preset: {told}; pass the preset_name these weights were trained with, or their folder for yours")
+    raise ValueError(
+        f"{path}, line {line}: weights of another preset: {told}; pass the preset_name these weights were trained with, or their folder for yours"
+    )
+
 
 def read_weights(
-    folder,       # written by save_pretrained
-    file,         # of the network
+    folder,  # written by save_pretrained
+    file,  # of the network
     config=None,  # what the caller expects; None takes what the folder says
 ):
-    "{name: tensor}, in float32. ValueError names the file, what does not fit and the remedy."
+    """{name: tensor}, in float32. ValueError names the file, what does not fit and the remedy."""
     folder = Path(folder)
-    if not folder.is_dir(): raise ValueError(f"{folder}: no such folder; train first (nbs/study/2_train.ipynb writes it) or give another weights folder")
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder}: no such folder; train first (nbs/study/2_train.ipynb writes it) or give another weights folder"
+        )
     found, path = load_config(folder / "config.json"), folder / file
-    if config is not None: _compare(folder / "config.json", found, config)
+    if config is not None:
+        _compare(folder / "config.json", found, config)
     if not path.is_file():
-        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        told = f" ({', '.join(pickles[:3])} is not read: a pickle may run code; save it as safetensors)" if pickles else ""
-        raise ValueError(f"{path}: no such file{told}; train this network or give another weights folder")
-    try: state = load_file(path)
-    except (SafetensorError, OSError) as e: raise ValueError(f"{path}: not a readable safetensors file ({e}); copy or train it again") from None
-    try: state = clean_names(state)
-    except ValueError as e: raise ValueError(f"{path}: {e}") from None
+        pickles = [
+            p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
+        ]
+        told = (
+            f" ({', '.join(pickles[:3])} is not read: a pickle may run code; save it as safetensors)"
+            if pickles
+            else ""
+        )
+        raise ValueError(
+            f"{path}: no such file{told}; train this network or give another weights folder"
+        )
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(
+            f"{path}: not a readable safetensors file ({e}); copy or train it again"
+        ) from None
+    try:
+        state = clean_names(state)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
     # copied, for the file may be written over while the tensors are in use
-    return {k: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for k, v in state.items()}
+    return {
+        k: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True)
+        for k, v in state.items()
+    }

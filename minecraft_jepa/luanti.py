@@ -23,32 +23,65 @@ from pathlib import Path
 
 import numpy as np
 
-from .actions import ACTION_DIM, ACTION_NAMES, DEGREES_PER_PIXEL, KEYS, NOOP, WINDOW, decode_action, encode_action
+from minecraft_jepa.actions import (
+    ACTION_DIM,
+    ACTION_NAMES,
+    DEGREES_PER_PIXEL,
+    KEYS,
+    NOOP,
+    WINDOW,
+    decode_action,
+    encode_action,
+)
 from .config import whole_number
 
 try:
     import gymnasium
-    from Xlib import X, XK
+    from Xlib import XK, X
     from Xlib.display import Display
     from Xlib.error import ConnectionClosedError
     from Xlib.ext import xtest
-except ImportError as e: raise ImportError(f"{e.name or e} is needed to play Luanti: pip install 'minecraft_jepa[luanti]', in a clone pip install -e '.[luanti]'") from None
+except ImportError as e:
+    raise ImportError(
+        f"{e.name or e} is needed to play Luanti: pip install 'minecraft_jepa[luanti]', in a clone pip install -e '.[luanti]'"
+    ) from None
 
 # %% ../nbs/17_luanti.ipynb #15d0316f
 class LuantiError(RuntimeError):
-    "The game can't be started, has died or hangs; says why, with the end of its log."
+    """The game can't be started, has died or hangs; says why, with the end of its log."""
+
 
 TICKS_PER_SECOND = 20
-BIOMES = "coniferous_forest", "deciduous_forest", "desert", "grassland", "icesheet", "rainforest", "sandstone_desert", "savanna", "snowy_grassland", "taiga", "tundra", "cold_desert"
+BIOMES = (
+    "coniferous_forest",
+    "deciduous_forest",
+    "desert",
+    "grassland",
+    "icesheet",
+    "rainforest",
+    "sandstone_desert",
+    "savanna",
+    "snowy_grassland",
+    "taiga",
+    "tundra",
+    "cold_desert",
+)
 MODES = "survival", "creative"
 CODE_BITS, CODE_ROWS = 12, 4  # the frame's number above the picture, cropped away
 
-_BEFORE = ("bullseye", "bookworm", "focal", "jammy", "noble")  # where the game is still called minetest
+_BEFORE = (
+    "bullseye",
+    "bookworm",
+    "focal",
+    "jammy",
+    "noble",
+)  # where the game is still called minetest
+
 
 def game_package(
     release="/etc/os-release",  # what tells which system it is
 ) -> tuple[str, str]:
-    "Name of the game on this system, and the line that installs it with its screen."
+    """Name of the game on this system, and the line that installs it with its screen."""
     try:
         text = Path(release).read_text()
     except OSError:
@@ -65,15 +98,21 @@ def game_package(
         names = {told.get(f"{k}_CODENAME") for k in ("UBUNTU", "DEBIAN", "VERSION")}
         new = not names & set(_BEFORE)
     packages = "luanti luanti-game-minetest" if new else "minetest"
-    return packages.split()[0], f"sudo apt-get install --no-install-recommends {packages} xvfb"
+    return packages.split(maxsplit=1)[
+        0
+    ], f"sudo apt-get install --no-install-recommends {packages} xvfb"
+
 
 def find_programs() -> dict[str, str]:
-    "Paths of the game, under whichever name, and of the X server without a screen. LuantiError with the line that installs them."
-    path = os.environ.get("PATH", os.defpath) + ":/usr/games"  # Debian's place for games is not on everybody's path
+    """Paths of the game, under whichever name, and of the X server without a screen. LuantiError with the line that installs them."""
+    path = (
+        os.environ.get("PATH", os.defpath) + ":/usr/games"
+    )  # Debian's place for games is not on everybody's path
     game = shutil.which("minetest", path=path) or shutil.which("luanti", path=path)
     screen, (name, line) = shutil.which("Xvfb", path=path), game_package()
     missing = [n for n, at in ((name, game), ("Xvfb", screen)) if not at]
-    if missing: raise LuantiError(f"{' and '.join(missing)} not found: {line}")
+    if missing:
+        raise LuantiError(f"{' and '.join(missing)} not found: {line}")
     return {"minetest": game, "Xvfb": screen}
 
 # %% ../nbs/17_luanti.ipynb #8d6c0d2f
@@ -154,45 +193,122 @@ minetest.get_server_status = function() end
 """
 
 # %% ../nbs/17_luanti.ipynb #4669dd2e
-KIT = ("default:pick_steel", "default:axe_steel", "default:shovel_steel", "default:sword_steel", "default:torch 99", "default:cobble 99", "default:wood 99", "default:dirt 99", "default:glass 99")
+KIT = (
+    "default:pick_steel",
+    "default:axe_steel",
+    "default:shovel_steel",
+    "default:sword_steel",
+    "default:torch 99",
+    "default:cobble 99",
+    "default:wood 99",
+    "default:dirt 99",
+    "default:glass 99",
+)
 REACH = 3000  # blocks from the middle of the world: spawn points lie within
+
 
 def _free_port():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
+
 def _settings(world, mode, width, height, frames_per_tick):
-    "minetest.conf: the keys of VPT, one pixel of the mouse 0.15 degrees, nothing that costs time or talks to the network."
+    """minetest.conf: the keys of VPT, one pixel of the mouse 0.15 degrees, nothing that costs time or talks to the network."""
     return {
-        "fps_max": TICKS_PER_SECOND * frames_per_tick, "fps_max_unfocused": TICKS_PER_SECOND * frames_per_tick, "dedicated_server_step": 0.05, "screen_w": width, "screen_h": height + CODE_ROWS,
-        "fixed_map_seed": world, "mg_name": "v7", "creative_mode": mode == "creative", "enable_damage": mode == "survival", "time_speed": 0,
-        "enable_client_modding": True, "csm_restriction_flags": 0, "load_mod_vpt_client": True, "secure.enable_security": True,
-        "bind_address": "127.0.0.1", "server_announce": False, "enable_remote_media_server": False, "ipv6_server": False, "enable_ipv6": False,
-        "keymap_inventory": "KEY_KEY_E", "keymap_aux1": "KEY_LCONTROL", "keymap_sneak": "KEY_LSHIFT", "keymap_drop": "KEY_KEY_Q", "mouse_sensitivity": DEGREES_PER_PIXEL, "fov": 72,
-        "display_density_factor": width / 512, "hud_scaling": 0.5, "gui_scaling": 2.2, "font_size": 8, "mono_font_size": 8, "enable_sound": False, "enable_shaders": False, "viewing_range": 50, "leaves_style": "simple", "view_bobbing_amount": 0, "smooth_lighting": True, "enable_particles": True, "node_highlighting": "box",
-        "show_statusline_on_connect": False, "chat_log_level": "none", "debug_log_level": "none", "show_debug": False, "main_menu_script": "", "max_block_generate_distance": 6, "max_block_send_distance": 6, "active_block_range": 2,
+        "fps_max": TICKS_PER_SECOND * frames_per_tick,
+        "fps_max_unfocused": TICKS_PER_SECOND * frames_per_tick,
+        "dedicated_server_step": 0.05,
+        "screen_w": width,
+        "screen_h": height + CODE_ROWS,
+        "fixed_map_seed": world,
+        "mg_name": "v7",
+        "creative_mode": mode == "creative",
+        "enable_damage": mode == "survival",
+        "time_speed": 0,
+        "enable_client_modding": True,
+        "csm_restriction_flags": 0,
+        "load_mod_vpt_client": True,
+        "secure.enable_security": True,
+        "bind_address": "127.0.0.1",
+        "server_announce": False,
+        "enable_remote_media_server": False,
+        "ipv6_server": False,
+        "enable_ipv6": False,
+        "keymap_inventory": "KEY_KEY_E",
+        "keymap_aux1": "KEY_LCONTROL",
+        "keymap_sneak": "KEY_LSHIFT",
+        "keymap_drop": "KEY_KEY_Q",
+        "mouse_sensitivity": DEGREES_PER_PIXEL,
+        "fov": 72,
+        "display_density_factor": width / 512,
+        "hud_scaling": 0.5,
+        "gui_scaling": 2.2,
+        "font_size": 8,
+        "mono_font_size": 8,
+        "enable_sound": False,
+        "enable_shaders": False,
+        "viewing_range": 50,
+        "leaves_style": "simple",
+        "view_bobbing_amount": 0,
+        "smooth_lighting": True,
+        "enable_particles": True,
+        "node_highlighting": "box",
+        "show_statusline_on_connect": False,
+        "chat_log_level": "none",
+        "debug_log_level": "none",
+        "show_debug": False,
+        "main_menu_script": "",
+        "max_block_generate_distance": 6,
+        "max_block_send_distance": 6,
+        "active_block_range": 2,
     }
 
+
 def write_home(
-    home,             # folder, becomes the game's HOME
-    world=0,          # seed of the world
+    home,  # folder, becomes the game's HOME
+    world=0,  # seed of the world
     mode="survival",  # or 'creative'
-    width=256,        # pixels of the picture
+    width=256,  # pixels of the picture
     height=144,
-    frames_per_tick=2,# frames the game draws in a tick
+    frames_per_tick=2,  # frames the game draws in a tick
 ):
-    "Write what the game needs into `home`: settings, an empty world, the two mods."
-    root, text = Path(home) / ".minetest", lambda settings: "".join(f"{k} = {str(v).lower() if isinstance(v, bool) else v}\n" for k, v in settings.items())
+    """Write what the game needs into `home`: settings, an empty world, the two mods."""
+    root, text = (
+        Path(home) / ".minetest",
+        lambda settings: "".join(
+            f"{k} = {str(v).lower() if isinstance(v, bool) else v}\n" for k, v in settings.items()
+        ),
+    )
     place = root / "worlds" / "world"
-    client = CLIENT_MOD.replace("@BITS@", str(CODE_BITS)).replace("@ROWS@", str(CODE_ROWS / (height + CODE_ROWS)))
-    server = SERVER_MOD.replace("@KIT@", ", ".join(f'"{item}"' for item in KIT)).replace("@REACH@", str(REACH))
+    client = CLIENT_MOD.replace("@BITS@", str(CODE_BITS)).replace(
+        "@ROWS@", str(CODE_ROWS / (height + CODE_ROWS))
+    )
+    server = SERVER_MOD.replace("@KIT@", ", ".join(f'"{item}"' for item in KIT)).replace(
+        "@REACH@", str(REACH)
+    )
     for path, content in (
         (root / "minetest.conf", text(_settings(world, mode, width, height, frames_per_tick))),
-        (place / "world.mt", text({"gameid": "minetest", "backend": "sqlite3", "player_backend": "sqlite3", "auth_backend": "sqlite3", "mod_storage_backend": "sqlite3", "creative_mode": mode == "creative", "enable_damage": mode == "survival"})),
-        (place / "worldmods/vpt_server/init.lua", server), (place / "worldmods/vpt_server/mod.conf", "name = vpt_server\n"),
-        (root / "clientmods/vpt_client/init.lua", client), (root / "clientmods/vpt_client/mod.conf", "name = vpt_client\n"),
-        (root / "clientmods/mods.conf", "load_mod_vpt_client = true\n")):
+        (
+            place / "world.mt",
+            text(
+                {
+                    "gameid": "minetest",
+                    "backend": "sqlite3",
+                    "player_backend": "sqlite3",
+                    "auth_backend": "sqlite3",
+                    "mod_storage_backend": "sqlite3",
+                    "creative_mode": mode == "creative",
+                    "enable_damage": mode == "survival",
+                }
+            ),
+        ),
+        (place / "worldmods/vpt_server/init.lua", server),
+        (place / "worldmods/vpt_server/mod.conf", "name = vpt_server\n"),
+        (root / "clientmods/vpt_client/init.lua", client),
+        (root / "clientmods/vpt_client/mod.conf", "name = vpt_client\n"),
+        (root / "clientmods/mods.conf", "load_mod_vpt_client = true\n"),
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
 
@@ -227,114 +343,213 @@ end()
 def read_code(
     row,  # (W,) of one channel, through the blocks above the picture
 ) -> int:
-    "The number that the blocks show: a white and a black one to compare with, then its bits in Gray code, lowest first."
-    shades = row[(2 * np.arange(CODE_BITS + 2) + 1) * len(row) // (2 * (CODE_BITS + 2))].astype(int)  # the middles of the blocks
+    """The number that the blocks show: a white and a black one to compare with, then its bits in Gray code, lowest first."""
+    shades = row[(2 * np.arange(CODE_BITS + 2) + 1) * len(row) // (2 * (CODE_BITS + 2))].astype(
+        int
+    )  # the middles of the blocks
     number = 0
-    for bit in shades[:1:-1] > shades[:2].mean(): number = number << 1 | (number & 1 ^ int(bit))
+    for bit in shades[:1:-1] > shades[:2].mean():
+        number = number << 1 | (number & 1 ^ int(bit))
     return number
 
+
 def ahead(
-    code,    # read from a picture
+    code,  # read from a picture
     number,  # of a frame, counted from the start
 ) -> int:
-    "Frames by which the picture with this code is newer than frame `number`; negative where it is older."
+    """Frames by which the picture with this code is newer than frame `number`; negative where it is older."""
     half = 2 ** (CODE_BITS - 1)
     return (code - number + half) % (2 * half) - half
 
 # %% ../nbs/17_luanti.ipynb #cc333837
-_KEYSYMS = {"key.keyboard.space": "space", "key.keyboard.left.shift": "Shift_L", "key.keyboard.left.control": "Control_L", "key.keyboard.escape": "Escape"}
+_KEYSYMS = {
+    "key.keyboard.space": "space",
+    "key.keyboard.left.shift": "Shift_L",
+    "key.keyboard.left.control": "Control_L",
+    "key.keyboard.escape": "Escape",
+}
 
 # %% ../nbs/17_luanti.ipynb #2740d6da
 class Screen:
-    "The X display the game is drawn on: takes pictures, moves keys and mouse."
-    def __init__(self,
+    """The X display the game is drawn on: takes pictures, moves keys and mouse."""
+
+    def __init__(
+        self,
         number,  # of the display
-        width,   # pixels of the picture
+        width,  # pixels of the picture
         height,
     ):
-        self.width, self.height, self.pressed, self.free, self.forgotten = width, height, set(), False, False
+        self.width, self.height, self.pressed, self.free, self.forgotten = (
+            width,
+            height,
+            set(),
+            False,
+            False,
+        )
         self.display = Display(f":{number}")
         self.root = self.display.screen().root
-        for window in self.root.query_tree().children:  # without a window manager nobody else gives it the keys
-            if window.get_attributes().map_state == X.IsViewable: window.set_input_focus(X.RevertToParent, X.CurrentTime)
+        for window in (
+            self.root.query_tree().children
+        ):  # without a window manager nobody else gives it the keys
+            if window.get_attributes().map_state == X.IsViewable:
+                window.set_input_focus(X.RevertToParent, X.CurrentTime)
         self.display.change_keyboard_control(auto_repeat_mode=X.AutoRepeatModeOff)
-        self.display.change_pointer_control(accel=(1, 1), threshold=1)  # a pixel sent is a pixel moved
+        self.display.change_pointer_control(
+            accel=(1, 1), threshold=1
+        )  # a pixel sent is a pixel moved
         self.display.xfixes_query_version()
-        self.codes = {key: self.display.keysym_to_keycode(XK.string_to_keysym(_KEYSYMS.get(key, key.rpartition(".")[2]))) for key in KEYS}
+        self.codes = {
+            key: self.display.keysym_to_keycode(
+                XK.string_to_keysym(_KEYSYMS.get(key, key.rpartition(".")[2]))
+            )
+            for key in KEYS
+        }
         self.display.sync()
 
     def _image(self, rows):
         data = self.root.get_image(0, 0, self.width, rows, X.ZPixmap, 0xFFFFFFFF).data
         return np.frombuffer(data, np.uint8).reshape(rows, self.width, 4)  # (rows, W, 4) BGRX
 
-    def grab(self,
-        number,      # of a frame
+    def grab(
+        self,
+        number,  # of a frame
         patience=1,  # seconds
     ):
-        "The first picture not older than frame `number`: (its number, (H, W, 3) uint8 RGB, whether a screen is open, the cursor's place as shares of the picture); None if none comes."
+        """The first picture not older than frame `number`: (its number, (H, W, 3) uint8 RGB, whether a screen is open, the cursor's place as shares of the picture); None if none comes."""
         end = time.monotonic() + patience
         while ahead(read_code(self._image(1)[0, :, 0]), number) < 0:
-            if time.monotonic() > end: return None
+            if time.monotonic() > end:
+                return None
             time.sleep(0.0015)
         image = self._image(self.height + CODE_ROWS)
         at, pointer = self.root.query_pointer(), self.display.xfixes_get_cursor_image(self.root)
         free = any(pointer.cursor_image)  # while the mouse is caught, the cursor is blank
-        self.free, self.forgotten = free, self.forgotten or self.free and not free
-        return number + ahead(read_code(image[0, :, 0]), number), image[CODE_ROWS:, :, 2::-1].copy(), free, (at.root_x / self.width, min(max((at.root_y - CODE_ROWS) / self.height, 0), 1))
+        self.free, self.forgotten = free, self.forgotten or (self.free and not free)
+        return (
+            number + ahead(read_code(image[0, :, 0]), number),
+            image[CODE_ROWS:, :, 2::-1].copy(),
+            free,
+            (at.root_x / self.width, min(max((at.root_y - CODE_ROWS) / self.height, 0), 1)),
+        )
 
     def _press(self, key, down):
-        if isinstance(key, int): xtest.fake_input(self.display, X.ButtonPress if down else X.ButtonRelease, (1, 3, 2)[key])
-        else: xtest.fake_input(self.display, X.KeyPress if down else X.KeyRelease, self.codes[key])
+        if isinstance(key, int):
+            xtest.fake_input(
+                self.display, X.ButtonPress if down else X.ButtonRelease, (1, 3, 2)[key]
+            )
+        else:
+            xtest.fake_input(self.display, X.KeyPress if down else X.KeyRelease, self.codes[key])
 
-    def send(self,
-        keys,     # to be held from now on, others not: names in KEYS, buttons as 0, 1, 2
-        right,    # pixels of the mouse
+    def send(
+        self,
+        keys,  # to be held from now on, others not: names in KEYS, buttons as 0, 1, 2
+        right,  # pixels of the mouse
         down,
         wheel=0,  # notches, up is positive
     ):
-        "Press, release and move what is needed."
-        again = self.pressed & keys if self.forgotten else set()  # a screen that closes leaves the game with no key held
-        for key in again: self._press(key, False)
-        for key in self.pressed ^ keys | again: self._press(key, key in keys)
+        """Press, release and move what is needed."""
+        again = (
+            self.pressed & keys if self.forgotten else set()
+        )  # a screen that closes leaves the game with no key held
+        for key in again:
+            self._press(key, False)
+        for key in self.pressed ^ keys | again:
+            self._press(key, key in keys)
         self.pressed, self.forgotten = set(keys), False
-        if right or down: xtest.fake_input(self.display, X.MotionNotify, True, x=right, y=down)
-        for event in (X.ButtonPress, X.ButtonRelease) * abs(wheel): xtest.fake_input(self.display, event, 4 if wheel > 0 else 5)
+        if right or down:
+            xtest.fake_input(self.display, X.MotionNotify, True, x=right, y=down)
+        for event in (X.ButtonPress, X.ButtonRelease) * abs(wheel):
+            xtest.fake_input(self.display, event, 4 if wheel > 0 else 5)
         self.display.flush()
 
     def close(self):
-        try: self.display.close()
-        except ConnectionClosedError: pass  # it has ended before
+        try:
+            self.display.close()
+        except ConnectionClosedError:
+            pass  # it has ended before
 
 # %% ../nbs/17_luanti.ipynb #728e9e64
-HELD = "key.keyboard.w", "key.keyboard.a", "key.keyboard.s", "key.keyboard.d", "key.keyboard.space", "key.keyboard.left.shift", "key.keyboard.left.control", 0, 1  # bits of the log's `held`: keys, then buttons
+HELD = (
+    "key.keyboard.w",
+    "key.keyboard.a",
+    "key.keyboard.s",
+    "key.keyboard.d",
+    "key.keyboard.space",
+    "key.keyboard.left.shift",
+    "key.keyboard.left.control",
+    0,
+    1,
+)  # bits of the log's `held`: keys, then buttons
+
 
 def read_state(
     words,  # of a line that the client's mod logs, after 'frame'
 ) -> dict:
-    "Number, clock (microseconds), look (degrees right and down), place (blocks), keys and buttons held, slot, whether it swims."
-    return {"frame": int(words[0]), "micros": int(words[1]), "yaw": -float(words[2]) % 360, "pitch": -float(words[3]), "position": tuple(map(float, words[4:7])),
-            "held": {key for i, key in enumerate(HELD) if int(words[7]) >> i & 1}, "hotbar": int(words[8]), "liquid": words[9] == "1"}
+    """Number, clock (microseconds), look (degrees right and down), place (blocks), keys and buttons held, slot, whether it swims."""
+    return {
+        "frame": int(words[0]),
+        "micros": int(words[1]),
+        "yaw": -float(words[2]) % 360,
+        "pitch": -float(words[3]),
+        "position": tuple(map(float, words[4:7])),
+        "held": {key for i, key in enumerate(HELD) if int(words[7]) >> i & 1},
+        "hotbar": int(words[8]),
+        "liquid": words[9] == "1",
+    }
 
 # %% ../nbs/17_luanti.ipynb #06386f3d
 def _yield_to_drawing(process):
-    "Let the game's other threads, which make land and meshes, wait for the one that draws: on a full machine frames would come late."
+    """Let the game's other threads, which make land and meshes, wait for the one that draws: on a full machine frames would come late."""
     for thread in Path(f"/proc/{process}/task").iterdir():
         try:
-            if (thread / "comm").read_text().startswith(("Emerge", "Mesh", "Server")): os.setpriority(os.PRIO_PROCESS, int(thread.name), min(os.getpriority(os.PRIO_PROCESS, 0) + 8, 19))
-        except (FileNotFoundError, ProcessLookupError): pass  # it has ended
+            if (thread / "comm").read_text().startswith(("Emerge", "Mesh", "Server")):
+                os.setpriority(
+                    os.PRIO_PROCESS,
+                    int(thread.name),
+                    min(os.getpriority(os.PRIO_PROCESS, 0) + 8, 19),
+                )
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # it has ended
 
 # %% ../nbs/17_luanti.ipynb #b8820276
 class _Process:
-    "The game's processes, its log, and the state of each frame that it draws."
+    """The game's processes, its log, and the state of each frame that it draws."""
+
     def __init__(self, world, mode, width, height, frames_per_tick):
-        if mode not in MODES: raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
-        if not (64 <= width <= 1280 and 36 <= height <= 720): raise ValueError(f"{width} x {height} pixels: choose from 64 x 36 to 1280 x 720")
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
+        if not (64 <= width <= 1280 and 36 <= height <= 720):
+            raise ValueError(f"{width} x {height} pixels: choose from 64 x 36 to 1280 x 720")
         programs = find_programs()
-        self.log, self.answers, self.states, self.latest, self.news, self.pids, self.asked = deque(maxlen=60), {}, {}, 0, threading.Condition(), {}, itertools.count()
+        self.log, self.answers, self.states, self.latest, self.news, self.pids, self.asked = (
+            deque(maxlen=60),
+            {},
+            {},
+            0,
+            threading.Condition(),
+            {},
+            itertools.count(),
+        )
         self.home = tempfile.mkdtemp(prefix="luanti-")
         write_home(self.home, world, mode, width, height, frames_per_tick)
-        self.guard = subprocess.Popen([sys.executable, "-I", "-S", "-c", GUARD, self.home, programs["Xvfb"], f"{width}x{height + CODE_ROWS}x24", programs["minetest"], str(_free_port())],
-                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        self.guard = subprocess.Popen(
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                "-c",
+                GUARD,
+                self.home,
+                programs["Xvfb"],
+                f"{width}x{height + CODE_ROWS}x24",
+                programs["minetest"],
+                str(_free_port()),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         threading.Thread(target=self._listen, args=[self.guard.stdout], daemon=True).start()
 
     def _listen(self, stream):
@@ -346,46 +561,60 @@ class _Process:
                     state = read_state(rest.split())
                     self.states[state["frame"]], self.latest = state, state["frame"]
                     self.states.pop(self.latest - 4000, None)
-                elif what == "answer": self.answers.update([rest.split(maxsplit=1)])
-                elif line.startswith("processes "): self.pids = dict(zip(("display", "Xvfb", "minetest"), map(int, line.split()[1:])))
-                else: self.log.append(line)
+                elif what == "answer":
+                    self.answers.update([rest.split(maxsplit=1)])
+                elif line.startswith("processes "):
+                    self.pids = dict(
+                        zip(("display", "Xvfb", "minetest"), map(int, line.split()[1:]))
+                    )
+                else:
+                    self.log.append(line)
                 self.news.notify_all()
-        with self.news: self.latest = -1; self.news.notify_all()
+        with self.news:
+            self.latest = -1
+            self.news.notify_all()
 
     def failure(self, what):
-        "A LuantiError that says what happened, with the end of the log."
+        """A LuantiError that says what happened, with the end of the log."""
         if any("Could not find or load game" in line for line in self.log):
             what = f"the game that is played in it is missing: {game_package()[1]}"
         return LuantiError(f"{what}; the end of its log:\n" + "\n".join(list(self.log)[-15:]))
 
     def until(self, true, patience, what):
-        "Wait until `true()`. LuantiError when the game is dead, or `what` after `patience` seconds."
+        """Wait until `true()`. LuantiError when the game is dead, or `what` after `patience` seconds."""
         with self.news:
             self.news.wait_for(lambda: self.latest < 0 or true(), patience)
-            if self.latest < 0: raise self.failure("the game has died")
-            if not true(): raise self.failure(f"{what} within {patience} s")
+            if self.latest < 0:
+                raise self.failure("the game has died")
+            if not true():
+                raise self.failure(f"{what} within {patience} s")
 
     def wait(self, number, patience=5):
-        "The state of frame `number`, or the newest if that is long past."
+        """The state of frame `number`, or the newest if that is long past."""
         self.until(lambda: self.latest >= number, patience, f"frame {number} was not drawn")
         return self.states.get(number) or self.states[self.latest]
 
     def end(self):
-        "End all processes and delete the folder."
+        """End all processes and delete the folder."""
         self.guard.stdin.close()
-        try: self.guard.wait(10)
-        except subprocess.TimeoutExpired: self.guard.kill(); self.guard.wait()
+        try:
+            self.guard.wait(10)
+        except subprocess.TimeoutExpired:
+            self.guard.kill()
+            self.guard.wait()
         shutil.rmtree(self.home, ignore_errors=True)
 
 # %% ../nbs/17_luanti.ipynb #c65b4bf5
 class Game(_Process):
-    "The running game. All its methods are for one thread; where it dies or hangs they raise LuantiError with the end of its log."
-    def __init__(self,
-        world=0,           # seed of the world
-        mode="survival",   # or 'creative'
-        width=256,         # pixels of the picture
+    """The running game. All its methods are for one thread; where it dies or hangs they raise LuantiError with the end of its log."""
+
+    def __init__(
+        self,
+        world=0,  # seed of the world
+        mode="survival",  # or 'creative'
+        width=256,  # pixels of the picture
         height=144,
-        frames_per_tick=2, # frames drawn in a tick. With 2, what is sent at a frame has acted by the next tick's: the game reads keys half a tick before it draws
+        frames_per_tick=2,  # frames drawn in a tick. With 2, what is sent at a frame has acted by the next tick's: the game reads keys half a tick before it draws
     ):
         super().__init__(world, mode, width, height, frames_per_tick)
         self.screen, self.frames_per_tick = None, frames_per_tick
@@ -393,33 +622,44 @@ class Game(_Process):
             self.wait(1, 90)
             self.screen = Screen(self.pids["display"], width, height)
             _yield_to_drawing(self.pids["minetest"])
-        except BaseException: self.close(); raise
+        except BaseException:
+            self.close()
+            raise
 
     def send(self, keys, right, down, wheel=0):
-        "As `Screen.send`."
-        try: self.screen.send(keys, right, down, wheel)
-        except ConnectionClosedError: raise self.failure("the game has died") from None
+        """As `Screen.send`."""
+        try:
+            self.screen.send(keys, right, down, wheel)
+        except ConnectionClosedError:
+            raise self.failure("the game has died") from None
 
     def grab(self, number):
-        "As `Screen.grab`."
-        try: shot = self.screen.grab(number)
-        except ConnectionClosedError: raise self.failure("the game has died") from None
-        if shot: return shot
+        """As `Screen.grab`."""
+        try:
+            shot = self.screen.grab(number)
+        except ConnectionClosedError:
+            raise self.failure("the game has died") from None
+        if shot:
+            return shot
         raise self.failure(f"frame {number} was not shown within 1 s")
 
-    def spawn(self,
-        seed,             # of the place
-        biome="any",      # or one of BIOMES
+    def spawn(
+        self,
+        seed,  # of the place
+        biome="any",  # or one of BIOMES
         time_of_day=0.5,  # 0 midnight, 0.5 noon; it stands still
     ) -> str:
-        "Put the player at the spawn point of `seed`, with a new kit and keys at rest, and wait until the land around is drawn. Gives the biome."
+        """Put the player at the spawn point of `seed`, with a new kit and keys at rest, and wait until the land around is drawn. Gives the biome."""
         self.send(set(), 0, 0)
         ask, key = Path(self.home) / ".minetest/worlds/world/ask", str(next(self.asked))
         ask.with_suffix(".part").write_text(f"{key} {seed} {biome} {time_of_day}\n")
         os.replace(ask.with_suffix(".part"), ask)
         self.until(lambda: key in self.answers, 40, f"no spawn point in {biome!r} was found")
         found = self.answers.pop(key)
-        if found == "none": raise self.failure(f"world without a spawn point in {biome!r}: choose another biome, or 'any'")
+        if found == "none":
+            raise self.failure(
+                f"world without a spawn point in {biome!r}: choose another biome, or 'any'"
+            )
         self._settle()
         return found
 
@@ -432,132 +672,222 @@ class Game(_Process):
             last = picture
 
     def close(self):
-        "End all processes and delete the folder."
-        if self.screen: self.screen.close(); self.screen = None
+        """End all processes and delete the folder."""
+        if self.screen:
+            self.screen.close()
+            self.screen = None
         self.end()
 
 # %% ../nbs/17_luanti.ipynb #89bbae3a
 def to_input(
     action,  # (28,)
-    free,    # whether a screen is open, and the mouse moves a cursor
-    rest,    # (2,) parts of a pixel left over from earlier
-    width,   # pixels of the picture
+    free,  # whether a screen is open, and the mouse moves a cursor
+    rest,  # (2,) parts of a pixel left over from earlier
+    width,  # pixels of the picture
 ):
-    "What hands do for an action: (keys and buttons held, pixels right and down, notches of the wheel, what is left over of a pixel)."
+    """What hands do for an action: (keys and buttons held, pixels right and down, notches of the wheel, what is left over of a pixel)."""
     line = decode_action(action)
     keys = {*line["keyboard"]["keys"], *line["mouse"]["buttons"]}
-    if not free: keys.discard("key.keyboard.escape")  # it would stop the game and ask whether to leave
-    pixels = np.array([line["mouse"]["dx"], line["mouse"]["dy"]]) * (width / WINDOW[0] if free else 1) + rest
+    if not free:
+        keys.discard("key.keyboard.escape")  # it would stop the game and ask whether to leave
+    pixels = (
+        np.array([line["mouse"]["dx"], line["mouse"]["dy"]]) * (width / WINDOW[0] if free else 1)
+        + rest
+    )
     whole = np.round(pixels)
     return keys, *whole.astype(int).tolist(), round(line["mouse"]["dwheel"]), pixels - whole
 
 # %% ../nbs/17_luanti.ipynb #4a8cba30
 def did(
     before,  # state of a frame
-    after,   # state of a later one
-    keys,    # sent in between
-    right,   # pixels
+    after,  # state of a later one
+    keys,  # sent in between
+    right,  # pixels
     down,
 ) -> bool:
-    "Whether the game holds the keys and has turned as it was told; looking straight up or down ends a turn."
-    turn = np.array([(after["yaw"] - before["yaw"] + 180) % 360 - 180, after["pitch"] - before["pitch"]]) / DEGREES_PER_PIXEL
+    """Whether the game holds the keys and has turned as it was told; looking straight up or down ends a turn."""
+    turn = (
+        np.array(
+            [(after["yaw"] - before["yaw"] + 180) % 360 - 180, after["pitch"] - before["pitch"]]
+        )
+        / DEGREES_PER_PIXEL
+    )
     end = abs(after["pitch"]) > 89
-    return after["held"] == keys & set(HELD) and abs(turn[0] - right) < 0.5 and (end or abs(turn[1] - down) < 0.5)
+    return (
+        after["held"] == keys & set(HELD)
+        and abs(turn[0] - right) < 0.5
+        and (end or abs(turn[1] - down) < 0.5)
+    )
 
 # %% ../nbs/17_luanti.ipynb #f6b11f50
-CAMERA = 10.0  # degrees in a tick, at most: half the height of the window is as far as the mouse gets
+CAMERA = (
+    10.0  # degrees in a tick, at most: half the height of the window is as far as the mouse gets
+)
 LOW, HIGH = np.zeros(ACTION_DIM, np.float32), np.ones(ACTION_DIM, np.float32)  # of an action
 LOW[22:25], HIGH[22:24] = (-CAMERA, -CAMERA, -1), CAMERA
 
+
 def _checked(options, allowed):
     unknown = set(options) - set(allowed)
-    if unknown: raise ValueError(f"unknown option {sorted(unknown)[0]!r}: choose from {', '.join(allowed)}")
-    if options.get("biome", "any") not in ("any", *BIOMES): raise ValueError(f"biome={options['biome']!r}: choose 'any' or one of {', '.join(BIOMES)}")
+    if unknown:
+        raise ValueError(f"unknown option {sorted(unknown)[0]!r}: choose from {', '.join(allowed)}")
+    if options.get("biome", "any") not in ("any", *BIOMES):
+        raise ValueError(f"biome={options['biome']!r}: choose 'any' or one of {', '.join(BIOMES)}")
     time = options.get("time_of_day", 0.5)
-    try: fits = 0 <= float(time) <= 1
-    except (TypeError, ValueError): fits = False
-    if not fits: raise ValueError(f"time_of_day={time!r}: from 0, midnight, over 0.5, noon, to 1")
-    return options | ({"world": whole_number(options["world"], "world", 0)} if "world" in options else {})
+    try:
+        fits = 0 <= float(time) <= 1
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"time_of_day={time!r}: from 0, midnight, over 0.5, noon, to 1")
+    return options | (
+        {"world": whole_number(options["world"], "world", 0)} if "world" in options else {}
+    )
+
 
 def _mode(render_mode):
-    if render_mode not in (None, "rgb_array"): raise ValueError(f"render_mode={render_mode!r}: choose 'rgb_array' or None")
+    if render_mode not in (None, "rgb_array"):
+        raise ValueError(f"render_mode={render_mode!r}: choose 'rgb_array' or None")
     return render_mode
 
+
 def _picture(shot):
-    if shot is None: raise gymnasium.error.ResetNeeded("call reset first: there is no picture yet")
+    if shot is None:
+        raise gymnasium.error.ResetNeeded("call reset first: there is no picture yet")
     return shot[1]
 
+
 def _as_action(action):
-    "The 28 numbers, within their limits. ValueError names what is wrong with them."
-    try: action = encode_action(action) if isinstance(action, dict) else np.asarray(action)
-    except (TypeError, RuntimeError) as e: raise ValueError(f"action: no array can be made of {type(action).__name__} ({e})") from None
-    except ValueError as e: raise ValueError(f"action: {e}") from None
-    if action.shape != (ACTION_DIM,): raise ValueError(f"action: its shape is {action.shape}, expected ({ACTION_DIM},), or a dict with mouse and keyboard as in a line of VPT")
-    if action.dtype.kind not in "biuf": raise ValueError(f"action: {action.dtype} are no numbers, expected ({ACTION_DIM},) of float32")
+    """The 28 numbers, within their limits. ValueError names what is wrong with them."""
+    try:
+        action = encode_action(action) if isinstance(action, dict) else np.asarray(action)
+    except (TypeError, RuntimeError) as e:
+        raise ValueError(f"action: no array can be made of {type(action).__name__} ({e})") from None
+    except ValueError as e:
+        raise ValueError(f"action: {e}") from None
+    if action.shape != (ACTION_DIM,):
+        raise ValueError(
+            f"action: its shape is {action.shape}, expected ({ACTION_DIM},), or a dict with mouse and keyboard as in a line of VPT"
+        )
+    if action.dtype.kind not in "biuf":
+        raise ValueError(
+            f"action: {action.dtype} are no numbers, expected ({ACTION_DIM},) of float32"
+        )
     action = action.astype(float)
-    if not np.isfinite(action).all(): raise ValueError(f"action: {ACTION_NAMES[int(np.argmin(np.isfinite(action)))]} is not finite")
+    if not np.isfinite(action).all():
+        raise ValueError(
+            f"action: {ACTION_NAMES[int(np.argmin(np.isfinite(action)))]} is not finite"
+        )
     return np.clip(action, LOW, HIGH).astype(np.float32)
 
 # %% ../nbs/17_luanti.ipynb #0f2d6c40
 class LuantiEnv(gymnasium.Env):
-    "A world to act in, 20 ticks a second of real time. Actions are the 28 numbers, or a dict with the `mouse` and `keyboard` of a VPT line; there is no reward."
+    """A world to act in, 20 ticks a second of real time. Actions are the 28 numbers, or a dict with the `mouse` and `keyboard` of a VPT line; there is no reward."""
+
     metadata = {"render_modes": ["rgb_array"], "render_fps": TICKS_PER_SECOND}
-    def __init__(self,
-        world=0,            # seed of the world; `reset` takes another as an option, and then starts the game anew
-        biome="any",        # of the spawn points, or one of BIOMES
-        time_of_day=0.5,    # 0 midnight, 0.5 noon; it stands still
-        mode="survival",    # or 'creative'
-        width=256, height=144,  # pixels
+
+    def __init__(
+        self,
+        world=0,  # seed of the world; `reset` takes another as an option, and then starts the game anew
+        biome="any",  # of the spawn points, or one of BIOMES
+        time_of_day=0.5,  # 0 midnight, 0.5 noon; it stands still
+        mode="survival",  # or 'creative'
+        width=256,
+        height=144,  # pixels
         render_mode="rgb_array",
     ):
-        width, height, self.render_mode = whole_number(width, "width", 0), whole_number(height, "height", 0), _mode(render_mode)
-        self.options, self.size = _checked({"world": world, "biome": biome, "time_of_day": time_of_day}, ("world", "biome", "time_of_day")), (mode, width, height)
+        width, height, self.render_mode = (
+            whole_number(width, "width", 0),
+            whole_number(height, "height", 0),
+            _mode(render_mode),
+        )
+        self.options, self.size = (
+            _checked(
+                {"world": world, "biome": biome, "time_of_day": time_of_day},
+                ("world", "biome", "time_of_day"),
+            ),
+            (mode, width, height),
+        )
         self.observation_space = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
         self.action_space = gymnasium.spaces.Box(LOW, HIGH)
-        self.game, self.running, self.shot = None, None, None  # the game, the seed of its world, the last picture
+        self.game, self.running, self.shot = (
+            None,
+            None,
+            None,
+        )  # the game, the seed of its world, the last picture
 
     def reset(self, *, seed=None, options=None):
-        "Go to a spawn point drawn from `seed`. Options: world, biome, time_of_day."
+        """Go to a spawn point drawn from `seed`. Options: world, biome, time_of_day."""
         super().reset(seed=seed if seed is None else whole_number(seed, "seed", 0))
         wish = self.options | _checked(options or {}, self.options)
-        if self.running != wish["world"]: self.close()
+        if self.running != wish["world"]:
+            self.close()
         place = int(self.np_random.integers(2**31 - 1))
-        try: self._arrive(place, wish)
+        try:
+            self._arrive(place, wish)
         except LuantiError:
-            if self.game and self.game.latest >= 0: raise  # it runs, but not there
-            self.close(); self._arrive(place, wish)        # it has died meanwhile
+            if self.game and self.game.latest >= 0:
+                raise  # it runs, but not there
+            self.close()
+            self._arrive(place, wish)  # it has died meanwhile
         return self.shot[1], self._info(self.game.wait(self.start), True)
 
     def _arrive(self, place, wish):
-        if self.game is None: self.game, self.running = Game(wish["world"], *self.size), wish["world"]
+        if self.game is None:
+            self.game, self.running = Game(wish["world"], *self.size), wish["world"]
         self.biome = self.game.spawn(place, wish["biome"], wish["time_of_day"])
         self.shot = self.game.grab(self.game.wait(self.game.latest + 1)["frame"])
         self.start, self.rest = self.shot[0], np.zeros(2)
 
     def _info(self, state, in_step):
-        return {name: state[name] for name in ("position", "yaw", "pitch", "hotbar")} | {"screen_open": self.shot[2], "biome": self.biome, "tick": (state["frame"] - self.start) // self.game.frames_per_tick, "in_step": bool(in_step)}
+        return {name: state[name] for name in ("position", "yaw", "pitch", "hotbar")} | {
+            "screen_open": self.shot[2],
+            "biome": self.biome,
+            "tick": (state["frame"] - self.start) // self.game.frames_per_tick,
+            "in_step": bool(in_step),
+        }
 
     def step(self, action):
-        "Act for a tick: (frame, 0.0, False, whether the game has failed, info)."
-        if self.game is None: raise gymnasium.error.ResetNeeded("call reset first: no game is running")
+        """Act for a tick: (frame, 0.0, False, whether the game has failed, info)."""
+        if self.game is None:
+            raise gymnasium.error.ResetNeeded("call reset first: no game is running")
         action = _as_action(action)
         number, _, free, _ = self.shot
         keys, right, down, wheel, self.rest = to_input(action, free, self.rest, self.size[1])
         try:
-            before, tick, newest = self.game.wait(number), self.game.frames_per_tick, self.game.latest
+            before, tick, newest = (
+                self.game.wait(number),
+                self.game.frames_per_tick,
+                self.game.latest,
+            )
             self.game.send(keys, right, down, wheel)
             self.shot = self.game.grab((newest if newest >= number + tick else number) + tick)
             after = self.game.wait(self.shot[0])
         except LuantiError as e:
             self.close()
             return self.shot[1], 0.0, False, True, {"failure": str(e), "in_step": False}
-        return self.shot[1], 0.0, False, False, self._info(after, self.shot[0] == number + tick and (free or self.shot[2] or did(before, after, keys, right, down)))
+        return (
+            self.shot[1],
+            0.0,
+            False,
+            False,
+            self._info(
+                after,
+                self.shot[0] == number + tick
+                and (free or self.shot[2] or did(before, after, keys, right, down)),
+            ),
+        )
 
-    def render(self): return _picture(self.shot)
+    def render(self):
+        return _picture(self.shot)
 
     def close(self):
         game, self.game = self.game, None
-        if game: game.close()
+        if game:
+            game.close()
 
 # %% ../nbs/17_luanti.ipynb #53adf01a
-if "Luanti-v0" not in gymnasium.registry: gymnasium.register("Luanti-v0", entry_point="minecraft_jepa.luanti:LuantiEnv", nondeterministic=True)  # clouds move, water flows
+if "Luanti-v0" not in gymnasium.registry:
+    gymnasium.register(
+        "Luanti-v0", entry_point="minecraft_jepa.luanti:LuantiEnv", nondeterministic=True
+    )  # clouds move, water flows

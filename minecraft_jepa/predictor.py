@@ -13,18 +13,24 @@ from .layers import Block, ModulatedBlock, init_weights, mlp, rotary_grid
 
 # %% ../nbs/10_predictor.ipynb #19b84b83
 class Predictor(nn.Module):
-    "The change from frame t to frame t+1. (b, n, d), condition -> (b, n, d)"
-    def __init__(self,
+    """The change from frame t to frame t+1. (b, n, d), condition -> (b, n, d)"""
+
+    def __init__(
+        self,
         config,  # uses `frame`, `encoder.width`, `conditioner.kind` and `predictor`
     ):
         super().__init__()
         p, width = config.predictor, config.encoder.width
         self.modulated = config.conditioner.kind == "adaln"
-        make = (lambda: ModulatedBlock(width, p.heads, mlp(width, p.dropout), dropout=p.dropout)) if self.modulated else \
-               (lambda: Block(width, p.heads, p.dropout))
+        make = (
+            (lambda: ModulatedBlock(width, p.heads, mlp(width, p.dropout), dropout=p.dropout))
+            if self.modulated
+            else (lambda: Block(width, p.heads, p.dropout))
+        )
         self.blocks = nn.ModuleList(init_weights(make()) for _ in range(p.depth))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, width)
-        nn.init.zeros_(self.out.weight); nn.init.zeros_(self.out.bias)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
         turns = rotary_grid(config.frame.grid, width // p.heads)
         self.register_buffer("turns", turns, persistent=False)
 

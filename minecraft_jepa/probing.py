@@ -24,15 +24,15 @@ from .layers import Block, CrossBlock, Matching, init_weights, rows_alike
 
 # %% ../nbs/16_probing.ipynb #6f3b8a37
 def rank_of_truth(
-    guess,       # (b, n, d)
+    guess,  # (b, n, d)
     candidates,  # (c, n, d), real latents
-    true,        # (b,), which candidate is the right one
+    true,  # (b,), which candidate is the right one
 ):
-    "Rank of the true candidate by latent distance, (b,), 1 is best; equals stand before it."
+    """Rank of the true candidate by latent distance, (b,), 1 is best; equals stand before it."""
     g, c = guess.flatten(1).float(), candidates.flatten(1).float()
-    distance = c.square().sum(1) - 2 * g @ c.T                   # (b, c), up to what is the same for all candidates
+    distance = c.square().sum(1) - 2 * g @ c.T  # (b, c), up to what is the same for all candidates
     own = distance.gather(1, true[:, None])
-    return (distance <= own + 1e-4 * own.abs()).sum(1)           # float32 tells no smaller difference apart
+    return (distance <= own + 1e-4 * own.abs()).sum(1)  # float32 tells no smaller difference apart
 
 # %% ../nbs/16_probing.ipynb #371e3e43
 RETRIEVAL = ("top1", "mrr", "top1_apart", "mrr_apart", "top1_dense", "ticks_off")
@@ -47,9 +47,9 @@ class _Candidates:
         self.times = self.spread(name, 2 * candidates)
         self.own = self.encode(name, self.times)
         share = max(2048 // len(names), 2)  # not all frames: of hours of play they would not fit
-        self.others = torch.cat([
-            self.encode(other, self.spread(other, share)) for other in names if other != name
-        ])
+        self.others = torch.cat(
+            [self.encode(other, self.spread(other, share)) for other in names if other != name]
+        )
 
     def spread(self, name, count):
         last = len(self.store[name].frames) - 1
@@ -71,15 +71,15 @@ class _Candidates:
 # %% ../nbs/16_probing.ipynb #d1f09a2a
 @torch.no_grad()
 def retrieval(
-    model,           # WorldModel, in eval mode
-    store,           # ClipStore
-    names,           # recordings, at least two
-    horizons,        # ticks
-    count=32,        # windows a recording
+    model,  # WorldModel, in eval mode
+    store,  # ClipStore
+    names,  # recordings, at least two
+    horizons,  # ticks
+    count=32,  # windows a recording
     candidates=256,  # real frames to choose from
-    apart=8,         # ticks that other frames of the recording keep from the true one
-    near=16,         # ticks around the true frame, for `top1_dense` and `ticks_off`
-    seed=0,          # draws the candidates
+    apart=8,  # ticks that other frames of the recording keep from the true one
+    near=16,  # ticks around the true frame, for `top1_dense` and `ticks_off`
+    seed=0,  # draws the candidates
 ):
     """Is the true future frame the nearest of many real ones to the imagined latent?
 
@@ -132,7 +132,8 @@ def retrieval(
 # %% ../nbs/16_probing.ipynb #47cb349e
 def _retrieval_scores(guess, few, dense, place):
     """Scores of guesses (m, n, d). First of `few` is the true frame, second the given one; in
-    `dense` the true one stands at `place`. Each score is (m,)."""
+    `dense` the true one stands at `place`. Each score is (m,).
+    """
     zero = torch.zeros(len(guess), dtype=torch.long, device=guess.device)
     rank = rank_of_truth(guess, few, zero).double()
     rank_apart = rank_of_truth(guess, few[[0, *range(2, len(few))]], zero).double()
@@ -148,23 +149,31 @@ def _retrieval_scores(guess, few, dense, place):
 
 # %% ../nbs/16_probing.ipynb #33613b16
 def ridge(
-    x,           # (b, features), to learn from
-    y,           # (b, targets)
+    x,  # (b, features), to learn from
+    y,  # (b, targets)
     validation,  # (b,) bool: examples that choose the penalty, of other recordings
     penalties=tuple(10.0**p for p in range(-2, 7)),
 ):
-    "Ridge regression in closed form; gives a function from (b, features) to (b, targets), whose `error` is the mean square one on the validation examples. Hastie et al., sec. 3.4.1, and 18.3.5 where there are more features than examples."
+    """Ridge regression in closed form; gives a function from (b, features) to (b, targets), whose `error` is the mean square one on the validation examples. Hastie et al., sec. 3.4.1, and 18.3.5 where there are more features than examples."""
     return ridges(x, [y], validation, penalties)[0]
 
+
 def ridges(
-    x,           # (b, features), to learn from
-    answers,     # of (b, targets) each
+    x,  # (b, features), to learn from
+    answers,  # of (b, targets) each
     validation,  # (b,) bool, as for `ridge`
     penalties=tuple(10.0**p for p in range(-2, 7)),
 ):
-    "`ridge` for several answers, each with its own penalty: what hangs on x alone is computed once."
-    x, answers, validation = torch.as_tensor(x).double(), [torch.as_tensor(y).double() for y in answers], torch.as_tensor(validation)
-    if validation.all() or not validation.any(): raise ValueError("the penalty is chosen on other examples than the fit is made of: give some of both")
+    """`ridge` for several answers, each with its own penalty: what hangs on x alone is computed once."""
+    x, answers, validation = (
+        torch.as_tensor(x).double(),
+        [torch.as_tensor(y).double() for y in answers],
+        torch.as_tensor(validation),
+    )
+    if validation.all() or not validation.any():
+        raise ValueError(
+            "the penalty is chosen on other examples than the fit is made of: give some of both"
+        )
     middle, scale = x.mean(0), x.std().clamp_min(1e-12)
     x = (x - middle) / scale
     fit, unseen = _solver(x[~validation]), x[validation]
@@ -172,106 +181,143 @@ def ridges(
     for penalty in penalties:
         directions = fit(penalty, [y[~validation] - level for y, level in zip(answers, levels)])
         for error, y, level, direction in zip(errors, answers, levels, directions):
-            error.append((float(((unseen @ direction + level - y[validation]) ** 2).mean()), penalty))
+            error.append(
+                (float(((unseen @ direction + level - y[validation]) ** 2).mean()), penalty)
+            )
     fit, found = _solver(x), [None] * len(answers)
     best = [min(error) for error in errors]
     for penalty in {p for _, p in best}:
         mine = [i for i, (_, p) in enumerate(best) if p == penalty]
-        for i, direction in zip(mine, fit(penalty, [answers[i] - answers[i].mean(0) for i in mine])):
+        for i, direction in zip(
+            mine, fit(penalty, [answers[i] - answers[i].mean(0) for i in mine])
+        ):
             found[i] = _linear(middle, scale, direction, answers[i].mean(0), best[i][0])
     return found
 
+
 def _solver(x):
-    "(penalty, answers) -> a direction (features, targets) for each answer."
+    """(penalty, answers) -> a direction (features, targets) for each answer."""
     wide = x.shape[1] > x.shape[0]
     products = x @ x.T if wide else x.T @ x
+
     def solve(penalty, answers):
         factor = torch.linalg.cholesky(products + penalty * torch.eye(len(products), dtype=x.dtype))
         found = [torch.cholesky_solve(y if wide else x.T @ y, factor) for y in answers]
         return [x.T @ f if wide else f for f in found]
+
     return solve
 
+
 def _linear(middle, scale, direction, level, error):
-    "The function that `ridge` gives."
-    def say(new): return (torch.as_tensor(new).double() - middle) / scale @ direction + level
+    """The function that `ridge` gives."""
+
+    def say(new):
+        return (torch.as_tensor(new).double() - middle) / scale @ direction + level
+
     say.error = error
     return say
 
+
 def r2(
-    said,   # (b, targets)
+    said,  # (b, targets)
     truth,  # (b, targets)
 ):
-    "Share of the variance explained, (targets,): 1 is perfect, 0 is the mean of the truth."
+    """Share of the variance explained, (targets,): 1 is perfect, 0 is the mean of the truth."""
     truth = torch.as_tensor(truth).double()
-    return (1 - ((said - truth) ** 2).sum(0) / ((truth - truth.mean(0)) ** 2).sum(0).clamp_min(1e-12)).tolist()
+    return (
+        1 - ((said - truth) ** 2).sum(0) / ((truth - truth.mean(0)) ** 2).sum(0).clamp_min(1e-12)
+    ).tolist()
 
 # %% ../nbs/16_probing.ipynb #180adf1a
 def flow_field(
-    z,      # (b, n, d)
+    z,  # (b, n, d)
     later,  # (b, n, d)
-    grid,   # patches high and wide
+    grid,  # patches high and wide
 ):
-    "How far each token has moved right and down, in patches, (b, n, 2); 0 at the edges, which have no neighbour on one side. Lucas and Kanade 1981, sec. 3, one step: the change between the frames over the slope between neighbouring tokens."
+    """How far each token has moved right and down, in patches, (b, n, 2); 0 at the edges, which have no neighbour on one side. Lucas and Kanade 1981, sec. 3, one step: the change between the frames over the slope between neighbouring tokens."""
     a, b = (F.normalize(x.float(), dim=-1).unflatten(1, grid) for x in (z, later))
     middle, change, found = (a + b) / 2, b - a, []
     for axis in (2, 1):
         inner = a.shape[axis] - 2
         slope = (middle.narrow(axis, 2, inner) - middle.narrow(axis, 0, inner)) / 2
-        moved = -(change.narrow(axis, 1, inner) * slope).sum(-1) / (slope.square().sum(-1) + 0.05)  # a floor, where all around looks the same
+        moved = -(change.narrow(axis, 1, inner) * slope).sum(-1) / (
+            slope.square().sum(-1) + 0.05
+        )  # a floor, where all around looks the same
         found.append(F.pad(moved, (1, 1) if axis == 2 else (0, 0, 1, 1)))
     return torch.stack(found, -1).flatten(1, 2)
 
 # %% ../nbs/16_probing.ipynb #054c3e14
 def probe_examples(
-    store,      # ClipStore
-    names,      # recordings
-    gap=1,      # ticks between a frame and the later one; a turn of several ticks leaves the reach of `flow_field`
+    store,  # ClipStore
+    names,  # recordings
+    gap=1,  # ticks between a frame and the later one; a turn of several ticks leaves the reach of `flow_field`
     count=200,  # examples a recording
 ):
-    "Frames, later frames (b, 3, H, W) uint8, labels {name: (b,)} that the recordings hold, and the recording of each, (b,)."
+    """Frames, later frames (b, 3, H, W) uint8, labels {name: (b,)} that the recordings hold, and the recording of each, (b,)."""
     here, there, labels, owner = [], [], [], []
     for r, name in enumerate(names):
         clip, s = store[name], store[name].state
         t = window_starts(store, name, 2, gap, count)
-        known = min((len(clip.frames) - getattr(clip, "spare_frames", 0), *map(len, s.values())))  # the last frame may have no line, and so no state
+        known = min(
+            (len(clip.frames) - getattr(clip, "spare_frames", 0), *map(len, s.values()))
+        )  # the last frame may have no line, and so no state
         t = t[t + gap < known]
-        here.append(clip.frames[t]); there.append(clip.frames[t + gap]); owner.append(np.full(len(t), r))
+        here.append(clip.frames[t])
+        there.append(clip.frames[t + gap])
+        owner.append(np.full(len(t), r))
         found = {}
-        if "pitch" in s: found["pitch"] = s["pitch"][t]
-        if "yaw" in s: found["yaw_change"] = (s["yaw"][t + gap] - s["yaw"][t] + 180) % 360 - 180
-        if {"xpos", "zpos"} <= set(s): found["speed"] = np.hypot(s["xpos"][t + gap] - s["xpos"][t], s["zpos"][t + gap] - s["zpos"][t]) * 20 / gap
-        if "ypos" in s: found["climb"] = s["ypos"][t + gap] - s["ypos"][t]
-        if "hotbar" in s: found["slot"] = s["hotbar"][t]
-        if "isGuiOpen" in s: found["menu"] = s["isGuiOpen"][t]
+        if "pitch" in s:
+            found["pitch"] = s["pitch"][t]
+        if "yaw" in s:
+            found["yaw_change"] = (s["yaw"][t + gap] - s["yaw"][t] + 180) % 360 - 180
+        if {"xpos", "zpos"} <= set(s):
+            found["speed"] = (
+                np.hypot(s["xpos"][t + gap] - s["xpos"][t], s["zpos"][t + gap] - s["zpos"][t])
+                * 20
+                / gap
+            )
+        if "ypos" in s:
+            found["climb"] = s["ypos"][t + gap] - s["ypos"][t]
+        if "hotbar" in s:
+            found["slot"] = s["hotbar"][t]
+        if "isGuiOpen" in s:
+            found["menu"] = s["isGuiOpen"][t]
         labels.append(found)
     shared = [k for k in labels[0] if all(k in found for found in labels)]
-    return (*(torch.from_numpy(np.concatenate(f)) for f in (here, there)), {k: np.concatenate([found[k] for found in labels]) for k in shared}, np.concatenate(owner))
+    return (
+        *(torch.from_numpy(np.concatenate(f)) for f in (here, there)),
+        {k: np.concatenate([found[k] for found in labels]) for k in shared},
+        np.concatenate(owner),
+    )
 
 # %% ../nbs/16_probing.ipynb #0a1c124c
 BETWEEN = "yaw_change", "speed", "climb"  # lie between two frames
 
 
-KINDS = "slot", "menu"                    # have no order
+KINDS = "slot", "menu"  # have no order
 
 
 def kappa(
-    said,   # (b,)
+    said,  # (b,)
     truth,  # (b,)
 ) -> float:
-    "Share of right answers beyond those that chance gives: 1 is perfect, 0 is chance. Cohen 1960, eq. 1."
+    """Share of right answers beyond those that chance gives: 1 is perfect, 0 is chance. Cohen 1960, eq. 1."""
     said, truth = np.asarray(said), np.asarray(truth)
-    right, chance = (said == truth).mean(), sum((said == k).mean() * (truth == k).mean() for k in np.unique(truth))
+    right, chance = (
+        (said == truth).mean(),
+        sum((said == k).mean() * (truth == k).mean() for k in np.unique(truth)),
+    )
     return float((right - chance) / (1 - chance)) if chance < 1 else 0.0
 
 
 @torch.no_grad()
 def probe_answers(
-    look,        # frames (b, 3, H, W) uint8 -> tokens (b, n, d)
-    examples,    # of `probe_examples`, to learn from
-    unseen,      # of `probe_examples`, of other worlds
+    look,  # frames (b, 3, H, W) uint8 -> tokens (b, n, d)
+    examples,  # of `probe_examples`, to learn from
+    unseen,  # of `probe_examples`, of other worlds
     validation,  # (b,) bool: those of `examples` that choose the penalty
-    grid,        # patches high and wide
-    compare=None,# tokens of two frames, (b, n, d) each -> (b, features); beside `flow_field` for what lies between them, both ways round or the difference of the two, as the validation examples choose
+    grid,  # patches high and wide
+    compare=None,  # tokens of two frames, (b, n, d) each -> (b, features); beside `flow_field` for what lies between them, both ways round or the difference of the two, as the validation examples choose
 ):
     """What linear probes answer on the unseen examples.
 
@@ -280,23 +326,52 @@ def probe_answers(
     """
     see = lambda frames: torch.cat([look(f).float().cpu() for f in frames.split(64)])
     pairs = [(see(e[0]), see(e[1])) for e in (examples, unseen)]
-    whole, rows = [z.flatten(1) for z, _ in pairs], [z.unflatten(1, grid).mean(2).flatten(1) for z, _ in pairs]
-    each = lambda way, pairs: [torch.cat([way(*part) for part in zip(z.split(64), w.split(64))]) for z, w in pairs]
+    whole, rows = (
+        [z.flatten(1) for z, _ in pairs],
+        [z.unflatten(1, grid).mean(2).flatten(1) for z, _ in pairs],
+    )
+    each = lambda way, pairs: [
+        torch.cat([way(*part) for part in zip(z.split(64), w.split(64))]) for z, w in pairs
+    ]
     between = [each(lambda z, w: flow_field(z, w, grid).flatten(1), pairs)]
     if compare:
         there, back = each(compare, pairs), each(compare, [(w, z) for z, w in pairs])
-        between += [[torch.cat(x, 1) for x in zip(there, back)], [a - b for a, b in zip(there, back)]]  # a turn is the opposite one the other way round
-    found, known = {}, [k for k in examples[2] if k in unseen[2] and all(np.ptp(e[2][k]) > 0 for e in (examples, unseen))]
+        between += [
+            [torch.cat(x, 1) for x in zip(there, back)],
+            [a - b for a, b in zip(there, back)],
+        ]  # a turn is the opposite one the other way round
+    found, known = (
+        {},
+        [
+            k
+            for k in examples[2]
+            if k in unseen[2] and all(np.ptp(e[2][k]) > 0 for e in (examples, unseen))
+        ],
+    )
     truth, asked = ({k: e[2][k].astype(float)[:, None] for k in known} for e in (examples, unseen))
-    for labels, ways in (([k for k in known if k in BETWEEN], between), ([k for k in known if k not in (*BETWEEN, *KINDS)], [rows])):
-        if not labels: continue
+    for labels, ways in (
+        ([k for k in known if k in BETWEEN], between),
+        ([k for k in known if k not in (*BETWEEN, *KINDS)], [rows]),
+    ):
+        if not labels:
+            continue
         fits = [ridges(x, [truth[k] for k in labels], validation) for x, _ in ways]
         for i, k in enumerate(labels):
             way = min(range(len(ways)), key=lambda w: fits[w][i].error)
             found[k] = fits[way][i](ways[way][1])[:, 0].numpy(), asked[k][:, 0]
-    few = slice(None, None, -(-len(validation) // 1600))  # whole latents are as wide as this: the time of a fit grows with the cube
+    few = slice(
+        None, None, -(-len(validation) // 1600)
+    )  # whole latents are as wide as this: the time of a fit grows with the cube
     kinds = {k: np.unique(examples[2][k]) for k in known if k in KINDS}
-    fits = ridges(whole[0][few], [(examples[2][k][few, None] == v).astype(float) for k, v in kinds.items()], validation[few]) if kinds else []
+    fits = (
+        ridges(
+            whole[0][few],
+            [(examples[2][k][few, None] == v).astype(float) for k, v in kinds.items()],
+            validation[few],
+        )
+        if kinds
+        else []
+    )
     for (k, v), fit in zip(kinds.items(), fits):
         found[k] = v[fit(whole[1]).argmax(1).numpy()], unseen[2][k]
     return {k: found[k] for k in (*(k for k in known if k not in KINDS), *kinds)}
@@ -322,7 +397,7 @@ def _probe_score(label, answers, truth):
 # %% ../nbs/16_probing.ipynb #141c8b89
 def probe_by_world(
     answers,  # of `probe_answers`
-    worlds,   # (b,), the world or session of each unseen example
+    worlds,  # (b,), the world or session of each unseen example
     resamples=2000,
     seed=0,
 ) -> dict[str, dict]:
@@ -352,110 +427,170 @@ def probe_by_world(
 def head_compares(
     model,  # WorldModel
 ):
-    "What its inverse-dynamics head draws its answer from: `compare` of `probe`; None without that head."
-    if not model.config.jepa.inverse: return None
+    """What its inverse-dynamics head draws its answer from: `compare` of `probe`; None without that head."""
+    if not model.config.jepa.inverse:
+        return None
     device = next(model.parameters()).device
     return lambda z, later: model.inverse.compare(z.to(device), later.to(device)).float().cpu()
+
 
 def pixels_of(
     patch,  # pixels a side
 ):
-    "The baseline that has learned nothing: frames -> the pixels of each patch as its token."
+    """The baseline that has learned nothing: frames -> the pixels of each patch as its token."""
     return lambda frames: F.unfold(frames.float() / 255, patch, stride=patch).transpose(1, 2)
+
 
 def pixels_compare(
     patch,  # pixels a side
-    grid,   # patches high and wide
+    grid,  # patches high and wide
 ):
-    "`rows_alike` of the tokens of `pixels_of`, four columns a patch (or two, or one, where it cannot be cut in four): `compare` of `probe`."
-    columns = lambda z: rearrange(z, "b (r c) (rgb y f x) -> b r (c f) 1 (rgb y x)", r=grid[0], rgb=3, y=patch, f=math.gcd(patch, 4))
+    """`rows_alike` of the tokens of `pixels_of`, four columns a patch (or two, or one, where it cannot be cut in four): `compare` of `probe`."""
+    columns = lambda z: rearrange(
+        z,
+        "b (r c) (rgb y f x) -> b r (c f) 1 (rgb y x)",
+        r=grid[0],
+        rgb=3,
+        y=patch,
+        f=math.gcd(patch, 4),
+    )
     return lambda z, later: rows_alike(columns(z), columns(later), 6)
 
 # %% ../nbs/16_probing.ipynb #689bfa61
-TOLD = [ACTION_NAMES.index(n) for n in ("w", "a", "s", "d", "space", "left.shift", "left.control", "attack", "use")]  # what can be seen between two frames
+TOLD = [
+    ACTION_NAMES.index(n)
+    for n in ("w", "a", "s", "d", "space", "left.shift", "left.control", "attack", "use")
+]  # what can be seen between two frames
+
 
 def done_between(
     actions,  # (b, gap, 28)
 ):
-    "(keys held for at least half of the ticks (b, 9), camera degrees in all (b, 2))."
+    """(keys held for at least half of the ticks (b, 9), camera degrees in all (b, 2))."""
     return (actions[..., TOLD].mean(1) >= 0.5).float(), actions[..., MOUSE].sum(1)
 
+
 class ActionReader(nn.Module):
-    "Latents (b, n, d) of two frames, their `flow_field` and `Matching` -> logits of keys (b, 9) and degrees of the camera (b, 2). VPT, app. D: an inverse-dynamics model, here of latents."
+    """Latents (b, n, d) of two frames, their `flow_field` and `Matching` -> logits of keys (b, 9) and degrees of the camera (b, 2). VPT, app. D: an inverse-dynamics model, here of latents."""
+
     def __init__(self, grid, width, heads=4, depth=1, gap=1):
         super().__init__()
-        self.grid, self.gap, self.place = grid, gap, nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], width))
-        self.enter, self.blocks = nn.Linear(2 * width + 2, width), nn.ModuleList(Block(width, heads, 0.1) for _ in range(depth))
+        self.grid, self.gap, self.place = (
+            grid,
+            gap,
+            nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], width)),
+        )
+        self.enter, self.blocks = (
+            nn.Linear(2 * width + 2, width),
+            nn.ModuleList(Block(width, heads, 0.1) for _ in range(depth)),
+        )
         self.match = Matching(grid, width, reach=0.15 * min(gap, 2))
         self.moved, self.norm = nn.Linear(self.match.width, width), nn.LayerNorm(width)
         self.keys, self.camera = nn.Linear(2 * width, len(TOLD)), nn.Linear(2 * width, 2)
-        self.register_buffer("threshold", torch.zeros(len(TOLD)))    # a rare key is said to be held before it is more likely than not
+        self.register_buffer(
+            "threshold", torch.zeros(len(TOLD))
+        )  # a rare key is said to be held before it is more likely than not
         init_weights(self)
 
     def forward(self, z, later):
-        x = self.enter(torch.cat([z, later, 4 * flow_field(z, later, self.grid)], -1)) + self.place  # (b, n, d)
-        for block in self.blocks: x = block(x)
+        x = (
+            self.enter(torch.cat([z, later, 4 * flow_field(z, later, self.grid)], -1)) + self.place
+        )  # (b, n, d)
+        for block in self.blocks:
+            x = block(x)
         alike = self.match(z, later)
-        x, seen, back = self.norm(x).mean(1), *(F.gelu(self.moved(a)) for a in (alike, self.match.other_way_round(alike)))  # (b, d) each
-        keys, camera = self.keys(torch.cat([x, seen], -1)), self.camera(torch.cat([x, seen - back], -1))  # the other way round a turn is the opposite one
-        return keys - self.threshold, camera * 5 * self.gap         # a turn of five degrees a tick: 1
+        x, seen, back = (
+            self.norm(x).mean(1),
+            *(F.gelu(self.moved(a)) for a in (alike, self.match.other_way_round(alike))),
+        )  # (b, d) each
+        keys, camera = (
+            self.keys(torch.cat([x, seen], -1)),
+            self.camera(torch.cat([x, seen - back], -1)),
+        )  # the other way round a turn is the opposite one
+        return keys - self.threshold, camera * 5 * self.gap  # a turn of five degrees a tick: 1
+
 
 def best_threshold(
     logits,  # (b,)
-    held,    # (b,) 0 or 1
+    held,  # (b,) 0 or 1
 ) -> float:
-    "Above it, a key is said to be held: where F1 is largest; 0 where the key was never held."
+    """Above it, a key is said to be held: where F1 is largest; 0 where the key was never held."""
     order = logits.argsort(descending=True)
     hits = held[order].cumsum(0)
     f1 = 2 * hits / (torch.arange(1, len(held) + 1, device=held.device) + held.sum().clamp_min(1))
     cut = int(f1.argmax())
-    return float(logits[order[cut:cut + 2]].mean()) if held.any() else 0.0
+    return float(logits[order[cut : cut + 2]].mean()) if held.any() else 0.0
 
 # %% ../nbs/16_probing.ipynb #07b65a89
 @torch.no_grad()
 def real_pairs(
-    look,    # frames -> latents
-    store,   # ClipStore
-    names,   # recordings
-    gap,     # ticks between the two
-    most,    # pairs at most
+    look,  # frames -> latents
+    store,  # ClipStore
+    names,  # recordings
+    gap,  # ticks between the two
+    most,  # pairs at most
     random,  # numpy generator that draws them
 ):
-    "Latents of frames t and t+gap, keys and camera between them (`done_between`): encoded once, to be learned from again and again."
+    """Latents of frames t and t+gap, keys and camera between them (`done_between`): encoded once, to be learned from again and again."""
     starts = [(n, t) for n in names for t in store.starts(n, 1, gap)]
     starts = [starts[i] for i in sorted(random.permutation(len(starts))[:most])]
-    z, later = (torch.cat([look(torch.from_numpy(np.stack([store[n].frames[t + k] for n, t in starts[i:i + 64]]))) for i in range(0, len(starts), 64)]) for k in (0, gap))
-    return z, later, *(x.to(z.device) for x in done_between(torch.from_numpy(np.stack([store[n].actions[t:t + gap] for n, t in starts]))))
+    z, later = (
+        torch.cat(
+            [
+                look(
+                    torch.from_numpy(
+                        np.stack([store[n].frames[t + k] for n, t in starts[i : i + 64]])
+                    )
+                )
+                for i in range(0, len(starts), 64)
+            ]
+        )
+        for k in (0, gap)
+    )
+    return (
+        z,
+        later,
+        *(
+            x.to(z.device)
+            for x in done_between(
+                torch.from_numpy(np.stack([store[n].actions[t : t + gap] for n, t in starts]))
+            )
+        ),
+    )
+
 
 @torch.no_grad()
 def tuned(
     reader,  # changed: its `threshold`
-    look, store,
-    names,   # recordings that it did not learn from
+    look,
+    store,
+    names,  # recordings that it did not learn from
     random,
     pairs=1000,
 ):
-    "The reader, with the thresholds that these recordings ask for."
+    """The reader, with the thresholds that these recordings ask for."""
     z, later, keys, _ = real_pairs(look, store, names, reader.gap, pairs, random)
     said = torch.cat([reader(a, b)[0] for a, b in zip(z.split(64), later.split(64))])
-    reader.threshold = torch.tensor([best_threshold(s, k) for s, k in zip(said.T, keys.T)], device=z.device)
+    reader.threshold = torch.tensor(
+        [best_threshold(s, k) for s, k in zip(said.T, keys.T)], device=z.device
+    )
     return reader
 
 # %% ../nbs/16_probing.ipynb #2f8e61d3
 def fit_reader(
-    look,       # frames -> latents
-    store,      # ClipStore
-    names,      # recordings to learn from
-    tune,       # others, which choose the thresholds of the keys
-    grid,       # patches high and wide
-    gap=1,      # ticks between the two
+    look,  # frames -> latents
+    store,  # ClipStore
+    names,  # recordings to learn from
+    tune,  # others, which choose the thresholds of the keys
+    grid,  # patches high and wide
+    gap=1,  # ticks between the two
     steps=600,
     batch=64,
     seed=0,
     lr=1e-3,
     pairs=6000,
 ):
-    "An ActionReader of real pairs, in eval mode."
+    """An ActionReader of real pairs, in eval mode."""
     random = np.random.default_rng(seed)
     z, later, keys, camera = real_pairs(look, store, names, gap, min(pairs, steps * batch), random)
     with torch.random.fork_rng():
@@ -463,17 +598,26 @@ def fit_reader(
         reader = ActionReader(grid, z.shape[-1], gap=gap).to(z.device)
         optimizer = torch.optim.AdamW(reader.parameters(), lr=lr, weight_decay=0.05)
         for step in range(steps):
-            for group in optimizer.param_groups: group["lr"] = lr * min(1, (step + 1) / 50) * (1 - step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, (step + 1) / 50) * (1 - step / steps)
             chosen = torch.from_numpy(random.integers(0, len(z), batch)).to(z.device)
             said, turned = reader(z[chosen], later[chosen])
-            loss = F.binary_cross_entropy_with_logits(said, keys[chosen]) + F.smooth_l1_loss(turned / (5 * gap), camera[chosen] / (5 * gap))
-            optimizer.zero_grad(); loss.backward(); optimizer.step()
+            loss = F.binary_cross_entropy_with_logits(said, keys[chosen]) + F.smooth_l1_loss(
+                turned / (5 * gap), camera[chosen] / (5 * gap)
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     return tuned(reader.eval(), look, store, tune, random)
 
+
 class OwnReader:
-    "The inverse-dynamics head that the world model was trained with, as a reader of actions one tick apart."
+    """The inverse-dynamics head that the world model was trained with, as a reader of actions one tick apart."""
+
     gap = 1
-    def __init__(self, model): self.head, self.threshold = model.inverse, 0.0
+
+    def __init__(self, model):
+        self.head, self.threshold = model.inverse, 0.0
 
     def __call__(self, z, later):
         said = self.head.say(z, later)
@@ -481,50 +625,80 @@ class OwnReader:
 
 # %% ../nbs/16_probing.ipynb #7defab8f
 def reading_scores(
-    said,    # (keys, camera) of a reader
-    actions, # (b, gap, 28), done
+    said,  # (keys, camera) of a reader
+    actions,  # (b, gap, 28), done
 ):
-    "F1 of each key that was used (None where it was not), their mean, that of saying always yes, camera error in degrees (mean absolute), that of saying no turn, and R2 of the turn to the right."
+    """F1 of each key that was used (None where it was not), their mean, that of saying always yes, camera error in degrees (mean absolute), that of saying no turn, and R2 of the turn to the right."""
     keys, camera = done_between(actions)
     guess = said[0] > 0
-    hits, wrong, missed = ((guess & (keys > 0)).sum(0), (guess & (keys == 0)).sum(0), (~guess & (keys > 0)).sum(0))
-    f1 = {ACTION_NAMES[i]: float(2 * h / (2 * h + w + m)) if h + m else None for i, h, w, m in zip(TOLD, hits, wrong, missed)}
+    hits, wrong, missed = (
+        (guess & (keys > 0)).sum(0),
+        (guess & (keys == 0)).sum(0),
+        (~guess & (keys > 0)).sum(0),
+    )
+    f1 = {
+        ACTION_NAMES[i]: float(2 * h / (2 * h + w + m)) if h + m else None
+        for i, h, w, m in zip(TOLD, hits, wrong, missed)
+    }
     used = [v for v in f1.values() if v is not None]
-    always = [float(2 * p / (1 + p)) for p in keys.mean(0) if p > 0]  # F1 of who has seen nothing; without it a key held most of the time looks well read
-    return {"f1": f1, "mean_f1": float(np.mean(used)) if used else None, "always_f1": float(np.mean(always)) if always else None,
-            "camera_degrees": float((said[1] - camera).abs().mean()), "still_degrees": float(camera.abs().mean()), "turn_r2": r2(said[1][:, :1], camera[:, :1])[0]}
+    always = [
+        float(2 * p / (1 + p)) for p in keys.mean(0) if p > 0
+    ]  # F1 of who has seen nothing; without it a key held most of the time looks well read
+    return {
+        "f1": f1,
+        "mean_f1": float(np.mean(used)) if used else None,
+        "always_f1": float(np.mean(always)) if always else None,
+        "camera_degrees": float((said[1] - camera).abs().mean()),
+        "still_degrees": float(camera.abs().mean()),
+        "turn_r2": r2(said[1][:, :1], camera[:, :1])[0],
+    }
 
 # %% ../nbs/16_probing.ipynb #5591555e
 @torch.no_grad()
 def read_back(
-    reader,    # of `fit_reader`
-    model,     # WorldModel, in eval mode
-    store,     # ClipStore
-    names,     # recordings that neither has seen
+    reader,  # of `fit_reader`
+    model,  # WorldModel, in eval mode
+    store,  # ClipStore
+    names,  # recordings that neither has seen
     horizons,  # ticks, at least the reader's gap
     count=64,  # windows a recording
 ):
-    "What the reader makes of the last `gap` ticks before each horizon: {'real'|'imagined': {ticks: scores}}."
-    gap, ticks, device, last = reader.gap, model.config.conditioner.ticks, next(model.parameters()).device, max(horizons)
-    if min(horizons) < gap: raise ValueError(f"horizon {min(horizons)} is shorter than the reader's gap of {gap} ticks")
+    """What the reader makes of the last `gap` ticks before each horizon: {'real'|'imagined': {ticks: scores}}."""
+    gap, ticks, device, last = (
+        reader.gap,
+        model.config.conditioner.ticks,
+        next(model.parameters()).device,
+        max(horizons),
+    )
+    if min(horizons) < gap:
+        raise ValueError(f"horizon {min(horizons)} is shorter than the reader's gap of {gap} ticks")
     said = {kind: {h: [] for h in horizons} for kind in ("real", "imagined")}
     done = {h: [] for h in horizons}
     for name in names:
         frames, actions = evaluation_windows(store, name, ticks, last, count)
         z = model.encode(frames[:, 1].to(device))
-        real = torch.stack([model.target(frames[:, 1 + k].to(device)) for k in range(last + 1)], 1)   # (b, 1+last, n, d)
+        real = torch.stack(
+            [model.target(frames[:, 1 + k].to(device)) for k in range(last + 1)], 1
+        )  # (b, 1+last, n, d)
         imagined = torch.cat([z[:, None], model.imagine(z, actions.to(device))], 1)
         for h in horizons:
-            done[h].append(actions[:, ticks - 1 + h - gap:ticks - 1 + h])
-            for kind, future in (("real", real), ("imagined", imagined)): said[kind][h].append([x.cpu() for x in reader(future[:, h - gap], future[:, h])])
-    return {kind: {str(h): reading_scores([torch.cat(x) for x in zip(*parts)], torch.cat(done[h])) for h, parts in by.items()} for kind, by in said.items()}
+            done[h].append(actions[:, ticks - 1 + h - gap : ticks - 1 + h])
+            for kind, future in (("real", real), ("imagined", imagined)):
+                said[kind][h].append([x.cpu() for x in reader(future[:, h - gap], future[:, h])])
+    return {
+        kind: {
+            str(h): reading_scores([torch.cat(x) for x in zip(*parts)], torch.cat(done[h]))
+            for h, parts in by.items()
+        }
+        for kind, by in said.items()
+    }
 
 # %% ../nbs/16_probing.ipynb #faffada8
 def held_actions(
-    name,    # of ACTION_NAMES, or 'left', 'right', 'up', 'down' for five degrees of the camera a tick, or 'nothing'
+    name,  # of ACTION_NAMES, or 'left', 'right', 'up', 'down' for five degrees of the camera a tick, or 'nothing'
     ticks,
 ) -> np.ndarray:
-    "That one thing done all the time, (ticks, 28)."
+    """That one thing done all the time, (ticks, 28)."""
     action = NOOP.copy()
     turns = {"left": (22, -5.0), "right": (22, 5.0), "up": (23, -5.0), "down": (23, 5.0)}
     if name != "nothing":
@@ -532,25 +706,38 @@ def held_actions(
         action[i] = value
     return np.tile(action, (ticks, 1))
 
+
 @torch.no_grad()
 def sensitivity(
-    model,    # WorldModel, in eval mode
-    frames,   # (b, 3, H, W) uint8
+    model,  # WorldModel, in eval mode
+    frames,  # (b, 3, H, W) uint8
     history,  # (b, 24, 28), what was done before
     ticks=8,  # imagined
 ):
-    "Mean square distance of the latent after `ticks` of one thing done from that after doing nothing, over the variance of latents: {name: number}."
+    """Mean square distance of the latent after `ticks` of one thing done from that after doing nothing, over the variance of latents: {name: number}."""
     z = model.encode(frames)
     variance = float(z.var(0).mean())
-    ahead = lambda name: model.imagine(z, torch.cat([history, torch.from_numpy(held_actions(name, ticks)).to(z.device).expand(len(z), -1, -1)], 1))[:, -1]
+    ahead = lambda name: model.imagine(
+        z,
+        torch.cat(
+            [
+                history,
+                torch.from_numpy(held_actions(name, ticks)).to(z.device).expand(len(z), -1, -1),
+            ],
+            1,
+        ),
+    )[:, -1]
     still = ahead("nothing")
-    return {name: float((ahead(name) - still).square().mean()) / variance for name in (*(ACTION_NAMES[i] for i in TOLD), "left", "right", "up", "down")}
+    return {
+        name: float((ahead(name) - still).square().mean()) / variance
+        for name in (*(ACTION_NAMES[i] for i in TOLD), "left", "right", "up", "down")
+    }
 
 # %% ../nbs/16_probing.ipynb #ed350b6c
 @torch.no_grad()
 def turn_response(
-    model,    # WorldModel, in eval mode
-    frames,   # (b, 3, H, W) uint8
+    model,  # WorldModel, in eval mode
+    frames,  # (b, 3, H, W) uint8
     history,  # (b, 24, 28), what was done before
     degrees=(2.5, 5, 10, 15, 30, 60),  # of a turn to the right, in one tick
 ) -> dict[str, float]:
@@ -575,8 +762,8 @@ def turn_response(
 # %% ../nbs/16_probing.ipynb #00c745a7
 @torch.no_grad()
 def attention_between_tokens(
-    model,    # WorldModel, in eval mode
-    frames,   # (b, 3, H, W) uint8, frames t
+    model,  # WorldModel, in eval mode
+    frames,  # (b, 3, H, W) uint8, frames t
     actions,  # (b, 25, 28), ticks t-24 .. t
 ) -> list[float]:
     """Share of the variance of the attention to the ticks that lies between tokens of a frame.
@@ -587,9 +774,13 @@ def attention_between_tokens(
     """
     blocks = [b for b in model.conditioner.blocks if isinstance(b, CrossBlock)]
     seen = []
-    hooks = [b.attend.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((module, *args[:2], kwargs["bias"])),
-        with_kwargs=True) for b in blocks]
+    hooks = [
+        b.attend.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append((module, *args[:2], kwargs["bias"])),
+            with_kwargs=True,
+        )
+        for b in blocks
+    ]
     try:
         model.conditioner(model.encode(frames), actions)
     finally:
@@ -612,11 +803,11 @@ def _between_tokens(module, x, context, bias):
 # %% ../nbs/16_probing.ipynb #556b8bc3
 @torch.no_grad()
 def imagined_change(
-    model,     # WorldModel, in eval mode
-    store,     # ClipStore
-    names,     # recordings
+    model,  # WorldModel, in eval mode
+    store,  # ClipStore
+    names,  # recordings
     ticks=60,  # imagined; recordings without so long a window are left out
-    count=8,   # windows a recording
+    count=8,  # windows a recording
 ) -> dict[str, list]:
     """Compare the change of imagined latents with that of the real ones.
 
@@ -650,65 +841,110 @@ def imagined_change(
 # %% ../nbs/16_probing.ipynb #31b362ff
 @torch.no_grad()
 def drift(
-    model,       # WorldModel, in eval mode
-    store,       # ClipStore
-    names,       # recordings
-    ticks=300,   # imagined
-    every=10,    # ticks between two looks
-    count=4,     # starts a recording; where its actions end they begin again
-    decode=None, # latents -> frames (b, 3, H, W) uint8
+    model,  # WorldModel, in eval mode
+    store,  # ClipStore
+    names,  # recordings
+    ticks=300,  # imagined
+    every=10,  # ticks between two looks
+    count=4,  # starts a recording; where its actions end they begin again
+    decode=None,  # latents -> frames (b, 3, H, W) uint8
 ):
-    "{'ticks', and for 'imagined' and 'real': `spread` over frames, `nearest` (distance to the nearest real latent of another time), `change` in a tick, and of decoded frames `brightness` and `contrast`}. Distances over the variance of real latents."
-    history, device, starts, acts, real, later = model.config.conditioner.ticks, next(model.parameters()).device, [], [], [], []
+    """{'ticks', and for 'imagined' and 'real': `spread` over frames, `nearest` (distance to the nearest real latent of another time), `change` in a tick, and of decoded frames `brightness` and `contrast`}. Distances over the variance of real latents."""
+    history, device, starts, acts, real, later = (
+        model.config.conditioner.ticks,
+        next(model.parameters()).device,
+        [],
+        [],
+        [],
+        [],
+    )
     for n in names:
         clip = store[n]
         for t in window_starts(store, n, history, 1, count):
-            starts.append(clip.frames[t]); acts.append(np.resize(clip.actions[t - history + 1:], (history - 1 + ticks, clip.actions.shape[1])))
+            starts.append(clip.frames[t])
+            acts.append(
+                np.resize(
+                    clip.actions[t - history + 1 :], (history - 1 + ticks, clip.actions.shape[1])
+                )
+            )
         seen = window_starts(store, n, 2, 1, 32)
-        real.append(clip.frames[seen]); later.append(clip.frames[seen + 1])
-    real, later, starts = (torch.from_numpy(np.concatenate(x) if x is not starts else np.stack(x)).to(device) for x in (real, later, starts))
-    actions, z, bank, after = torch.from_numpy(np.stack(acts)).to(device), model.encode(starts), model.target(real), model.target(later)
+        real.append(clip.frames[seen])
+        later.append(clip.frames[seen + 1])
+    real, later, starts = (
+        torch.from_numpy(np.concatenate(x) if x is not starts else np.stack(x)).to(device)
+        for x in (real, later, starts)
+    )
+    actions, z, bank, after = (
+        torch.from_numpy(np.stack(acts)).to(device),
+        model.encode(starts),
+        model.target(real),
+        model.target(later),
+    )
     variance = bank.var(0).mean()
-    distance = lambda a: torch.stack([(bank - one).square().mean((1, 2)) for one in a])                  # (b, real frames)
+    distance = lambda a: torch.stack(
+        [(bank - one).square().mean((1, 2)) for one in a]
+    )  # (b, real frames)
 
     def look(z, change, own):
-        row = {"spread": float(z.var(0).mean() / variance), "nearest": float((distance(z) + own).min(1).values.mean() / variance), "change": float(change / variance)}
-        if decode is None: return row
+        row = {
+            "spread": float(z.var(0).mean() / variance),
+            "nearest": float((distance(z) + own).min(1).values.mean() / variance),
+            "change": float(change / variance),
+        }
+        if decode is None:
+            return row
         pixels = decode(z).float().flatten(1)
         return row | {"brightness": float(pixels.mean()), "contrast": float(pixels.std(1).mean())}
 
     rows, at = [], []
     for k in range(ticks):
-        last, z = z, model.step(z, actions[:, k:k + history])
-        if (k + 1) % every == 0 or k == 0: at.append(k + 1); rows.append(look(z, (z - last).square().mean(), 0))
+        last, z = z, model.step(z, actions[:, k : k + history])
+        if (k + 1) % every == 0 or k == 0:
+            at.append(k + 1)
+            rows.append(look(z, (z - last).square().mean(), 0))
     itself = torch.eye(len(bank), device=device) * 1e9
-    return {"ticks": at, "imagined": {key: [r[key] for r in rows] for key in rows[0]}, "real": look(bank, (after - bank).square().mean(), itself)}
+    return {
+        "ticks": at,
+        "imagined": {key: [r[key] for r in rows] for key in rows[0]},
+        "real": look(bank, (after - bank).square().mean(), itself),
+    }
 
 # %% ../nbs/16_probing.ipynb #0ed87be0
 @torch.no_grad()
 def future_leak(
-    guess,    # frames (b, 2+K, 3, H, W) from t-1, actions -> guesses of the future, any shape
-    frames,   # (b, 2+K, 3, H, W) uint8
+    guess,  # frames (b, 2+K, 3, H, W) from t-1, actions -> guesses of the future, any shape
+    frames,  # (b, 2+K, 3, H, W) uint8
     actions,  # (b, 24+K, 28)
 ) -> float:
-    "Largest change of the guesses when every frame after t is replaced by noise; 0 for a predictor that is given only the past."
+    """Largest change of the guesses when every frame after t is replaced by noise; 0 for a predictor that is given only the past."""
     noise = frames.clone()
-    noise[:, 2:] = torch.randint(0, 256, frames[:, 2:].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise[:, 2:] = torch.randint(
+        0, 256, frames[:, 2:].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     return float((guess(frames, actions) - guess(noise, actions)).abs().max())
 
 # %% ../nbs/16_probing.ipynb #76d980fb
 @torch.no_grad()
 def latent_changes(
-    look,    # frames (b, 3, H, W) uint8 -> latents
+    look,  # frames (b, 3, H, W) uint8 -> latents
     frames,  # (b, 3, H, W) uint8, unrelated
-    hud=0.2, # share of the height, at the bottom, where hotbar and hand are
+    hud=0.2,  # share of the height, at the bottom, where hotbar and hand are
 ):
-    "Mean square change of the latent by each change of the frame, over that between unrelated frames: {change: number}."
+    """Mean square change of the latent by each change of the frame, over that between unrelated frames: {change: number}."""
     height, width = frames.shape[-2:]
     grey, cursor, shifted = frames.clone(), frames.clone(), frames.roll(max(width // 10, 1), -1)
-    grey[..., int((1 - hud) * height):, :] = 128
-    cursor[..., height // 2:height // 2 + max(height // 12, 2), width // 2:width // 2 + max(width // 20, 2)] = 255
+    grey[..., int((1 - hud) * height) :, :] = 128
+    cursor[
+        ...,
+        height // 2 : height // 2 + max(height // 12, 2),
+        width // 2 : width // 2 + max(width // 20, 2),
+    ] = 255
     z = look(frames)
     yardstick = (z - z.roll(1, 0)).square().mean()
-    changes = {"brighter by a tenth": (frames.float() * 1.1).clamp(max=255).to(torch.uint8), "a cursor": cursor, "bottom fifth grey": grey, "moved by a tenth of the width": shifted}
+    changes = {
+        "brighter by a tenth": (frames.float() * 1.1).clamp(max=255).to(torch.uint8),
+        "a cursor": cursor,
+        "bottom fifth grey": grey,
+        "moved by a tenth of the width": shifted,
+    }
     return {name: float((look(f) - z).square().mean() / yardstick) for name, f in changes.items()}

@@ -11,16 +11,26 @@ import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import av
 import numpy as np
 
-from .actions import ACTION_DIM, ACTION_NAMES, DEGREES_PER_PIXEL, KEYS, NOOP, WINDOW
+from .actions import ACTION_NAMES, DEGREES_PER_PIXEL, KEYS, NOOP, WINDOW
+
 try:
     from minecraft_jepa.luanti import (
-        BIOMES, CAMERA, HELD, MODES, TICKS_PER_SECOND, Game, LuantiError, did, find_programs, to_input)
+        BIOMES,
+        CAMERA,
+        HELD,
+        MODES,
+        TICKS_PER_SECOND,
+        Game,
+        LuantiError,
+        did,
+        find_programs,
+        to_input,
+    )
 except ImportError as e:  # of the command, a line; of the module, as any
     if __name__ == "__main__" and "__file__" in globals():
         sys.exit(f"python -m minecraft_jepa.recorder: {e}")
@@ -30,16 +40,67 @@ except ImportError as e:  # of the command, a line; of the module, as any
 _AT = {name: i for i, name in enumerate(ACTION_NAMES)}
 # ticks a key rests and is held, from .. to, drawn anew each time and for each key on its own
 HABITS = {
-    "explore": {"w": ((3, 20), (20, 90)), "s": ((70, 240), (4, 20)), "a": ((25, 110), (4, 28)), "d": ((25, 110), (4, 28)), "space": ((12, 70), (2, 9)), "left.control": ((30, 140), (20, 70)), "left.shift": ((120, 400), (8, 40)), "attack": ((20, 90), (4, 40)), "use": ((40, 160), (1, 3))},
-    "dig": {"w": ((10, 40), (4, 14)), "space": ((40, 120), (2, 6)), "attack": ((2, 8), (20, 60)), "a": ((40, 120), (3, 10)), "d": ((40, 120), (3, 10))},
-    "build": {"s": ((8, 30), (4, 16)), "w": ((20, 60), (3, 12)), "a": ((15, 50), (4, 14)), "d": ((15, 50), (4, 14)), "space": ((20, 80), (2, 6)), "left.shift": ((30, 80), (10, 40)), "use": ((2, 6), (1, 2)), "attack": ((60, 160), (3, 8))},
+    "explore": {
+        "w": ((3, 20), (20, 90)),
+        "s": ((70, 240), (4, 20)),
+        "a": ((25, 110), (4, 28)),
+        "d": ((25, 110), (4, 28)),
+        "space": ((12, 70), (2, 9)),
+        "left.control": ((30, 140), (20, 70)),
+        "left.shift": ((120, 400), (8, 40)),
+        "attack": ((20, 90), (4, 40)),
+        "use": ((40, 160), (1, 3)),
+    },
+    "dig": {
+        "w": ((10, 40), (4, 14)),
+        "space": ((40, 120), (2, 6)),
+        "attack": ((2, 8), (20, 60)),
+        "a": ((40, 120), (3, 10)),
+        "d": ((40, 120), (3, 10)),
+    },
+    "build": {
+        "s": ((8, 30), (4, 16)),
+        "w": ((20, 60), (3, 12)),
+        "a": ((15, 50), (4, 14)),
+        "d": ((15, 50), (4, 14)),
+        "space": ((20, 80), (2, 6)),
+        "left.shift": ((30, 80), (10, 40)),
+        "use": ((2, 6), (1, 2)),
+        "attack": ((60, 160), (3, 8)),
+    },
     "idle": {},
-    "swim": {"w": ((3, 12), (20, 80)), "space": ((2, 8), (15, 50)), "a": ((25, 90), (4, 20)), "d": ((25, 90), (4, 20)), "left.shift": ((100, 300), (5, 15)), "attack": ((60, 160), (3, 15))},
+    "swim": {
+        "w": ((3, 12), (20, 80)),
+        "space": ((2, 8), (15, 50)),
+        "a": ((25, 90), (4, 20)),
+        "d": ((25, 90), (4, 20)),
+        "left.shift": ((100, 300), (5, 15)),
+        "attack": ((60, 160), (3, 15)),
+    },
 }
-PITCH = {"explore": (6, 16), "dig": (24, 14), "build": (38, 12), "idle": (5, 14), "swim": (4, 12)}  # degrees down: mean and spread of where it looks
+PITCH = {
+    "explore": (6, 16),
+    "dig": (24, 14),
+    "build": (38, 12),
+    "idle": (5, 14),
+    "swim": (4, 12),
+}  # degrees down: mean and spread of where it looks
 SLOTS = {"explore": range(9), "dig": range(4), "build": range(5, 9)}
-MIX = {"explore": 0.52, "dig": 0.19, "build": 0.17, "idle": 0.05, "screen": 0.07}  # what it begins next
-LENGTH = {"explore": (120, 400), "dig": (40, 120), "build": (60, 160), "idle": (8, 40), "swim": (40, 100), "screen": (40, 110)}  # ticks
+MIX = {
+    "explore": 0.52,
+    "dig": 0.19,
+    "build": 0.17,
+    "idle": 0.05,
+    "screen": 0.07,
+}  # what it begins next
+LENGTH = {
+    "explore": (120, 400),
+    "dig": (40, 120),
+    "build": (60, 160),
+    "idle": (8, 40),
+    "swim": (40, 100),
+    "screen": (40, 110),
+}  # ticks
 
 # %% ../nbs/18_recorder.ipynb #23914143
 def glide(
@@ -47,31 +108,44 @@ def glide(
     down,
     ticks,
 ) -> list[tuple[float, float]]:
-    "A turn that speeds up and slows down like an eye or a hand, tick by tick."
+    """A turn that speeds up and slows down like an eye or a hand, tick by tick."""
     shape = (1 - np.cos(2 * np.pi * (np.arange(ticks) + 0.5) / ticks)) / ticks
     return [(right * part, down * part) for part in shape]
 
-class Gaze:
-    "Where the player looks: pauses, quick turns and slow pursuit, each planned as a whole."
-    def __init__(self, random): self.random, self.plan, self.speed = random, [], 0.0
 
-    def look(self,
-        mode,    # one of PITCH
-        pitch,   # degrees down, now
-        bored,   # whether there is nothing to see
+class Gaze:
+    """Where the player looks: pauses, quick turns and slow pursuit, each planned as a whole."""
+
+    def __init__(self, random):
+        self.random, self.plan, self.speed = random, [], 0.0
+
+    def look(
+        self,
+        mode,  # one of PITCH
+        pitch,  # degrees down, now
+        bored,  # whether there is nothing to see
     ):
-        "Degrees right and down in this tick."
-        if not self.plan: self.choose(*PITCH[mode], pitch, bored)
+        """Degrees right and down in this tick."""
+        if not self.plan:
+            self.choose(*PITCH[mode], pitch, bored)
         return np.clip(self.plan.pop(0), -CAMERA, CAMERA)
 
     def choose(self, mean, spread, pitch, bored):
-        "Plan the next ticks."
+        """Plan the next ticks."""
         kind, random = self.random.choice(3, p=(0.2, 0.35, 0.45)), self.random
         target = random.uniform(15, 40) if bored else np.clip(random.normal(mean, spread), -40, 65)
         if kind == 1 or bored:
             turn = np.clip(random.normal(0, 55), -150, 150)
-            self.plan = glide(turn, target - pitch, max(int(random.integers(4, 12)), int(2 * max(abs(turn), abs(target - pitch)) / (CAMERA - 0.5)) + 1))
-        elif kind == 0: self.plan = [(0.0, 0.0)] * int(random.integers(3, 17))
+            self.plan = glide(
+                turn,
+                target - pitch,
+                max(
+                    int(random.integers(4, 12)),
+                    int(2 * max(abs(turn), abs(target - pitch)) / (CAMERA - 0.5)) + 1,
+                ),
+            )
+        elif kind == 0:
+            self.plan = [(0.0, 0.0)] * int(random.integers(3, 17))
         else:
             drift = random.normal(0, 1.2)  # degrees a tick
             for _ in range(random.integers(12, 61)):
@@ -82,77 +156,124 @@ class Gaze:
 
 # %% ../nbs/18_recorder.ipynb #aaccefb8
 class Senses:
-    "Notices darkness, plain sky, too much water, and that the player does not get on."
-    def __init__(self): self.trail, self.dark, self.plain, self.wet, self.slow, self.lost = [], 0, 0, 0, False, False
+    """Notices darkness, plain sky, too much water, and that the player does not get on."""
+
+    def __init__(self):
+        self.trail, self.dark, self.plain, self.wet, self.slow, self.lost = (
+            [],
+            0,
+            0,
+            0,
+            False,
+            False,
+        )
 
     def watch(self, state, picture):
-        "Take in a frame: the state and (H, W, 3) uint8. `slow`: hardly moved for 1.5 s; `lost`: better to be elsewhere."
+        """Take in a frame: the state and (H, W, 3) uint8. `slow`: hardly moved for 1.5 s; `lost`: better to be elsewhere."""
         small = picture[::4, ::4].astype(int)
-        view = small[:int(0.8 * len(small))]  # without the hotbar
+        view = small[: int(0.8 * len(small))]  # without the hotbar
         self.dark = self.dark + 1 if view.mean() < 32 else 0
         self.plain = self.plain + 1 if np.abs(np.diff(view.mean(2), axis=1)).mean() < 2 else 0
-        self.wet = self.wet + 1 if state["liquid"] else max(self.wet - 0.3, 0)  # who bobs at the surface is out of it every other tick
+        self.wet = (
+            self.wet + 1 if state["liquid"] else max(self.wet - 0.3, 0)
+        )  # who bobs at the surface is out of it every other tick
         self.trail = (self.trail + [state["position"]])[-260:]
-        far = lambda ticks: np.linalg.norm(np.subtract(self.trail[-1], self.trail[-ticks])) if len(self.trail) >= ticks else np.inf
+        far = lambda ticks: (
+            np.linalg.norm(np.subtract(self.trail[-1], self.trail[-ticks]))
+            if len(self.trail) >= ticks
+            else np.inf
+        )
         self.slow, self.lost = far(30) < 0.7, self.dark > 15 or self.wet > 110 or far(260) < 3
 
 # %% ../nbs/18_recorder.ipynb #6ac8951e
 class Player:
-    "Explores, digs, builds, swims, idles and looks into its inventory; every key rests and is held on its own."
+    """Explores, digs, builds, swims, idles and looks into its inventory; every key rests and is held on its own."""
+
     def __init__(self, seed):
         self.random = np.random.default_rng(seed)
         self.rest = np.zeros(2)  # of a pixel
         self.arrive()
 
     def arrive(self):
-        "It stands at another place."
+        """It stands at another place."""
         self.senses, self.gaze = Senses(), Gaze(self.random)
         self.begin("explore")
 
     def begin(self, mode):
-        "Change what it is at."
+        """Change what it is at."""
         self.mode, self.left, self.age, self.keys = mode, self.between(LENGTH[mode]), 0, {}
-        self.slot = int(self.random.choice(list(SLOTS[mode]))) if mode in SLOTS and self.random.random() < 0.8 else None
+        self.slot = (
+            int(self.random.choice(list(SLOTS[mode])))
+            if mode in SLOTS and self.random.random() < 0.8
+            else None
+        )
 
-    def between(self, limits): return int(self.random.integers(limits[0], limits[1] + 1))
+    def between(self, limits):
+        return int(self.random.integers(limits[0], limits[1] + 1))
 
     def press(self, action):
-        "Keys, slot and wheel."
+        """Keys, slot and wheel."""
         for name, (rests, holds) in HABITS[self.mode].items():
-            down, left = self.keys.get(name) or (False, self.between((0, rests[1])) if name != "w" else 0)
-            if left <= 0: down, left = not down, self.between(rests if down else holds)
+            down, left = self.keys.get(name) or (
+                False,
+                self.between((0, rests[1])) if name != "w" else 0,
+            )
+            if left <= 0:
+                down, left = not down, self.between(rests if down else holds)
             self.keys[name] = down, left - 1
             action[_AT[name]] = down
-        if self.slot is not None and self.age in (2, 3): action[_AT["1"] + self.slot] = 1
-        elif self.random.random() < 0.004: action[_AT["dwheel"]] = self.random.choice((-1, 1))
+        if self.slot is not None and self.age in (2, 3):
+            action[_AT["1"] + self.slot] = 1
+        elif self.random.random() < 0.004:
+            action[_AT["dwheel"]] = self.random.choice((-1, 1))
 
     def handle_screen(self, action, free, cursor):
-        "Open the inventory, move the cursor between its slots, click, close it."
+        """Open the inventory, move the cursor between its slots, click, close it."""
         if not free:
-            if self.age > 12: self.begin("explore")  # it did not open, or is closed again
-            else: action[_AT["e"]] = self.age in (1, 2)
-        elif self.left <= 0: action[_AT["e" if self.left % 12 > 5 else "escape"]] = self.left % 6 > 2
+            if self.age > 12:
+                self.begin("explore")  # it did not open, or is closed again
+            else:
+                action[_AT["e"]] = self.age in (1, 2)
+        elif self.left <= 0:
+            action[_AT["e" if self.left % 12 > 5 else "escape"]] = self.left % 6 > 2
         else:
-            if self.age % 14 == 5 or self.age < 6: self.aim = self.random.uniform((0.3, 0.55), (0.7, 0.9))
-            step = np.clip(0.25 * (self.aim - cursor), -0.05, 0.05) + self.random.normal(0, 0.003, 2)
+            if self.age % 14 == 5 or self.age < 6:
+                self.aim = self.random.uniform((0.3, 0.55), (0.7, 0.9))
+            step = np.clip(0.25 * (self.aim - cursor), -0.05, 0.05) + self.random.normal(
+                0, 0.003, 2
+            )
             action[[_AT["dx"], _AT["dy"]]] = step * WINDOW * DEGREES_PER_PIXEL
             action[_AT["attack"]] = self.age % 14 in (2, 3)
 
     def act(self, state, picture, free, cursor) -> np.ndarray:
-        "The next action, (28,), from a state, its picture, whether a screen is open, and the cursor's place in shares of the picture."
+        """The next action, (28,), from a state, its picture, whether a screen is open, and the cursor's place in shares of the picture."""
         action, self.age, self.left = NOOP.copy(), self.age + 1, self.left - 1
-        if not free: self.senses.watch(state, picture)
-        if free and self.mode != "screen": self.begin("screen")
-        elif self.mode == "screen": pass
-        elif state["liquid"] and self.mode != "swim": self.begin("swim")
-        elif self.left <= 0: self.begin(str(self.random.choice(list(MIX), p=list(MIX.values()))))
-        if self.mode == "screen": self.handle_screen(action, free, np.array(cursor))
+        if not free:
+            self.senses.watch(state, picture)
+        if free and self.mode != "screen":
+            self.begin("screen")
+        elif self.mode == "screen":
+            pass
+        elif state["liquid"] and self.mode != "swim":
+            self.begin("swim")
+        elif self.left <= 0:
+            self.begin(str(self.random.choice(list(MIX), p=list(MIX.values()))))
+        if self.mode == "screen":
+            self.handle_screen(action, free, np.array(cursor))
         else:
-            if self.senses.slow and self.keys.get("w", (False,))[0] and not self.gaze.plan:  # against a wall
-                self.gaze.plan = glide(self.random.choice((-1, 1)) * self.random.uniform(70, 170), 0, self.between((35, 45)))
+            if (
+                self.senses.slow and self.keys.get("w", (False,))[0] and not self.gaze.plan
+            ):  # against a wall
+                self.gaze.plan = glide(
+                    self.random.choice((-1, 1)) * self.random.uniform(70, 170),
+                    0,
+                    self.between((35, 45)),
+                )
                 self.senses.trail = self.senses.trail[-1:]
             self.press(action)
-            action[[_AT["dx"], _AT["dy"]]] = self.gaze.look(self.mode, state["pitch"], self.senses.plain > 15)
+            action[[_AT["dx"], _AT["dy"]]] = self.gaze.look(
+                self.mode, state["pitch"], self.senses.plain > 15
+            )
         return action
 
 # %% ../nbs/18_recorder.ipynb #0f840f5b
@@ -160,82 +281,157 @@ FAR = 3.0  # blocks in a tick that nobody walks or falls
 _SCREEN = "key.keyboard.e", "key.keyboard.escape"  # written where a screen opens or closes
 _UNTOLD = {k for k in KEYS if k not in (*HELD, *_SCREEN)}
 
+
 def write_line(
-    now,     # state of this frame
-    then,    # state of the next
-    sent,    # keys and buttons held from this frame on
-    wheel,   # notches
-    screens, # (free, cursor) at this frame and at the next
+    now,  # state of this frame
+    then,  # state of the next
+    sent,  # keys and buttons held from this frame on
+    wheel,  # notches
+    screens,  # (free, cursor) at this frame and at the next
     before,  # the line before, or None
-    tick,    # number of the line in the recording
+    tick,  # number of the line in the recording
 ) -> dict:
-    "The VPT line of a frame. Held keys and turns are what the game says it did; keys that it doesn't tell of, and all on a screen, are what was sent."
+    """The VPT line of a frame. Held keys and turns are what the game says it did; keys that it doesn't tell of, and all on a screen, are what was sent."""
     (free, cursor), (free_then, cursor_then) = screens
-    turned = {k for k in sent if k in _SCREEN} if free and not free_then else {_SCREEN[0]} if free_then and not free else set()
-    told = then["held"] if not (free or free_then) else {k for k in sent if k not in _SCREEN} if free and free_then else set()
+    turned = (
+        {k for k in sent if k in _SCREEN}
+        if free and not free_then
+        else {_SCREEN[0]}
+        if free_then and not free
+        else set()
+    )
+    told = (
+        then["held"]
+        if not (free or free_then)
+        else {k for k in sent if k not in _SCREEN}
+        if free and free_then
+        else set()
+    )
     keys = told | turned | {k for k in sent if k in _UNTOLD}
     x, y = (c * w for c, w in zip(cursor, WINDOW)) if free else (c / 2 for c in WINDOW)
-    if free and free_then: dx, dy = ((b - a) * w for a, b, w in zip(cursor, cursor_then, WINDOW))
-    elif free or free_then: dx, dy = 0, 0
-    else: dx, dy = ((then["yaw"] - now["yaw"] + 180) % 360 - 180) / DEGREES_PER_PIXEL, (then["pitch"] - now["pitch"]) / DEGREES_PER_PIXEL
+    if free and free_then:
+        dx, dy = ((b - a) * w for a, b, w in zip(cursor, cursor_then, WINDOW))
+    elif free or free_then:
+        dx, dy = 0, 0
+    else:
+        dx, dy = (
+            ((then["yaw"] - now["yaw"] + 180) % 360 - 180) / DEGREES_PER_PIXEL,
+            (then["pitch"] - now["pitch"]) / DEGREES_PER_PIXEL,
+        )
     pressed, buttons = [k for k in KEYS if k in keys], [b for b in range(3) if b in keys]
-    old_keys, old_buttons = (before["keyboard"]["keys"], before["mouse"]["buttons"]) if before else (pressed, buttons)  # an attack new in the first line would count as stuck
+    old_keys, old_buttons = (
+        (before["keyboard"]["keys"], before["mouse"]["buttons"]) if before else (pressed, buttons)
+    )  # an attack new in the first line would count as stuck
     px, py, pz = now["position"]
-    return {"mouse": {"x": round(x, 1), "y": round(y, 1), "dx": round(dx, 1), "dy": round(dy, 1), "dwheel": wheel, "buttons": buttons, "newButtons": [b for b in buttons if b not in old_buttons]},
-            "keyboard": {"keys": pressed, "newKeys": [k for k in pressed if k not in old_keys], "chars": ""}, "isGuiOpen": free, "isGuiInventory": free, "hotbar": then["hotbar"],
-            "yaw": round(now["yaw"], 2), "pitch": round(now["pitch"], 2), "xpos": px, "ypos": py, "zpos": pz, "tick": tick, "milli": now["micros"] // 1000, "teleported": False}
+    return {
+        "mouse": {
+            "x": round(x, 1),
+            "y": round(y, 1),
+            "dx": round(dx, 1),
+            "dy": round(dy, 1),
+            "dwheel": wheel,
+            "buttons": buttons,
+            "newButtons": [b for b in buttons if b not in old_buttons],
+        },
+        "keyboard": {
+            "keys": pressed,
+            "newKeys": [k for k in pressed if k not in old_keys],
+            "chars": "",
+        },
+        "isGuiOpen": free,
+        "isGuiInventory": free,
+        "hotbar": then["hotbar"],
+        "yaw": round(now["yaw"], 2),
+        "pitch": round(now["pitch"], 2),
+        "xpos": px,
+        "ypos": py,
+        "zpos": pz,
+        "tick": tick,
+        "milli": now["micros"] // 1000,
+        "teleported": False,
+    }
 
 # %% ../nbs/18_recorder.ipynb #d505ab8f
 class PairWriter:
-    "Writes NAME.mp4 and NAME.jsonl under other names, and gives them theirs when all is well; else nothing is left."
+    """Writes NAME.mp4 and NAME.jsonl under other names, and gives them theirs when all is well; else nothing is left."""
+
     def __init__(self, out_dir, name, width, height):
         self.base = Path(out_dir) / name
         self.parts = [self.base.with_name(name + suffix + ".part") for suffix in (".jsonl", ".mp4")]
         self.base.parent.mkdir(parents=True, exist_ok=True)
         self.lines = open(self.parts[0], "w")
         self.video = av.open(str(self.parts[1]), "w", format="mp4")
-        self.stream = self.video.add_stream("libx264", rate=TICKS_PER_SECOND, options={"crf": "28", "preset": "veryfast", "g": "20", "keyint_min": "20", "sc_threshold": "0", "bf": "0"})
+        self.stream = self.video.add_stream(
+            "libx264",
+            rate=TICKS_PER_SECOND,
+            options={
+                "crf": "28",
+                "preset": "veryfast",
+                "g": "20",
+                "keyint_min": "20",
+                "sc_threshold": "0",
+                "bf": "0",
+            },
+        )
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
         self.stream.codec_context.thread_count = 1
 
     def write(self, picture, line):
-        "Add a frame, (H, W, 3) uint8, and its line."
-        for packet in self.stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")): self.video.mux(packet)
+        """Add a frame, (H, W, 3) uint8, and its line."""
+        for packet in self.stream.encode(
+            av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        ):
+            self.video.mux(packet)
         self.lines.write(json.dumps(line, separators=(",", ":")) + "\n")
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
     def __exit__(self, kind, *_):
         self.lines.close()
         try:
-            if kind is None: self.video.mux(self.stream.encode())
-        finally: self.video.close()
+            if kind is None:
+                self.video.mux(self.stream.encode())
+        finally:
+            self.video.close()
         if kind is None:
-            for part in self.parts: os.replace(part, part.with_suffix(""))
-        for part in self.parts: part.unlink(missing_ok=True)
+            for part in self.parts:
+                os.replace(part, part.with_suffix(""))
+        for part in self.parts:
+            part.unlink(missing_ok=True)
 
 # %% ../nbs/18_recorder.ipynb #1669bd18
-LIVELY = [b for b in BIOMES if b not in ("icesheet", "rainforest")]  # the first is bare white; the second is dark, and too much to draw in time on one core
+LIVELY = [
+    b for b in BIOMES if b not in ("icesheet", "rainforest")
+]  # the first is bare white; the second is dark, and too much to draw in time on one core
+
 
 def _spawn(game, seed, biome):
-    "Put the player elsewhere; in any biome where this world lacks the one wanted. Gives the one it is in."
-    try: return game.spawn(seed, biome)
+    """Put the player elsewhere; in any biome where this world lacks the one wanted. Gives the one it is in."""
+    try:
+        return game.spawn(seed, biome)
     except LuantiError:
-        if game.latest < 0: raise
+        if game.latest < 0:
+            raise
         return game.spawn(seed)
 
+
 def record(
-    out_dir,          # NAME.mp4 and NAME.jsonl are written here
-    minutes=3,        # of play
-    seed=0,           # of the world and of the player
-    biome=None,       # where it begins; None: the seed chooses
+    out_dir,  # NAME.mp4 and NAME.jsonl are written here
+    minutes=3,  # of play
+    seed=0,  # of the world and of the player
+    biome=None,  # where it begins; None: the seed chooses
     mode="survival",  # or 'creative'
-    width=256,        # pixels
+    width=256,  # pixels
     height=144,
-    name=None,        # None: world-SEED
+    name=None,  # None: world-SEED
 ) -> dict:
-    "Play and record in real time. Gives the counts: frames, gaps, late actions, places, frames a second."
-    biome, name, wanted = biome or LIVELY[seed % len(LIVELY)], name or f"world-{seed}", round(minutes * 60 * TICKS_PER_SECOND)
+    """Play and record in real time. Gives the counts: frames, gaps, late actions, places, frames a second."""
+    biome, name, wanted = (
+        biome or LIVELY[seed % len(LIVELY)],
+        name or f"world-{seed}",
+        round(minutes * 60 * TICKS_PER_SECOND),
+    )
     player, held, line, ticks, seconds = Player(seed), None, None, 0, 0.0
     counts = {"name": name, "biome": biome, "frames": 0, "gaps": 0, "late": 0, "places": 0}
     game = Game(seed, mode, width, height, frames_per_tick=1)
@@ -245,46 +441,94 @@ def record(
                 if held is None or player.senses.lost:
                     counts["biome"] = _spawn(game, 1000 * seed + counts["places"], biome)
                     shot = game.grab(game.wait(game.latest + 1)["frame"])
-                    player.arrive(); counts["places"] += 1
+                    player.arrive()
+                    counts["places"] += 1
                 action = player.act(game.wait(shot[0]), *shot[1:])
-                keys, right, down, wheel, player.rest = to_input(action, shot[2], player.rest, width)
+                keys, right, down, wheel, player.rest = to_input(
+                    action, shot[2], player.rest, width
+                )
                 state = game.wait(shot[0] + 1)
-                game.send(keys, right, down, wheel)  # at once, before the picture is out: so it acts from the next frame on, for a whole tick
+                game.send(
+                    keys, right, down, wheel
+                )  # at once, before the picture is out: so it acts from the next frame on, for a whole tick
                 shot = game.grab(state["frame"])
                 now = game.wait(shot[0])
                 if held:  # its line had to wait for the state after it
                     then = game.states[held["state"]["frame"] + 1]
-                    passed = max(now["frame"] - held["state"]["frame"], round((now["micros"] - held["state"]["micros"]) / 1e6 * TICKS_PER_SECOND))
-                    line = write_line(held["state"], (now if passed < 5 else then) | {"hotbar": then["hotbar"]}, held["keys"], held["wheel"], (held["shot"][2:], shot[2:]), line, ticks)
-                    line["teleported"] = bool(np.linalg.norm(np.subtract(now["position"], held["state"]["position"])) > FAR)
+                    passed = max(
+                        now["frame"] - held["state"]["frame"],
+                        round((now["micros"] - held["state"]["micros"]) / 1e6 * TICKS_PER_SECOND),
+                    )
+                    line = write_line(
+                        held["state"],
+                        (now if passed < 5 else then) | {"hotbar": then["hotbar"]},
+                        held["keys"],
+                        held["wheel"],
+                        (held["shot"][2:], shot[2:]),
+                        line,
+                        ticks,
+                    )
+                    line["teleported"] = bool(
+                        np.linalg.norm(np.subtract(now["position"], held["state"]["position"]))
+                        > FAR
+                    )
                     pair.write(held["shot"][1], line)
                     seconds += (now["micros"] - held["state"]["micros"]) / 1e6 * (passed < 5)
                     ticks += passed
-                    counts["frames"] += 1; counts["gaps"] += passed > 1; counts["late"] += not (held["shot"][2] or shot[2] or did(held["state"], then, held["keys"], *held["pixels"]))
-                held = {"state": now, "shot": shot, "keys": keys, "wheel": wheel, "pixels": (right, down)}
-    finally: game.close()
+                    counts["frames"] += 1
+                    counts["gaps"] += passed > 1
+                    counts["late"] += not (
+                        held["shot"][2]
+                        or shot[2]
+                        or did(held["state"], then, held["keys"], *held["pixels"])
+                    )
+                held = {
+                    "state": now,
+                    "shot": shot,
+                    "keys": keys,
+                    "wheel": wheel,
+                    "pixels": (right, down),
+                }
+    finally:
+        game.close()
     return counts | {"frames_a_second": round(counts["frames"] / seconds, 2)}
 
 # %% ../nbs/18_recorder.ipynb #e3b60100
 def read_seeds(
     text,  # such as '301-324' or '7,9,20-22'
 ) -> list[int]:
-    "`'7,20-22' -> [7, 20, 21, 22]`"
+    """`'7,20-22' -> [7, 20, 21, 22]`"""
     seeds = []
     for part in text.split(","):
         first, _, last = part.partition("-")
-        try: seeds += range(int(first), int(last or first) + 1)
-        except ValueError: raise ValueError(f"seeds {text!r}: give numbers or ranges such as 301-324, with commas between them") from None
-    if not seeds: raise ValueError(f"seeds {text!r}: no number is in there; a range goes from the smaller to the larger")
+        try:
+            seeds += range(int(first), int(last or first) + 1)
+        except ValueError:
+            raise ValueError(
+                f"seeds {text!r}: give numbers or ranges such as 301-324, with commas between them"
+            ) from None
+    if not seeds:
+        raise ValueError(
+            f"seeds {text!r}: no number is in there; a range goes from the smaller to the larger"
+        )
     return seeds
 
 # %% ../nbs/18_recorder.ipynb #b9d2a456
 def main(
     argv=None,  # words of the command line; None: those of this process
 ) -> int:
-    "Record as the command line says; 1 when a world could not be recorded."
-    p = argparse.ArgumentParser(prog="python -m minecraft_jepa.recorder", description="Record Luanti in VPT format, one recording a world, in real time.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("out", metavar="OUT", help="folder for world-SEED.mp4 and .jsonl; those already there are kept")
+    """Record as the command line says; 1 when a world could not be recorded."""
+    p = argparse.ArgumentParser(
+        prog="python -m minecraft_jepa.recorder",
+        description="Record Luanti in VPT format, one recording a world, in real time.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument(
+        "out",
+        metavar="OUT",
+        help="folder for world-SEED.mp4 and .jsonl; those already there are kept",
+    )
     p.add_argument("--minutes", type=float, default=3, help="of each world")
     p.add_argument("--seeds", type=read_seeds, default="301-324", help="of the worlds")
     p.add_argument("--biome", choices=BIOMES, help="where play begins; by default the seed chooses")
@@ -292,19 +536,40 @@ def main(
     p.add_argument("--width", type=int, default=256)
     p.add_argument("--height", type=int, default=144)
     args, failed = p.parse_args(argv), 0
-    there = lambda seed: all((Path(args.out) / f"world-{seed}{s}").is_file() for s in (".mp4", ".jsonl"))
+    there = lambda seed: all(
+        (Path(args.out) / f"world-{seed}{s}").is_file() for s in (".mp4", ".jsonl")
+    )
     wanted = [seed for seed in args.seeds if not there(seed)]
     try:
-        if wanted: find_programs()
+        if wanted:
+            find_programs()
     except LuantiError as e:
         print(e, file=sys.stderr)
         return 1
     for seed in wanted:
         for _ in range(2):  # a game that died gets a second try
-            try: print(json.dumps(record(args.out, args.minutes, seed, args.biome, args.mode, args.width, args.height)), flush=True); break
-            except LuantiError as e: print(f"world {seed}: {e}", file=sys.stderr, flush=True)
-        else: failed += 1
+            try:
+                print(
+                    json.dumps(
+                        record(
+                            args.out,
+                            args.minutes,
+                            seed,
+                            args.biome,
+                            args.mode,
+                            args.width,
+                            args.height,
+                        )
+                    ),
+                    flush=True,
+                )
+                break
+            except LuantiError as e:
+                print(f"world {seed}: {e}", file=sys.stderr, flush=True)
+        else:
+            failed += 1
     return int(failed > 0)
 
 # %% ../nbs/18_recorder.ipynb #309ea8ea
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # a notebook is "__main__" too
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())  # a notebook is "__main__" too

@@ -23,21 +23,30 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .actions import (
-    ACTION_NAMES, CURSOR, DEGREES_PER_PIXEL, MOUSE, NOOP, WINDOW, read_actions)
+from minecraft_jepa.actions import (
+    ACTION_NAMES,
+    CURSOR,
+    DEGREES_PER_PIXEL,
+    MOUSE,
+    NOOP,
+    WINDOW,
+    read_actions,
+)
 from .config import cores_allowed, whole_number, write_json
 
 # %% ../nbs/02_recordings.ipynb #d814afe0
 class RecordingError(ValueError):
-    "What is wrong with a recording: file, line and remedy."
+    """What is wrong with a recording: file, line and remedy."""
+
 
 def _text(raw):
-    "Bytes of a file as text: UTF-8, or what its byte order mark says. Broken bytes are replaced."
+    """Bytes of a file as text: UTF-8, or what its byte order mark says. Broken bytes are replaced."""
     utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return raw.decode("utf-16" if utf16 else "utf-8-sig", "replace")
 
+
 def _read_json(path, remedy):
-    "What a JSON file holds. RecordingError names file, line and remedy."
+    """What a JSON file holds. RecordingError names file, line and remedy."""
     try:
         return json.loads(_text(path.read_bytes()), strict=False)
     except (ValueError, RecursionError) as e:
@@ -84,8 +93,9 @@ def cache_root() -> Path:
             )
     return path
 
+
 def _place_of(folder):
-    "Name that belongs to a folder, whatever stands at its end."
+    """Name that belongs to a folder, whatever stands at its end."""
     folder = Path(folder).resolve()
     code = hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()[:12]
     return f"{folder.name[:50]}-{code}"
@@ -93,25 +103,30 @@ def _place_of(folder):
 # %% ../nbs/02_recordings.ipynb #32a344e8
 def paint_cursor(
     frame,  # (H, W, 3) uint8 RGB, changed in place
-    x,      # share of the width, 0..1
-    y,      # share of the height
+    x,  # share of the width, 0..1
+    y,  # share of the height
 ):
-    "Paint a white arrow with a black edge, its tip at (x, y)."
+    """Paint a white arrow with a black edge, its tip at (x, y)."""
     size, (height, width) = max(6, round(16 * frame.shape[0] / 360)), frame.shape[:2]
     top, left = round(y * height), round(x * width)
     row, column = np.mgrid[:size, :size] / size
-    place = frame[top:top + size, left:left + size]  # cut off at the rim
-    for inside, shade in ((column <= 0.7 * row, 0), ((column <= 0.7 * row - 0.15) & (column >= 0.06) & (row <= 0.88), 255)):
-        place[inside[:place.shape[0], :place.shape[1]]] = shade
+    place = frame[top : top + size, left : left + size]  # cut off at the rim
+    for inside, shade in (
+        (column <= 0.7 * row, 0),
+        ((column <= 0.7 * row - 0.15) & (column >= 0.06) & (row <= 0.88), 255),
+    ):
+        place[inside[: place.shape[0], : place.shape[1]]] = shade
 
 # %% ../nbs/02_recordings.ipynb #36934304
 _AGAIN = "download it again or leave the recording out"
 STATE = "yaw", "pitch", "xpos", "ypos", "zpos", "hotbar", "isGuiOpen"
 
+
 def _values(lines, name, kinds=(int, float)):
-    "A field of each line as a finite number; None where it is not one."
+    """A field of each line as a finite number; None where it is not one."""
     found = [line.get(name) for line in lines]
     return [v if type(v) in kinds and abs(v) < 1e300 else None for v in found]
+
 
 def _clock(lines, name):
     """Values of a field that counts time, None where a line lacks it, and their differences,
@@ -123,6 +138,7 @@ def _clock(lines, name):
     return values, np.array(
         [math.nan if None in (a, b) else float(b - a) for a, b in zip(values, values[1:])]
     )
+
 
 def _state(lines, unread):
     """{field: (T,)} of what all lines tell but those in `unread`, and {t: field} where it is no
@@ -141,9 +157,14 @@ def _state(lines, unread):
         state[name] = np.array([values[known[i]] for i in before.clip(0)], float)
     return state, lost
 
+
 def _av():
-    try: import av
-    except ImportError: raise ImportError("PyAV is needed to decode recordings: pip install av. A clip store that was built elsewhere is read without it: clips.ClipStore.open") from None
+    try:
+        import av
+    except ImportError:
+        raise ImportError(
+            "PyAV is needed to decode recordings: pip install av. A clip store that was built elsewhere is read without it: clips.ClipStore.open"
+        ) from None
     return av
 
 # %% ../nbs/02_recordings.ipynb #ee80d96d
@@ -156,6 +177,7 @@ def _lost_clocks(lines):
         for t, v in enumerate(values)
         if v is None
     }
+
 
 def _moved(lines, faults, lost):
     """Where between this frame and the next the player is moved to another place, ticks are
@@ -177,6 +199,7 @@ def _moved(lines, faults, lost):
 # %% ../nbs/02_recordings.ipynb #d2cd52e3
 _CLOSE = [ACTION_NAMES.index(key) for key in ("e", "escape")]  # keys that close a screen
 
+
 def _cursor(recording, t):
     """x and y of the cursor in frame t, shares of the window; None where there is none.
 
@@ -192,10 +215,14 @@ def _cursor(recording, t):
         return None
     return (action[CURSOR] + action[MOUSE] / DEGREES_PER_PIXEL / np.array(WINDOW)).clip(0, 1)
 
+
 def _pixels(frame):
-    "(H, W, 3) RGB of a frame of three planes; they come as G, B, R."
+    """(H, W, 3) RGB of a frame of three planes; they come as G, B, R."""
     rgb = np.empty((3, frame.height, frame.width), np.uint8)
-    for c, plane in zip((1, 2, 0), frame.planes): rgb[c] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:frame.height, :frame.width]
+    for c, plane in zip((1, 2, 0), frame.planes):
+        rgb[c] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
+            : frame.height, : frame.width
+        ]
     return rgb.transpose(1, 2, 0)
 
 # %% ../nbs/02_recordings.ipynb #fba17f48
@@ -205,12 +232,14 @@ class Recording:
     All that has T rows has one a frame. A last frame without a line has the action `NOOP`, which no
     window reads, the state of the frame before it, and counts as teleported.
     """
-    def __init__(self,
-        path,            # of the mp4
-        lines,           # what the lines hold, in order
-        actions=None,    # (len(lines), 28); None: of the lines
+
+    def __init__(
+        self,
+        path,  # of the mp4
+        lines,  # what the lines hold, in order
+        actions=None,  # (len(lines), 28); None: of the lines
         spare_frames=0,  # frames after the last line's: 0 or 1
-        numbers=None,    # of the lines in their file; None: 1, 2 ...
+        numbers=None,  # of the lines in their file; None: 1, 2 ...
     ):
         found, self.faults = read_actions(lines)  # {t: why the line has no action}
         actions = found if actions is None else actions
@@ -229,30 +258,48 @@ class Recording:
         # dicts; (T, 28); (T,), a gap between this frame and the next
         self.lines, self.actions, self.teleported = lines, actions, moved
 
-    def __len__(self): return len(self.lines)
+    def __len__(self):
+        return len(self.lines)
 
-    def frames(self,
-        height=None,   # None: as recorded
+    def frames(
+        self,
+        height=None,  # None: as recorded
         width=None,
         threads=True,  # decode in several threads; False where recordings are decoded side by side
     ):
-        "Yields the frames in order, (height, width, 3) uint8 RGB, each pixel the mean of those it covers. RecordingError when the video breaks off before the lines do."
+        """Yields the frames in order, (height, width, 3) uint8 RGB, each pixel the mean of those it covers. RecordingError when the video breaks off before the lines do."""
         height, width = (x if x is None else whole_number(x, "size", 1) for x in (height, width))
         av, seen = _av(), 0
-        scale = av.video.reformatter.VideoReformatter()  # one for all frames: making its tables anew for each costs more than decoding
+        scale = (
+            av.video.reformatter.VideoReformatter()
+        )  # one for all frames: making its tables anew for each costs more than decoding
         try:
             with av.open(str(self.path)) as video:
                 video.streams.video[0].thread_type = "AUTO" if threads else "NONE"
                 for frame in video.decode(video=0):
-                    if seen == len(self): return
-                    if frame.is_corrupt: raise RecordingError(f"{self.path}: frame {seen} of {len(self)} is damaged; {_AGAIN}")
+                    if seen == len(self):
+                        return
+                    if frame.is_corrupt:
+                        raise RecordingError(
+                            f"{self.path}: frame {seen} of {len(self)} is damaged; {_AGAIN}"
+                        )
                     cursor = _cursor(self, seen)
-                    if cursor is not None: frame = self._with_cursor(frame, cursor)
-                    yield _pixels(scale.reformat(frame, height and width, height, "gbrp", interpolation="AREA", threads=1))  # more wait for each other longer than they work
+                    if cursor is not None:
+                        frame = self._with_cursor(frame, cursor)
+                    yield _pixels(
+                        scale.reformat(
+                            frame, height and width, height, "gbrp", interpolation="AREA", threads=1
+                        )
+                    )  # more wait for each other longer than they work
                     seen += 1
         except (av.error.FFmpegError, IndexError, MemoryError) as e:
-            raise RecordingError(f"{self.path}: the video breaks at frame {seen} of {len(self)} ({e}); {_AGAIN}") from None
-        if seen < len(self): raise RecordingError(f"{self.path}: only {seen} of {len(self)} frames can be decoded; {_AGAIN}")
+            raise RecordingError(
+                f"{self.path}: the video breaks at frame {seen} of {len(self)} ({e}); {_AGAIN}"
+            ) from None
+        if seen < len(self):
+            raise RecordingError(
+                f"{self.path}: only {seen} of {len(self)} frames can be decoded; {_AGAIN}"
+            )
 
     def _with_cursor(self, frame, cursor):
         pixels = frame.to_ndarray(format="rgb24")
@@ -262,58 +309,73 @@ class Recording:
 # %% ../nbs/02_recordings.ipynb #ea9d6704
 @dataclass(frozen=True)
 class Name:
-    "What the name of a recording tells."
+    """What the name of a recording tells."""
+
     player: str
     session: str
     started: str  # YYYYMMDD-HHMMSS; '' where the name does not say
 
+
 _WORDS = "part|chunk|piece|clip|seg|segment|section|split|scene|cut|copy"
 _PIECE = re.compile(
     rf"(.*?[^-_. ])(?:[-_. ]+(?:(?:{_WORDS})[-_. ]*\d*)|[-_. ]*\(\d+\)|\.\d{{3,}})+",
-    re.IGNORECASE | re.DOTALL)
+    re.IGNORECASE | re.DOTALL,
+)
+
 
 def parse_name(
     name,  # of a recording, without suffix
 ) -> Name:
-    "Player, session and start. For other names than a contractor's, both are the recording that a piece was cut from."
+    """Player, session and start. For other names than a contractor's, both are the recording that a piece was cut from."""
     # what follows the time names a piece
     contractor = re.fullmatch(r"(.+)-([0-9a-f]{12})-(\d{8}-\d{6}).*", name, re.DOTALL)
-    if contractor: return Name(contractor[1], f"{contractor[1]}-{contractor[2]}", contractor[3])
+    if contractor:
+        return Name(contractor[1], f"{contractor[1]}-{contractor[2]}", contractor[3])
     piece = _PIECE.fullmatch(name)
     name = piece[1] if piece else name
     whole = name.rpartition("_")[0] or name
     return Name(whole, whole, "")
 
+
 def group_of(
     name,  # of a recording, without suffix
 ):
-    "What must stay on one side of a split: the player's session, or the recording that a piece was cut from."
+    """What must stay on one side of a split: the player's session, or the recording that a piece was cut from."""
     return parse_name(name).session
 
 # %% ../nbs/02_recordings.ipynb #82769534
 def _half(base, suffix):
-    "Path of a half of the recording; its ending may be written in capitals."
+    """Path of a half of the recording; its ending may be written in capitals."""
     exact, *others = (
         base.with_name(base.name + s)
         for s in (suffix, suffix.upper(), f".{suffix[1:].capitalize()}")
     )
     return exact if exact.is_file() else next((p for p in others if p.is_file()), exact)
 
+
 def pair_of(
     path,  # NAME.mp4, NAME.jsonl or NAME
 ) -> tuple[Path, Path]:
-    "Paths of the mp4 and of the jsonl. RecordingError when either is missing."
+    """Paths of the mp4 and of the jsonl. RecordingError when either is missing."""
     path = Path(path)
     base = path.with_suffix("") if path.suffix.lower() in (".mp4", ".jsonl") else path
     video, lines = _half(base, ".mp4"), _half(base, ".jsonl")
     for here, other in ((video, lines), (lines, video)):
         if not here.is_file():
-            raise RecordingError(f"{here}: no such file" + (f", its other half {other.name} is there; download it too, or delete the lone half" if other.is_file() else "; give the path of NAME.mp4, of NAME.jsonl, or NAME"))
+            raise RecordingError(
+                f"{here}: no such file"
+                + (
+                    f", its other half {other.name} is there; download it too, or delete the lone half"
+                    if other.is_file()
+                    else "; give the path of NAME.mp4, of NAME.jsonl, or NAME"
+                )
+            )
     return video, lines
 
 # %% ../nbs/02_recordings.ipynb #32ad72e0
 _line = json.JSONDecoder(strict=False).decode  # control characters may stand in what was typed
 _BLANK = " \t\r\n\0\ufeff"  # also what Windows, and a disk after a power cut, leave
+
 
 def _read_lines(path, frames):
     """Of at most `frames` lines number in the file and what they hold; how many follow.
@@ -338,7 +400,9 @@ def _read_lines(path, frames):
             ) from None
     return found, max(len(rows) - frames, 0)
 
+
 _LARGEST = 4096  # pixels a side: what a damaged header asks for beyond that is not to be allocated
+
 
 def _count_frames(path):
     """Frames that the video shows, from its packets: nothing is decoded. Packets that an edit list
@@ -371,10 +435,11 @@ def _count_frames(path):
 # %% ../nbs/02_recordings.ipynb #23fc1c86
 _NEARLY_ALL = 0.9  # of the lines without an action: no recording to learn from
 
+
 def open_recording(
     path,  # NAME.mp4, NAME.jsonl or NAME
 ) -> Recording:
-    "Open and check a pair. RecordingError names file, line and remedy."
+    """Open and check a pair. RecordingError names file, line and remedy."""
     video, path = pair_of(path)
     frames = _count_frames(video)
     rows, spare_lines = _read_lines(path, frames)
@@ -397,30 +462,42 @@ def open_recording(
 
 # %% ../nbs/02_recordings.ipynb #eb5431c9
 def check_recording(
-    path,          # NAME.mp4, NAME.jsonl or NAME
+    path,  # NAME.mp4, NAME.jsonl or NAME
     decode=False,  # decode every frame
 ) -> dict:
-    "One row: name, used, why (not), remarks on what is used, frames, lines, gaps, share of ticks with a screen open, whether it was decoded."
-    row = {"name": Path(path).stem, "used": True, "why": "", "remarks": [], "frames": 0, "lines": 0, "gaps": 0, "gui": 0.0, "decoded": decode}
+    """One row: name, used, why (not), remarks on what is used, frames, lines, gaps, share of ticks with a screen open, whether it was decoded."""
+    row = {
+        "name": Path(path).stem,
+        "used": True,
+        "why": "",
+        "remarks": [],
+        "frames": 0,
+        "lines": 0,
+        "gaps": 0,
+        "gui": 0.0,
+        "decoded": decode,
+    }
     try:
         recording = open_recording(path)
-        if decode: all(True for _ in recording.frames(16, 16, threads=False))
-    except RecordingError as e: return row | {"used": False, "why": str(e)}
+        if decode:
+            all(True for _ in recording.frames(16, 16, threads=False))
+    except RecordingError as e:
+        return row | {"used": False, "why": str(e)}
     lines = len(recording) + recording.spare_lines - recording.spare_frames
     gui = float(np.mean([bool(line.get("isGuiOpen")) for line in recording.lines]))
     gaps = int(recording.teleported[:-1].sum())
     told = {"remarks": _remarks(recording), "frames": len(recording), "lines": lines}
     return row | told | {"gaps": gaps, "gui": gui}
 
-
 # %% ../nbs/02_recordings.ipynb #7ad8ab66
 def _where(recording, ticks):
-    "`'3 lines (line 7 first)'`"
+    """`'3 lines (line 7 first)'`"""
     line = recording.numbers[min(ticks)]
     return f"{len(ticks)} lines (line {line} first)" if len(ticks) > 1 else f"1 line (line {line})"
 
+
 def _remarks(recording):
-    "What is odd about a recording that is used, a sentence each."
+    """What is odd about a recording that is used, a sentence each."""
     told, faults, read = (
         [],
         recording.faults,
@@ -463,9 +540,10 @@ def _remarks(recording):
 # OpenAI's loader names them and does not apply them
 _SCREEN_FACTORS = {"5.7": 0.5, "5.8": 0.5, "6.7": 2, "6.8": 2, "6.9": 2}
 
+
 @lru_cache(8)
 def _addresses(manifest, changed):
-    "{name: URL} of a manifest; `changed`, its time of change, is for the cache."
+    """{name: URL} of a manifest; `changed`, its time of change, is for the cache."""
     try:
         return {
             n: r["url"]
@@ -473,6 +551,7 @@ def _addresses(manifest, changed):
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
 
 def _version_of(path):
     """Version of the recorder, such as '6.13', as the address in the manifest beside a recording
@@ -488,8 +567,9 @@ def _version_of(path):
 # %% ../nbs/02_recordings.ipynb #e4cd5f00
 CHECKED = "checked.json"
 
+
 def _stems(folder):
-    "Names of which a half is in the folder. What begins with a dot is hidden, and no recording."
+    """Names of which a half is in the folder. What begins with a dot is hidden, and no recording."""
     try:
         found = [
             p
@@ -502,16 +582,19 @@ def _stems(folder):
         ) from None
     return sorted({p.stem for p in found if p.is_file()})
 
+
 def _signature(base):
-    "Size and time of change of both halves: while they stay, a check holds."
+    """Size and time of change of both halves: while they stay, a check holds."""
     stats = [_half(base, suffix) for suffix in (".mp4", ".jsonl")]
     return [[p.stat().st_size, p.stat().st_mtime_ns] if p.is_file() else None for p in stats]
 
-def _checks_elsewhere(folder): return cache_root() / "checked" / f"{_place_of(folder)}.json"
 
+def _checks_elsewhere(folder):
+    return cache_root() / "checked" / f"{_place_of(folder)}.json"
 
 # %% ../nbs/02_recordings.ipynb #0af098aa
 _RULES = 2  # of checking: raise it when what is used changes; older rows hold no more
+
 
 def read_checks(
     folder,  # of recordings
@@ -535,7 +618,6 @@ def read_checks(
         except (KeyError, TypeError, AttributeError):
             raise RecordingError(f"{path}: {remedy}") from None
     return rows
-
 
 # %% ../nbs/02_recordings.ipynb #2eabde44
 def check_folder(
@@ -569,8 +651,9 @@ def check_folder(
     _keep_checks(folder, {"version": _RULES, "recordings": {r["name"]: r for r in rows}})
     return rows
 
+
 def _keep_checks(folder, checks):
-    "Beside the recordings; where that may not be written, in the cache."
+    """Beside the recordings; where that may not be written, in the cache."""
     try:
         return write_json(folder / CHECKED, checks)
     except OSError as e:
@@ -590,55 +673,86 @@ def _keep_checks(folder, checks):
 def find_recordings(
     folder,  # of NAME.mp4 + NAME.jsonl
 ) -> list[Path]:
-    "The mp4 paths in `folder`, sorted, without those that `check_folder` left out. RecordingError for a lone half or none at all."
+    """The mp4 paths in `folder`, sorted, without those that `check_folder` left out. RecordingError for a lone half or none at all."""
     folder = Path(folder)
     stems, checks = _stems(folder), read_checks(folder)
-    if not stems: raise RecordingError(f"{folder}: no recordings (NAME.mp4 + NAME.jsonl) in this folder; give another one")
+    if not stems:
+        raise RecordingError(
+            f"{folder}: no recordings (NAME.mp4 + NAME.jsonl) in this folder; give another one"
+        )
     used = [n for n in stems if n not in checks or checks[n]["used"]]
     if not used:
         why = f"check_folder tells why: {checks[stems[0]]['why']}"
         raise RecordingError(f"{folder}: none of the {len(stems)} recordings can be used; {why}")
-    try: return [pair_of(folder / f"{n}.mp4")[0] for n in used]
-    except RecordingError as e: raise RecordingError(f"{e}; or let recordings.check_folder leave out what is broken") from None
+    try:
+        return [pair_of(folder / f"{n}.mp4")[0] for n in used]
+    except RecordingError as e:
+        raise RecordingError(
+            f"{e}; or let recordings.check_folder leave out what is broken"
+        ) from None
 
 # %% ../nbs/02_recordings.ipynb #ae742bbb
 SIDES = "train", "validation", "test"
 
+
 def deal_sides(
-    names,        # of recordings
-    seed=0,       # another seed, other sides
-    share=0.15,   # of the recordings for test, and again for validation
-    by="session", # or 'player': what must stay together
-    fixed=None,   # {name: side} dealt before; their groups stay where they are
+    names,  # of recordings
+    seed=0,  # another seed, other sides
+    share=0.15,  # of the recordings for test, and again for validation
+    by="session",  # or 'player': what must stay together
+    fixed=None,  # {name: side} dealt before; their groups stay where they are
 ) -> dict[str, list[str]]:
-    "{'train', 'validation', 'test': names}, every group on one side and no side empty. RecordingError with fewer than 3 groups."
-    if by not in ("session", "player"): raise ValueError(f"by={by!r}: choose 'session' or 'player'")
+    """{'train', 'validation', 'test': names}, every group on one side and no side empty. RecordingError with fewer than 3 groups."""
+    if by not in ("session", "player"):
+        raise ValueError(f"by={by!r}: choose 'session' or 'player'")
     seed = whole_number(seed, "seed", 0)
-    if not 0 < share < 0.5: raise ValueError(f"share={share!r} must lie between 0 and 0.5: it is taken twice, for test and for validation")
+    if not 0 < share < 0.5:
+        raise ValueError(
+            f"share={share!r} must lie between 0 and 0.5: it is taken twice, for test and for validation"
+        )
     groups, side_of = {}, {}
-    for n in names: groups.setdefault(getattr(parse_name(n), by), []).append(n)
-    if len(groups) < 3: raise RecordingError(f"{len(groups)} {by}(s), at least 3 are needed for training, validation and test; add recordings, split by 'session', or write a split.json")
-    for n, side in (fixed or {}).items(): side_of[getattr(parse_name(n), by)] = side
-    room = {side: share * len(names) - sum(len(groups[g]) for g in groups if side_of.get(g) == side) for side in ("test", "validation")}
-    free = sorted((g for g in groups if g not in side_of), key=lambda g: hashlib.sha256(f"{seed} {g}".encode()).digest())
+    for n in names:
+        groups.setdefault(getattr(parse_name(n), by), []).append(n)
+    if len(groups) < 3:
+        raise RecordingError(
+            f"{len(groups)} {by}(s), at least 3 are needed for training, validation and test; add recordings, split by 'session', or write a split.json"
+        )
+    for n, side in (fixed or {}).items():
+        side_of[getattr(parse_name(n), by)] = side
+    room = {
+        side: share * len(names) - sum(len(groups[g]) for g in groups if side_of.get(g) == side)
+        for side in ("test", "validation")
+    }
+    free = sorted(
+        (g for g in groups if g not in side_of),
+        key=lambda g: hashlib.sha256(f"{seed} {g}".encode()).digest(),
+    )
     for g in free:
         side_of[g] = next((side for side in room if len(groups[g]) <= room[side]), "train")
-        if side_of[g] != "train": room[side_of[g]] -= len(groups[g])
+        if side_of[g] != "train":
+            room[side_of[g]] -= len(groups[g])
     for side in SIDES:  # few or large groups: the smallest of the fullest side
-        if side in (side_of[g] for g in groups): continue
+        if side in (side_of[g] for g in groups):
+            continue
         full = max(SIDES, key=lambda s: sum(side_of[g] == s for g in groups))
-        smallest = min((g for g in groups if side_of[g] == full), key=lambda g: (g not in free, len(groups[g]), free.index(g) if g in free else 0))
-        if smallest not in free: raise RecordingError(f"no {by} is left for {side}; add recordings")
+        smallest = min(
+            (g for g in groups if side_of[g] == full),
+            key=lambda g: (g not in free, len(groups[g]), free.index(g) if g in free else 0),
+        )
+        if smallest not in free:
+            raise RecordingError(f"no {by} is left for {side}; add recordings")
         side_of[smallest] = side
-    return {side: [n for n in names if side_of[getattr(parse_name(n), by)] == side] for side in SIDES}
+    return {
+        side: [n for n in names if side_of[getattr(parse_name(n), by)] == side] for side in SIDES
+    }
 
 # %% ../nbs/02_recordings.ipynb #a08b2cbb
 def split_recordings(
-    folder,      # of recordings, or a clip store
-    seed=0,      # deals the players out where neither split.json nor manifest.json does
+    folder,  # of recordings, or a clip store
+    seed=0,  # deals the players out where neither split.json nor manifest.json does
     share=0.15,  # of the recordings for test, and again for validation
 ) -> dict[str, list[str]]:
-    "{'train', 'validation', 'test': names}. RecordingError when split.json forgets or repeats a recording, or when a group is on two sides."
+    """{'train', 'validation', 'test': names}. RecordingError when split.json forgets or repeats a recording, or when a group is on two sides."""
     folder = Path(folder)
     seed = whole_number(seed, "seed", 0)
     if (folder / "store.json").is_file():
@@ -646,34 +760,60 @@ def split_recordings(
     else:
         names = [p.stem for p in find_recordings(folder)]
         left_out = set(_stems(folder)) - set(names)
-    if (folder / "split.json").is_file(): return _read_split(folder / "split.json", names, left_out)
+    if (folder / "split.json").is_file():
+        return _read_split(folder / "split.json", names, left_out)
     if (folder / "manifest.json").is_file():
         manifest = _read_json(folder / "manifest.json", "mend it, or write a split.json")
-        try: sides = {n: r["side"] for n, r in manifest["recordings"].items()}
+        try:
+            sides = {n: r["side"] for n, r in manifest["recordings"].items()}
         except (KeyError, TypeError, AttributeError):
             remedy = "not written by download.write_manifest; mend it, or write a split.json"
             raise RecordingError(f"{folder / 'manifest.json'}: {remedy}") from None
         strange = set(names) - set(sides)
-        if strange: raise RecordingError(f"{folder / 'manifest.json'}: {sorted(strange)[0]} is in the folder, but not listed; move it elsewhere, or write a split.json")
+        if strange:
+            raise RecordingError(
+                f"{folder / 'manifest.json'}: {sorted(strange)[0]} is in the folder, but not listed; move it elsewhere, or write a split.json"
+            )
         return {side: [n for n in names if sides[n] == side] for side in SIDES}
     players = len({parse_name(n).player for n in names})
     by = "player" if players >= 3 else "session"  # a piece of no contractor is its own player
     if by == "session" and len({parse_name(n).session for n in names}) > players:
-        warnings.warn(f"{folder}: {players} player(s) are too few to keep each on one side, so it is split by session", stacklevel=2)
-    try: return deal_sides(names, seed, share, by)
-    except RecordingError as e: raise RecordingError(f"{folder}: {e}") from None
+        warnings.warn(
+            f"{folder}: {players} player(s) are too few to keep each on one side, so it is split by session",
+            stacklevel=2,
+        )
+    try:
+        return deal_sides(names, seed, share, by)
+    except RecordingError as e:
+        raise RecordingError(f"{folder}: {e}") from None
 
 # %% ../nbs/02_recordings.ipynb #bfe5d637
 def _read_split(path, names, left_out):
-    "The split that a file holds, checked against the recordings beside it; `left_out` may be lacking, None: any."
+    """The split that a file holds, checked against the recordings beside it; `left_out` may be lacking, None: any."""
     split = _read_json(path, "mend or delete it")
-    if not isinstance(split, dict) or set(split) != set(SIDES) or not all(isinstance(v, list) and all(isinstance(n, str) for n in v) for v in split.values()):
-        raise RecordingError(f"{path}: expected an object with the lists of names {', '.join(SIDES)}; mend or delete it")
+    if (
+        not isinstance(split, dict)
+        or set(split) != set(SIDES)
+        or not all(
+            isinstance(v, list) and all(isinstance(n, str) for n in v) for v in split.values()
+        )
+    ):
+        raise RecordingError(
+            f"{path}: expected an object with the lists of names {', '.join(SIDES)}; mend or delete it"
+        )
     listed, sides = sum(split.values(), []), {}
     left_out = set(listed) - set(names) if left_out is None else left_out
-    for what, wrong in (("is listed, but not in the folder", set(listed) - set(names) - left_out), ("is in the folder, but not listed", set(names) - set(listed)), ("is listed twice", {n for n in listed if listed.count(n) > 1})):
-        if wrong: raise RecordingError(f"{path}: {sorted(wrong)[0]} {what}; mend or delete the file")
+    for what, wrong in (
+        ("is listed, but not in the folder", set(listed) - set(names) - left_out),
+        ("is in the folder, but not listed", set(names) - set(listed)),
+        ("is listed twice", {n for n in listed if listed.count(n) > 1}),
+    ):
+        if wrong:
+            raise RecordingError(f"{path}: {sorted(wrong)[0]} {what}; mend or delete the file")
     for side, n in ((side, n) for side in SIDES for n in split[side]):
         other = sides.setdefault(group_of(n), side)
-        if other != side: raise RecordingError(f"{path}: {group_of(n)} is on both {other} and {side}, so the test would leak; move all its recordings to one side")
+        if other != side:
+            raise RecordingError(
+                f"{path}: {group_of(n)} is on both {other} and {side}, so the test would leak; move all its recordings to one side"
+            )
     return {side: [n for n in split[side] if n not in left_out] for side in SIDES}

@@ -23,18 +23,27 @@ import torch
 
 from .config import PRESETS, preset, write_json
 from .drawing import curves_plot, style
-from .recordings import CHECKED, _RULES, find_recordings, read_checks, split_recordings
+from minecraft_jepa.recordings import (
+    _RULES,
+    CHECKED,
+    find_recordings,
+    read_checks,
+    split_recordings,
+)
 from .training import ERRORS, make_accelerator, train_all
 
 # %% ../nbs/20_remote.ipynb #2f1ed0aa
 MIB = 2**20
 
+
 def _told(folder, names):
-    "{name: bytes} of what goes with these recordings: split, manifest and checks as they hold where they arrive."
+    """{name: bytes} of what goes with these recordings: split, manifest and checks as they hold where they arrive."""
     found = {}
     if (folder / "split.json").is_file():
         split, raw = split_recordings(folder), (folder / "split.json").read_bytes()
-        found["split.json"] = raw if json.loads(raw) == split else json.dumps(split, indent=1).encode()
+        found["split.json"] = (
+            raw if json.loads(raw) == split else json.dumps(split, indent=1).encode()
+        )
     if (folder / "manifest.json").is_file():
         found["manifest.json"] = (folder / "manifest.json").read_bytes()
     checks = read_checks(folder)
@@ -45,8 +54,9 @@ def _told(folder, names):
         found[CHECKED] = json.dumps({"version": _RULES, "recordings": checks}, indent=1).encode()
     return found
 
+
 def _write_parts(out, groups):
-    "part-000.tar and so on, in place of those of before: all of them, or none."
+    """part-000.tar and so on, in place of those of before: all of them, or none."""
     for old in out.glob("part-*.tar*"):
         old.unlink()
     parts = [out / f"part-{i:03d}.tar" for i in range(len(groups))]
@@ -63,47 +73,74 @@ def _write_parts(out, groups):
         os.replace(part.with_suffix(".tar.part"), part)
     return parts
 
+
 def _plain(member):
-    "A member without its owner. Whole seconds arrive as they are, parts of a second would not."
+    """A member without its owner. Whole seconds arrive as they are, parts of a second would not."""
     member.mtime, member.mode = int(member.mtime), 0o644
     member.uid, member.gid, member.uname, member.gname = 0, 0, "", ""
     return member
 
 # %% ../nbs/20_remote.ipynb #5e025e28
 def pack(
-    folder,          # of recordings
-    out,             # folder for the parts
+    folder,  # of recordings
+    out,  # folder for the parts
     limit=60 * MIB,  # bytes of a part
-    wheel=None,      # e.g. '3.12': also PyAV for that Python, from PyPI
+    wheel=None,  # e.g. '3.12': also PyAV for that Python, from PyPI
 ) -> list[Path]:
-    "Tar files of at most `limit` bytes, each of whole files. ValueError for a file that is larger by itself."
+    """Tar files of at most `limit` bytes, each of whole files. ValueError for a file that is larger by itself."""
     folder, out = Path(folder), Path(out)
     for known, what in (("store.json", "a clip store"), ("shards.json", "a folder of shards")):
         if (folder / known).is_file():
-            raise ValueError(f"{folder}: {what}, not recordings; pack the folder of recordings that it was made from")
+            raise ValueError(
+                f"{folder}: {what}, not recordings; pack the folder of recordings that it was made from"
+            )
     recordings = find_recordings(folder)
     files = [p.with_suffix(s) for p in recordings for s in (".mp4", ".jsonl")]
     told = _told(folder, [p.stem for p in recordings])
     out.mkdir(parents=True, exist_ok=True)
     if wheel:
-        subprocess.run([sys.executable, "-m", "pip", "download", "av>=17", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version", wheel, "--dest", str(out / "wheels")], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "av>=17",
+                "--quiet",
+                "--no-deps",
+                "--only-binary=:all:",
+                "--python-version",
+                wheel,
+                "--dest",
+                str(out / "wheels"),
+            ],
+            check=True,
+        )
         files += sorted((out / "wheels").glob("*.whl"))
     groups, room = [], 0
     for name, content in [*((f.name, f) for f in files), *told.items()]:
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         size = -(-size // 512) * 512 + 3 * 512  # headers and padding; a long name takes two more
-        if size + 10240 > limit: raise ValueError(f"{folder / name}: {size / MIB:.1f} MiB, larger than a part of {limit / MIB:.1f} MiB; raise limit")
-        if size > room: groups.append([]); room = limit - 10240
-        groups[-1].append((name, content)); room -= size
+        if size + 10240 > limit:
+            raise ValueError(
+                f"{folder / name}: {size / MIB:.1f} MiB, larger than a part of {limit / MIB:.1f} MiB; raise limit"
+            )
+        if size > room:
+            groups.append([])
+            room = limit - 10240
+        groups[-1].append((name, content))
+        room -= size
     return _write_parts(out, groups)
 
 # %% ../nbs/20_remote.ipynb #25394472
 CARRIED = ".mp4", ".jsonl", ".json", ".whl"  # what parts may hold: plain files, side by side
 
+
 def _listed(parts):
-    "{part: its members}. ValueError where a part is missing, cut short, or holds anything but plain files."
+    """{part: its members}. ValueError where a part is missing, cut short, or holds anything but plain files."""
     found = sorted(Path(parts).glob("part-*.tar"))
-    if not found: raise ValueError(f"{parts}: no part-000.tar there; `pack` makes it")
+    if not found:
+        raise ValueError(f"{parts}: no part-000.tar there; `pack` makes it")
     members = {}
     for number, part in enumerate(found):
         if part.name != f"part-{number:03d}.tar":
@@ -112,7 +149,8 @@ def _listed(parts):
             f.seek(max(part.stat().st_size - 1024, 0))
             end = f.read()
         try:
-            with tarfile.open(part, "r:") as tar: members[part] = tar.getmembers()
+            with tarfile.open(part, "r:") as tar:
+                members[part] = tar.getmembers()
         except (tarfile.TarError, EOFError, ValueError) as e:
             raise ValueError(f"{part}: no whole tar file ({e}); bring it again") from None
         if end != bytes(1024) or part.stat().st_size % tarfile.RECORDSIZE:
@@ -120,22 +158,27 @@ def _listed(parts):
         for m in members[part]:
             alone = Path(m.name).name == m.name and "\\" not in m.name and m.name.isprintable()
             if not m.isreg() or not alone or m.name[0] == "." or Path(m.name).suffix not in CARRIED:
-                raise ValueError(f"{part}: {m.name!r} is no plain file of a recording; do not trust these parts")
+                raise ValueError(
+                    f"{part}: {m.name!r} is no plain file of a recording; do not trust these parts"
+                )
     return members
+
 
 def unpack(
     parts,  # folder that `pack` filled
-    out,    # folder for the recordings
+    out,  # folder for the recordings
 ):
-    "Recordings from their parts. ValueError where there is none, or one is not what `pack` makes."
+    """Recordings from their parts. ValueError where there is none, or one is not what `pack` makes."""
     members, out = _listed(parts), Path(out)  # all of them, before anything is written
     out.mkdir(parents=True, exist_ok=True)
     for part, group in members.items():
         with tarfile.open(part, "r:") as tar:
-            for member in group: _extract(tar, member, out)
+            for member in group:
+                _extract(tar, member, out)
+
 
 def _extract(tar, member, out):
-    "Write one plain file. By hand, for Python before 3.11.4 has no filter, and no link is followed."
+    """Write one plain file. By hand, for Python before 3.11.4 has no filter, and no link is followed."""
     part = out / f"{member.name}.part"
     part.unlink(missing_ok=True)
     with tar.extractfile(member) as source, open(part, "xb") as f:
@@ -145,49 +188,84 @@ def _extract(tar, member, out):
     os.replace(part, out / member.name)
 
 # %% ../nbs/20_remote.ipynb #fa5a3601
-KEPT = ("config.json", "training.json", "world_model.safetensors", "dit.safetensors", "head.safetensors", "world_model.jsonl", "decoders.jsonl", "world_model.png", "decoders.png")
+KEPT = (
+    "config.json",
+    "training.json",
+    "world_model.safetensors",
+    "dit.safetensors",
+    "head.safetensors",
+    "world_model.jsonl",
+    "decoders.jsonl",
+    "world_model.png",
+    "decoders.png",
+)
+
 
 def cut_weights(
-    folder,          # that training filled
-    out,             # folder for the parts
+    folder,  # that training filled
+    out,  # folder for the parts
     limit=15 * MIB,  # bytes of a part
 ):
-    "Weights, logs and pictures in parts of at most `limit` bytes, and `parts.json`."
+    """Weights, logs and pictures in parts of at most `limit` bytes, and `parts.json`."""
     folder, out = Path(folder), Path(out)
     ours = {"parts.json", "parts.json.part"}
     for p in out.glob("*"):
         if p.name not in ours and p.name.rpartition(".")[0] not in KEPT:
             raise ValueError(f"{p}: no part of weights; give another folder for the parts")
-    shutil.rmtree(out, ignore_errors=True); out.mkdir(parents=True)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     listed = {}
     for f in (folder / n for n in KEPT if (folder / n).is_file()):
         whole = f.read_bytes()
         names = [f"{f.name}.{i:03d}" for i in range(-(-len(whole) // limit) or 1)]
-        for i, n in enumerate(names): (out / n).write_bytes(whole[i * limit:(i + 1) * limit])
+        for i, n in enumerate(names):
+            (out / n).write_bytes(whole[i * limit : (i + 1) * limit])
         listed[f.name] = {"sha256": hashlib.sha256(whole).hexdigest(), "parts": names}
     write_json(out / "parts.json", listed)
 
+
 WHOLE = "config.json", "training.json", "world_model.safetensors"  # without these there is no model
-BESIDE = "evaluate.json", "curves.png", "README.md", "world_model.done"  # of the run before, whatever it was
+BESIDE = (
+    "evaluate.json",
+    "curves.png",
+    "README.md",
+    "world_model.done",
+)  # of the run before, whatever it was
+
 
 def bring(
-    parts,   # folder that `cut_weights` filled
+    parts,  # folder that `cut_weights` filled
     target,  # e.g. data/weights/small
 ):
-    "Put weights together, in place whole or not at all, and take away what belongs to the weights that stood there. ValueError names what is missing or differs."
+    """Put weights together, in place whole or not at all, and take away what belongs to the weights that stood there. ValueError names what is missing or differs."""
     parts, target = Path(parts), Path(target)
-    try: listed = json.loads((parts / "parts.json").read_text())
-    except FileNotFoundError: raise ValueError(f"{parts}: no parts.json there; `train` writes it last, into RUN/parts") from None
-    except ValueError as e: raise ValueError(f"{parts / 'parts.json'}: not JSON ({e}); bring it again") from None
+    try:
+        listed = json.loads((parts / "parts.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{parts}: no parts.json there; `train` writes it last, into RUN/parts"
+        ) from None
+    except ValueError as e:
+        raise ValueError(f"{parts / 'parts.json'}: not JSON ({e}); bring it again") from None
     for name in WHOLE:
-        if name not in listed: raise ValueError(f"{parts / 'parts.json'}: {name} is not listed, so this is no whole model; cut the weights again")
+        if name not in listed:
+            raise ValueError(
+                f"{parts / 'parts.json'}: {name} is not listed, so this is no whole model; cut the weights again"
+            )
     whole = {}
     for name, told in listed.items():
-        if name not in KEPT: raise ValueError(f"{parts / 'parts.json'}: {name!r} is no file of a training; do not trust these parts")
+        if name not in KEPT:
+            raise ValueError(
+                f"{parts / 'parts.json'}: {name!r} is no file of a training; do not trust these parts"
+            )
         for n in told["parts"]:
-            if Path(n).name != n or not (parts / n).is_file(): raise ValueError(f"{parts / n}: no such part; bring it too")
+            if Path(n).name != n or not (parts / n).is_file():
+                raise ValueError(f"{parts / n}: no such part; bring it too")
         whole[name] = b"".join((parts / n).read_bytes() for n in told["parts"])
-        if hashlib.sha256(whole[name]).hexdigest() != told["sha256"]: raise ValueError(f"{parts}: the parts of {name} are not those that were cut; bring them again")
+        if hashlib.sha256(whole[name]).hexdigest() != told["sha256"]:
+            raise ValueError(
+                f"{parts}: the parts of {name} are not those that were cut; bring them again"
+            )
     target.mkdir(parents=True, exist_ok=True)
     for name, data in whole.items():
         (target / f"{name}.part").write_bytes(data)
@@ -198,33 +276,76 @@ def bring(
         os.replace(target / f"{name}.part", target / name)
     write_card(target)
 
+
 def _same_weights(target, whole):
-    "Whether what stands there, networks and what they were trained on, is what is brought."
+    """Whether what stands there, networks and what they were trained on, is what is brought."""
     about = "config.json", "training.json"
-    return all((target / n).is_file() and (target / n).read_bytes() == data
-               for n, data in whole.items() if n in about or n.endswith(".safetensors"))
+    return all(
+        (target / n).is_file() and (target / n).read_bytes() == data
+        for n, data in whole.items()
+        if n in about or n.endswith(".safetensors")
+    )
 
 # %% ../nbs/20_remote.ipynb #0a7cf813
 def write_card(
-    folder,        # of weights
+    folder,  # of weights
     command=None,  # that made them
-    data=None,     # one line on the recordings
+    data=None,  # one line on the recordings
 ):
-    "Write `README.md` from `training.json`, and from `evaluate.json` where the evaluation was saved beside the weights."
+    """Write `README.md` from `training.json`, and from `evaluate.json` where the evaluation was saved beside the weights."""
     folder = Path(folder)
-    told, config = json.loads((folder / "training.json").read_text()), json.loads((folder / "config.json").read_text())
-    command, data = command or told.get("command", f"python -m minecraft_jepa.training --data RECORDINGS --out {folder.name} --preset {told['preset']}"), data or told.get("data", "")
-    lines = [f"# Weights of `{told['preset']}`", "", data, "" if data else None, f"- trained on {len(told['train'])} recordings: {', '.join(told['train'][:24])}", f"- chosen by the error at 2 ticks over that of copying on {', '.join(told['validation'][:24])}",
-             f"- {told['steps']} steps of {config['train']['batch']} windows, {told['seconds']['world_model'] / 60:.0f} minutes; decoders {told['decoder_steps']} steps of {config['train']['decoder_batch']}, {told['seconds']['decoders'] / 60:.0f} minutes; on {told['device']}", f"- seed {told['seed']}, frames {config['frame']['height']}x{config['frame']['width']}, anti-collapse {config['jepa']['anti_collapse']}", "", "```", command, "```", ""]
+    told, config = (
+        json.loads((folder / "training.json").read_text()),
+        json.loads((folder / "config.json").read_text()),
+    )
+    command, data = (
+        command
+        or told.get(
+            "command",
+            f"python -m minecraft_jepa.training --data RECORDINGS --out {folder.name} --preset {told['preset']}",
+        ),
+        data or told.get("data", ""),
+    )
+    lines = [
+        f"# Weights of `{told['preset']}`",
+        "",
+        data,
+        "" if data else None,
+        f"- trained on {len(told['train'])} recordings: {', '.join(told['train'][:24])}",
+        f"- chosen by the error at 2 ticks over that of copying on {', '.join(told['validation'][:24])}",
+        f"- {told['steps']} steps of {config['train']['batch']} windows, {told['seconds']['world_model'] / 60:.0f} minutes; decoders {told['decoder_steps']} steps of {config['train']['decoder_batch']}, {told['seconds']['decoders'] / 60:.0f} minutes; on {told['device']}",
+        f"- seed {told['seed']}, frames {config['frame']['height']}x{config['frame']['width']}, anti-collapse {config['jepa']['anti_collapse']}",
+        "",
+        "```",
+        command,
+        "```",
+        "",
+    ]
     found = _judged(folder)
     if found:
-        lines += [f"Latent error on recordings of worlds not trained on ({', '.join(found['recordings'])}), mean over recordings (`evaluate.json` has the intervals):", "", "| ticks | model | copy last | other actions | no-op |", "|---|---|---|---|---|"]
-        lines += [f"| {h} | " + " | ".join(f"{row[m]['mean']:.3f}" for m in ("model", "copy_last", "other_actions", "noop")) + " |" for h, row in found["horizons"].items() if h in ("1", "2", "4", "8", "15")] + [""]
-    if _draw_curves(folder): lines += ["![Loss, error on other recordings, effective rank](curves.png)", ""]
-    (folder / "README.md.part").write_text("\n".join(line for line in lines if line is not None)); os.replace(folder / "README.md.part", folder / "README.md")
+        lines += [
+            f"Latent error on recordings of worlds not trained on ({', '.join(found['recordings'])}), mean over recordings (`evaluate.json` has the intervals):",
+            "",
+            "| ticks | model | copy last | other actions | no-op |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {h} | "
+            + " | ".join(
+                f"{row[m]['mean']:.3f}" for m in ("model", "copy_last", "other_actions", "noop")
+            )
+            + " |"
+            for h, row in found["horizons"].items()
+            if h in ("1", "2", "4", "8", "15")
+        ] + [""]
+    if _draw_curves(folder):
+        lines += ["![Loss, error on other recordings, effective rank](curves.png)", ""]
+    (folder / "README.md.part").write_text("\n".join(line for line in lines if line is not None))
+    os.replace(folder / "README.md.part", folder / "README.md")
+
 
 def _judged(folder):
-    "The evaluation beside the weights, where it is theirs: by their hash, else by their age."
+    """The evaluation beside the weights, where it is theirs: by their hash, else by their age."""
     path, weights = folder / "evaluate.json", folder / "world_model.safetensors"
     if not path.is_file():
         return None
@@ -237,37 +358,65 @@ def _judged(folder):
     else:  # judged by an earlier version; a clone or a copy writes both within a minute
         theirs = path.stat().st_mtime > weights.stat().st_mtime - 60
     if not theirs:
-        print(f"{path}: of other weights than those beside it, so the card does not show it; evaluate again")
+        print(
+            f"{path}: of other weights than those beside it, so the card does not show it; evaluate again"
+        )
     return found if theirs else None
 
+
 def _draw_curves(folder):
-    "`curves.png` from the training's log; False without one."
-    if not (folder / "world_model.jsonl").is_file(): return False
+    """`curves.png` from the training's log; False without one."""
+    if not (folder / "world_model.jsonl").is_file():
+        return False
     rows = [json.loads(line) for line in (folder / "world_model.jsonl").read_text().splitlines()]
     checks = [r for r in rows if "model" in r]
     style()
     fig, axes = plt.subplots(1, 3, figsize=(14, 3.6), layout="constrained")
-    curves_plot(axes[0], rows, ["loss"], smooth=25 if len(rows) > 100 else 1, ylabel="loss"); axes[0].set_title("Training")
+    curves_plot(axes[0], rows, ["loss"], smooth=25 if len(rows) > 100 else 1, ylabel="loss")
+    axes[0].set_title("Training")
     if checks:
-        curves_plot(axes[1], [{"step": r["step"], "model": r["model"][1], "copy_last": r["copy_last"][1]} for r in checks], ["model", "copy_last"], ylabel="latent error at 2 ticks"); axes[1].set_title("Other recordings")
-        curves_plot(axes[2], checks, ["rank"], ylabel="effective rank"); axes[2].set_ylim(bottom=0); axes[2].set_title("No collapse while this stays up")
-    fig.savefig(folder / "curves.part", format="png", dpi=80, metadata={"Software": None}); plt.close(fig)
+        curves_plot(
+            axes[1],
+            [
+                {"step": r["step"], "model": r["model"][1], "copy_last": r["copy_last"][1]}
+                for r in checks
+            ],
+            ["model", "copy_last"],
+            ylabel="latent error at 2 ticks",
+        )
+        axes[1].set_title("Other recordings")
+        curves_plot(axes[2], checks, ["rank"], ylabel="effective rank")
+        axes[2].set_ylim(bottom=0)
+        axes[2].set_title("No collapse while this stays up")
+    fig.savefig(folder / "curves.part", format="png", dpi=80, metadata={"Software": None})
+    plt.close(fig)
     os.replace(folder / "curves.part", folder / "curves.png")
     return True
 
 # %% ../nbs/20_remote.ipynb #03fc79a5
 def _have_av(folder):
-    "Install PyAV from the wheel that came along, where it is lacking."
-    if importlib.util.find_spec("av"): return
+    """Install PyAV from the wheel that came along, where it is lacking."""
+    if importlib.util.find_spec("av"):
+        return
     wheels = sorted(map(str, Path(folder).glob("av-*.whl")))
-    if not wheels: raise ValueError("PyAV is lacking here, and no wheel came along; pack with --wheel 3.12 (this Python's version), or pip install av")
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *wheels], check=True)
+    if not wheels:
+        raise ValueError(
+            "PyAV is lacking here, and no wheel came along; pack with --wheel 3.12 (this Python's version), or pip install av"
+        )
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *wheels], check=True
+    )
+
 
 def train(
-    parts, run, config,
-    minutes=None, seed=0, device="cuda",
+    parts,
+    run,
+    config,
+    minutes=None,
+    seed=0,
+    device="cuda",
 ):
-    "Unpack, build the store, train within the time, cut the weights into RUN/parts. Again after a stop: goes on."
+    """Unpack, build the store, train within the time, cut the weights into RUN/parts. Again after a stop: goes on."""
     run = Path(run)
     _refuse_others(run / "recordings", parts)
     unpack(parts, run / "recordings")
@@ -277,33 +426,65 @@ def train(
     cut_weights(run, run / "parts")
     return told
 
+
 def _refuse_others(folder, parts):
-    "ValueError where recordings of other parts stand: they would be trained on too."
+    """ValueError where recordings of other parts stand: they would be trained on too."""
     names = {m.name for members in _listed(parts).values() for m in members}
     here = {p.name for p in Path(folder).glob("*") if p.suffix in CARRIED}
     others = sorted(here - names - {CHECKED})
     if others:
-        raise ValueError(f"{folder}: {others[0]} is there, and not in {parts}; give another folder for the run")
+        raise ValueError(
+            f"{folder}: {others[0]} is there, and not in {parts}; give another folder for the run"
+        )
+
 
 def main(
     argv=None,  # words of the command line; None: those of this process
 ):
-    "Pack, train or bring, as the command line says."
-    p = argparse.ArgumentParser(prog="python -m minecraft_jepa.remote", description="Train where the GPU is.", allow_abbrev=False)
+    """Pack, train or bring, as the command line says."""
+    p = argparse.ArgumentParser(
+        prog="python -m minecraft_jepa.remote",
+        description="Train where the GPU is.",
+        allow_abbrev=False,
+    )
     commands = p.add_subparsers(dest="command", required=True)
     one = commands.add_parser("pack", help="recordings into parts")
-    one.add_argument("recordings"); one.add_argument("parts"); one.add_argument("--limit", type=float, default=60, help="MiB of a part"); one.add_argument("--wheel", help="Python version to bring PyAV for, e.g. 3.12")
+    one.add_argument("recordings")
+    one.add_argument("parts")
+    one.add_argument("--limit", type=float, default=60, help="MiB of a part")
+    one.add_argument("--wheel", help="Python version to bring PyAV for, e.g. 3.12")
     two = commands.add_parser("train", help="from parts to weights, within a time")
-    two.add_argument("parts"); two.add_argument("run"); two.add_argument("--preset", default="small", choices=list(PRESETS)); two.add_argument("--minutes", type=float, default=20)
-    two.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")); two.add_argument("--seed", type=int, default=0)
+    two.add_argument("parts")
+    two.add_argument("run")
+    two.add_argument("--preset", default="small", choices=list(PRESETS))
+    two.add_argument("--minutes", type=float, default=20)
+    two.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
+    )
+    two.add_argument("--seed", type=int, default=0)
     three = commands.add_parser("bring", help="weights from parts, into their folder")
-    three.add_argument("parts"); three.add_argument("target")
+    three.add_argument("parts")
+    three.add_argument("target")
     a = p.parse_args(argv)
     try:
-        if a.command == "pack": print(*(f"{p}  {p.stat().st_size / MIB:.1f} MiB" for p in pack(a.recordings, a.parts, int(a.limit * MIB), a.wheel)), sep="\n")
-        elif a.command == "train": train(a.parts, a.run, preset(a.preset), a.minutes, a.seed, a.device)
-        else: bring(a.parts, a.target); print(f"{a.target}: weights and their card; what belonged to others that stood there is gone")
-    except (*ERRORS, subprocess.CalledProcessError) as e: sys.exit(f"{p.prog}: {e}")
+        if a.command == "pack":
+            print(
+                *(
+                    f"{p}  {p.stat().st_size / MIB:.1f} MiB"
+                    for p in pack(a.recordings, a.parts, int(a.limit * MIB), a.wheel)
+                ),
+                sep="\n",
+            )
+        elif a.command == "train":
+            train(a.parts, a.run, preset(a.preset), a.minutes, a.seed, a.device)
+        else:
+            bring(a.parts, a.target)
+            print(
+                f"{a.target}: weights and their card; what belonged to others that stood there is gone"
+            )
+    except (*ERRORS, subprocess.CalledProcessError) as e:
+        sys.exit(f"{p.prog}: {e}")
 
 # %% ../nbs/20_remote.ipynb #39961e73
-if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook is "__main__" too
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # a notebook is "__main__" too

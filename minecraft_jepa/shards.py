@@ -34,39 +34,55 @@ from .recordings import split_recordings
 
 # %% ../nbs/05_shards.ipynb #bf49af2d
 def cut_segments(
-    runs,     # [first, end) of ticks without a gap, of one recording
-    length,   # starts in a segment
+    runs,  # [first, end) of ticks without a gap, of one recording
+    length,  # starts in a segment
     history,  # longest action history
-    reach,    # longest rollout
+    reach,  # longest rollout
 ) -> list[dict]:
-    "Each with `first` start, `starts` (their number), `frames` from `first` on, and the first tick of `actions`; the last action is that of the last frame but one."
+    """Each with `first` start, `starts` (their number), `frames` from `first` on, and the first tick of `actions`; the last action is that of the last frame but one."""
     length, reach = whole_number(length, "length", 1), whole_number(reach, "reach", 1)
     history = whole_number(history, "history", 1)
     runs = [(whole_number(a, "first"), whole_number(b, "end")) for a, b in runs]
-    return [{"first": t, "starts": min(length, b - t), "frames": min(length + reach, b - t), "actions": max(a, t - history + 1)}
-            for a, b in runs for t in range(a, b, length) if b - t > 1]
+    return [
+        {
+            "first": t,
+            "starts": min(length, b - t),
+            "frames": min(length + reach, b - t),
+            "actions": max(a, t - history + 1),
+        }
+        for a, b in runs
+        for t in range(a, b, length)
+        if b - t > 1
+    ]
+
 
 def starts_in(
     segment,  # of `cut_segments`
-    ticks,    # history wanted, at most that of the segments
+    ticks,  # history wanted, at most that of the segments
     rollout,  # K wanted, at most their reach
 ) -> range:
-    "The t of the segment from which such a window can be cut."
+    """The t of the segment from which such a window can be cut."""
     ticks, rollout = whole_number(ticks, "ticks", 1), whole_number(rollout, "rollout", 0)
     first, end = segment["first"], segment["first"] + segment["frames"]
-    return range(max(first, segment["actions"] + ticks - 1), min(first + segment["starts"], end - rollout))
+    return range(
+        max(first, segment["actions"] + ticks - 1), min(first + segment["starts"], end - rollout)
+    )
 
 # %% ../nbs/05_shards.ipynb #cf645280
 class ShardError(RuntimeError):
-    "What keeps shards from being written or read, and the remedy."
+    """What keeps shards from being written or read, and the remedy."""
+
 
 def _encode(pixels, quality):
-    "(3, H, W) as JPEG; as lossless WebP where quality is None."
+    """(3, H, W) as JPEG; as lossless WebP where quality is None."""
     out = io.BytesIO()
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    if quality is None: image.save(out, "WEBP", lossless=True, method=0)
-    else: image.save(out, "JPEG", quality=quality, subsampling=0)
+    if quality is None:
+        image.save(out, "WEBP", lossless=True, method=0)
+    else:
+        image.save(out, "JPEG", quality=quality, subsampling=0)
     return out.getvalue()
+
 
 def _key(name, first):
     """Begin of the names of a segment's files: letters, digits, - and _ alone, so that any reader
@@ -77,17 +93,27 @@ def _key(name, first):
         plain += f"-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
     return f"{plain}-{first:06d}"
 
+
 def _members(store, segment, quality):
-    "The files of a segment, {name: bytes}."
-    clip, first, frames, actions = store[segment["name"]], segment["first"], segment["frames"], segment["actions"]
+    """The files of a segment, {name: bytes}."""
+    clip, first, frames, actions = (
+        store[segment["name"]],
+        segment["first"],
+        segment["frames"],
+        segment["actions"],
+    )
     key, numbers = _key(segment["name"], first), io.BytesIO()
-    np.save(numbers, clip.actions[actions:first + frames - 1])
+    np.save(numbers, clip.actions[actions : first + frames - 1])
     files = {f"{key}.json": json.dumps(segment).encode(), f"{key}.actions.npy": numbers.getvalue()}
-    for i in range(frames): files[f"{key}.{i:04d}.{'webp' if quality is None else 'jpg'}"] = _encode(clip.frames[first + i], quality)
+    for i in range(frames):
+        files[f"{key}.{i:04d}.{'webp' if quality is None else 'jpg'}"] = _encode(
+            clip.frames[first + i], quality
+        )
     return files
 
+
 def _write_shard(file, store, segments, quality):
-    "Write a tar to an open file; gives its segments with where each lies, [offset, bytes, crc32]."
+    """Write a tar to an open file; gives its segments with where each lies, [offset, bytes, crc32]."""
     placed, crc = [], 0
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for segment in segments:
@@ -98,100 +124,166 @@ def _write_shard(file, store, segments, quality):
                 tar.addfile(about, io.BytesIO(data))
             placed.append(segment | {"at": [begin, tar.offset - begin]})
     for segment in placed:
-        file.seek(segment["at"][0]); segment["at"].append(zlib.crc32(file.read(segment["at"][1])))
+        file.seek(segment["at"][0])
+        segment["at"].append(zlib.crc32(file.read(segment["at"][1])))
     return placed
 
 # %% ../nbs/05_shards.ipynb #673be8ff
 def _put(fs, path, source):
-    "Bring a local file to its place, where it appears whole or not at all."
-    if "file" not in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)): return fs.put_file(str(source), path)
+    """Bring a local file to its place, where it appears whole or not at all."""
+    if "file" not in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+        return fs.put_file(str(source), path)
     part = f"{path}.part"
-    shutil.copyfile(source, part); os.replace(part, path)
+    shutil.copyfile(source, part)
+    os.replace(part, path)
+
 
 def _plan_of(store, segments, quality):
-    "Hash of all that a shard holds: what it is cut from, where, and how it is written."
+    """Hash of all that a shard holds: what it is cut from, where, and how it is written."""
     sources = {s["name"]: store.about[s["name"]] for s in segments}
-    told = [{n: [a["format"], a["height"], a["width"], {k: v["sha256"] for k, v in a["source"].items()}] for n, a in sources.items()}, segments, quality]
+    told = [
+        {
+            n: [
+                a["format"],
+                a["height"],
+                a["width"],
+                {k: v["sha256"] for k, v in a["source"].items()},
+            ]
+            for n, a in sources.items()
+        },
+        segments,
+        quality,
+    ]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-
 
 # %% ../nbs/05_shards.ipynb #e4dddfa3
 def write_shards(
-    store,            # ClipStore
-    url,              # folder: a path, or s3://, or whatever fsspec writes to
-    names=None,       # recordings; None: all of the store
-    length=200,       # starts in a segment: ten seconds
-    per_shard=100,    # segments in a tar
-    history=25,       # longest action history
-    reach=16,         # longest rollout
-    quality=95,       # of the JPEG, not subsampled; None: lossless WebP, three times as large
-    workers=None,     # shards written side by side; None: one a core
-    progress=True,    # show a bar
-    **storage,        # for fsspec: endpoint_url, key, secret ...
+    store,  # ClipStore
+    url,  # folder: a path, or s3://, or whatever fsspec writes to
+    names=None,  # recordings; None: all of the store
+    length=200,  # starts in a segment: ten seconds
+    per_shard=100,  # segments in a tar
+    history=25,  # longest action history
+    reach=16,  # longest rollout
+    quality=95,  # of the JPEG, not subsampled; None: lossless WebP, three times as large
+    workers=None,  # shards written side by side; None: one a core
+    progress=True,  # show a bar
+    **storage,  # for fsspec: endpoint_url, key, secret ...
 ) -> dict:
-    "Write shards, and `shards.json` last. Shards that stand there from an earlier run with the same plan are kept. Gives what shards.json holds."
+    """Write shards, and `shards.json` last. Shards that stand there from an earlier run with the same plan are kept. Gives what shards.json holds."""
     length, per_shard = whole_number(length, "length", 1), whole_number(per_shard, "per_shard", 1)
     history, reach = whole_number(history, "history", 1), whole_number(reach, "reach", 1)
-    if quality is not None: quality = whole_number(quality, "quality", 1)
+    if quality is not None:
+        quality = whole_number(quality, "quality", 1)
     workers = cores_allowed() if workers is None else whole_number(workers, "workers", 1)
     fs, root = fsspec.core.url_to_fs(str(url), **storage)
     names = store.names if names is None else list(names)
     for n in names:
         has = ", ".join(store.names[:5])
-        if n not in store.about: raise ShardError(f"no clip {n!r} in the store; it has {has}")
-    segments = [{"name": n, **s} for n in names for s in cut_segments(store.about[n]["runs"], length, history, reach)]
-    if not segments: raise ShardError(f"no segment can be cut from {', '.join(names) or 'no recordings'}; use longer recordings")
-    parts = [segments[i:i + per_shard] for i in range(0, len(segments), per_shard)]
+        if n not in store.about:
+            raise ShardError(f"no clip {n!r} in the store; it has {has}")
+    segments = [
+        {"name": n, **s}
+        for n in names
+        for s in cut_segments(store.about[n]["runs"], length, history, reach)
+    ]
+    if not segments:
+        raise ShardError(
+            f"no segment can be cut from {', '.join(names) or 'no recordings'}; use longer recordings"
+        )
+    parts = [segments[i : i + per_shard] for i in range(0, len(segments), per_shard)]
     fs.makedirs(root, exist_ok=True)
+
     def one(number):
         base, plan = f"{root}/clips-{number:06d}", _plan_of(store, parts[number], quality)
         if fs.exists(f"{base}.json") and fs.exists(f"{base}.tar"):
             told = json.loads(fs.cat_file(f"{base}.json"))
-            if told["plan"] == plan and fs.size(f"{base}.tar") == told["bytes"]: return told
-        with tempfile.NamedTemporaryFile(suffix=".tar") as tar, tempfile.NamedTemporaryFile("w", suffix=".json") as about:
-            told = {"file": f"clips-{number:06d}.tar", "plan": plan, "segments": _write_shard(tar, store, parts[number], quality)}
-            tar.flush(); told["bytes"] = os.path.getsize(tar.name)
-            json.dump(told, about); about.flush()
-            _put(fs, f"{base}.tar", tar.name); _put(fs, f"{base}.json", about.name)
+            if told["plan"] == plan and fs.size(f"{base}.tar") == told["bytes"]:
+                return told
+        with (
+            tempfile.NamedTemporaryFile(suffix=".tar") as tar,
+            tempfile.NamedTemporaryFile("w", suffix=".json") as about,
+        ):
+            told = {
+                "file": f"clips-{number:06d}.tar",
+                "plan": plan,
+                "segments": _write_shard(tar, store, parts[number], quality),
+            }
+            tar.flush()
+            told["bytes"] = os.path.getsize(tar.name)
+            json.dump(told, about)
+            about.flush()
+            _put(fs, f"{base}.tar", tar.name)
+            _put(fs, f"{base}.json", about.name)
         return told
+
     with ThreadPoolExecutor(workers) as pool:
-        shards = list(tqdm(pool.map(one, range(len(parts))), total=len(parts), desc="writing shards", disable=not progress))
+        shards = list(
+            tqdm(
+                pool.map(one, range(len(parts))),
+                total=len(parts),
+                desc="writing shards",
+                disable=not progress,
+            )
+        )
     about = store.about[segments[0]["name"]]
-    found = {"version": 1, "height": about["height"], "width": about["width"], "history": history, "reach": reach, "quality": quality, "split": _split_of(store, names), "shards": shards}
+    found = {
+        "version": 1,
+        "height": about["height"],
+        "width": about["width"],
+        "history": history,
+        "reach": reach,
+        "quality": quality,
+        "split": _split_of(store, names),
+        "shards": shards,
+    }
     with tempfile.TemporaryDirectory() as d:
         write_json(Path(d) / "shards.json", found)
         _put(fs, f"{root}/shards.json", Path(d) / "shards.json")
     return found
 
+
 def _split_of(store, names):
-    "The sides of the store's recordings, where it has any."
+    """The sides of the store's recordings, where it has any."""
     folder = next(iter(store.folders.values())).parent
-    if not any((folder / f).is_file() for f in ("split.json", "manifest.json")): return None
-    return {side: [n for n in ns if n in set(names)] for side, ns in split_recordings(folder).items()}
+    if not any((folder / f).is_file() for f in ("split.json", "manifest.json")):
+        return None
+    return {
+        side: [n for n in ns if n in set(names)] for side, ns in split_recordings(folder).items()
+    }
 
 # %% ../nbs/05_shards.ipynb #42173d5f
 def draw_windows(
     counts,  # of windows, by segment; those of this reader, in its order
     buffer,  # segments to draw from at a time
-    rng,     # numpy Generator
+    rng,  # numpy Generator
 ):
-    "Yields (segment, which of its windows, segments done with), every window once."
+    """Yields (segment, which of its windows, segments done with), every window once."""
     buffer = whole_number(buffer, "buffer", 1)
     counts = [whole_number(n, "counts", 0) for n in counts]
     waiting, pool, done = iter(range(len(counts))), [], []
+
     def refill():
         for s in waiting:
-            if counts[s]: pool.append((s, list(range(counts[s])))); return
-    for _ in range(buffer): refill()
+            if counts[s]:
+                pool.append((s, list(range(counts[s]))))
+                return
+
+    for _ in range(buffer):
+        refill()
     while pool:
         slot = int(rng.integers(len(pool)))
         s, left = pool[slot]
         i = int(rng.integers(len(left)))
         left[i], left[-1] = left[-1], left[i]
         k = left.pop()
-        if not left: pool.pop(slot); refill(); done.append(s)
+        if not left:
+            pool.pop(slot)
+            refill()
+            done.append(s)
         yield s, k, tuple(done)
         done.clear()
+
 
 def every(
     draws,  # of `draw_windows`
@@ -210,65 +302,99 @@ def every(
 
 # %% ../nbs/05_shards.ipynb #9aafa912
 def _decode(blob):
-    "A segment's bytes as frames (T, 3, H, W) uint8, actions and what its json says."
+    """A segment's bytes as frames (T, 3, H, W) uint8, actions and what its json says."""
     files = {}
     with tarfile.open(fileobj=io.BytesIO(blob), mode="r:") as tar:
-        for member in tar: files[member.name.split(".", 1)[1]] = tar.extractfile(member).read()
+        for member in tar:
+            files[member.name.split(".", 1)[1]] = tar.extractfile(member).read()
     images = [v for k, v in sorted(files.items()) if k.endswith((".jpg", ".webp"))]
-    frames = np.stack([np.asarray(Image.open(io.BytesIO(v)).convert("RGB")).transpose(2, 0, 1) for v in images])
+    frames = np.stack(
+        [np.asarray(Image.open(io.BytesIO(v)).convert("RGB")).transpose(2, 0, 1) for v in images]
+    )
     return frames, np.load(io.BytesIO(files["actions.npy"])), json.loads(files["json"])
 
+
 def _open_storage(url, storage):
-    "File system and path. A forked worker must not share its parent's connections; a web server that stalls for 30 seconds is asked again."
+    """File system and path. A forked worker must not share its parent's connections; a web server that stalls for 30 seconds is asked again."""
     if url.startswith("http") and "client_kwargs" not in storage:
         import aiohttp
-        storage = storage | {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=30)}}
+
+        storage = storage | {
+            "client_kwargs": {
+                "timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=30)
+            }
+        }
     return fsspec.core.url_to_fs(url, skip_instance_cache=True, **storage)
 
+
 class _Segments:
-    "Fetches segments ahead of their turn, and keeps them until they are done with."
+    """Fetches segments ahead of their turn, and keeps them until they are done with."""
+
     def __init__(self, url, storage, listed):
         self.fs, self.root = _open_storage(url, storage)
         self.listed, self.here, self.asked, self.queue = listed, {}, 0, SimpleQueue()
-        for _ in range(2): Thread(target=self.work, daemon=True).start()  # a pool's threads would hold up the exit while a server is silent
+        for _ in range(2):
+            Thread(
+                target=self.work, daemon=True
+            ).start()  # a pool's threads would hold up the exit while a server is silent
 
     def work(self):
         while job := self.queue.get():
             i, future = job
-            try: future.set_result(self.fetch(i))
-            except Exception as e: future.set_exception(e)
+            try:
+                future.set_result(self.fetch(i))
+            except Exception as e:
+                future.set_exception(e)
 
     def fetch(self, i, tries=4):
         file, (begin, size, crc) = self.listed[i]["file"], self.listed[i]["at"]
         path = f"{self.root}/{file}"
         for attempt in range(tries):
-            try: blob = self.fs.cat_file(path, start=begin, end=begin + size)
-            except FileNotFoundError: raise ShardError(f"{path}: no such shard; write the shards again") from None
+            try:
+                blob = self.fs.cat_file(path, start=begin, end=begin + size)
+            except FileNotFoundError:
+                raise ShardError(f"{path}: no such shard; write the shards again") from None
             except Exception as e:  # whatever a storage's own library raises when the network fails
-                if attempt == tries - 1: raise ShardError(f"{path}: {type(e).__name__}: {e} ({tries} tries); check the network and go on with resume") from e
-                time.sleep(0.2 * 4 ** attempt); continue
-            if len(blob) > size: blob = blob[begin:begin + size]  # a web server that ignores Range sends the whole shard
-            if zlib.crc32(blob) == crc: return _decode(blob)
-        raise ShardError(f"{path}: bytes {begin} to {begin + size} are not what shards.json says; write the shards again")
+                if attempt == tries - 1:
+                    raise ShardError(
+                        f"{path}: {type(e).__name__}: {e} ({tries} tries); check the network and go on with resume"
+                    ) from e
+                time.sleep(0.2 * 4**attempt)
+                continue
+            if len(blob) > size:
+                blob = blob[
+                    begin : begin + size
+                ]  # a web server that ignores Range sends the whole shard
+            if zlib.crc32(blob) == crc:
+                return _decode(blob)
+        raise ShardError(
+            f"{path}: bytes {begin} to {begin + size} are not what shards.json says; write the shards again"
+        )
 
     def ask(self, end, but):
-        "Begin to fetch those before `end`, in order, except what is in `but`."
+        """Begin to fetch those before `end`, in order, except what is in `but`."""
         for i in range(self.asked, end):
-            if i not in but: self.here[i] = Future(); self.queue.put((i, self.here[i]))
+            if i not in but:
+                self.here[i] = Future()
+                self.queue.put((i, self.here[i]))
         self.asked = max(self.asked, end)
 
     def close(self):
-        while not self.queue.empty(): self.queue.get()
-        for _ in range(2): self.queue.put(None)
+        while not self.queue.empty():
+            self.queue.get()
+        for _ in range(2):
+            self.queue.put(None)
 
 # %% ../nbs/05_shards.ipynb #95189169
 def _place():
-    "Rank and number of ranks: of torch.distributed, else of the environment that torchrun sets, else alone."
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    """Rank and number of ranks: of torch.distributed, else of the environment that torchrun sets, else alone."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
+
 def _read_about(url, storage):
-    "What shards.json at a URL holds."
+    """What shards.json at a URL holds."""
     fs, root = _open_storage(url, storage)
     try:
         return json.loads(fs.cat_file(f"{root}/shards.json"))
@@ -277,8 +403,9 @@ def _read_about(url, storage):
             f"{url}: no shards.json there; write_shards writes it last, so run it again to finish"
         ) from None
 
+
 def _shared_place():
-    "Epoch and batches taken, where worker processes that live on see them change."
+    """Epoch and batches taken, where worker processes that live on see them change."""
     place = torch.zeros(2, dtype=torch.int64)
     try:
         return place.share_memory_()
@@ -287,11 +414,11 @@ def _shared_place():
 
 # %% ../nbs/05_shards.ipynb #5cc63295
 def deal_evenly(
-    order,    # of segments, as they are to be read
-    counts,   # of windows, by segment
+    order,  # of segments, as they are to be read
+    counts,  # of windows, by segment
     readers,  # to share them
 ) -> list[list[int]]:
-    "Segments of each reader, in that order: the largest first, each to the reader with the fewest windows so far."
+    """Segments of each reader, in that order: the largest first, each to the reader with the fewest windows so far."""
     loads, dealt = [(0, c) for c in range(readers)], [[] for _ in range(readers)]
     for s in sorted(order, key=lambda s: -counts[s]):
         windows, c = heapq.heappop(loads)
@@ -302,11 +429,15 @@ def deal_evenly(
 
 # %% ../nbs/05_shards.ipynb #c2fdc384
 class _Order:
-    "Who reads which segments, and how far a rank has come."
+    """Who reads which segments, and how far a rank has come."""
+
     @property
-    def epoch(self): return int(self._at[0])
+    def epoch(self):
+        return int(self._at[0])
+
     @property
-    def taken(self): return int(self._at[1])
+    def taken(self):
+        return int(self._at[1])
 
     def resume(self, epoch, batches=0):
         """Go on in `epoch` after `batches` that this rank took, with as many ranks and workers as
@@ -316,7 +447,7 @@ class _Order:
         self._at[0], self._at[1] = epoch, batches
 
     def resume_at(self, step, workers=0):
-        "Go on after `step` batches of this rank, over epochs of any length. ShardError: without one."
+        """Go on after `step` batches of this rank, over epochs of any length. ShardError: without one."""
         step, workers, epoch = whole_number(step, "step", 0), whole_number(workers, "workers", 0), 0
         while True:
             self.resume(epoch)
@@ -325,30 +456,33 @@ class _Order:
                 many, readers = sum(map(len, self.starts)), self.world * max(workers, 1)
                 raise ShardError(
                     f"{self.url}: {many} windows are no batch of {self.batch} for each of {readers} "
-                    "readers; take a smaller batch, fewer readers or more recordings")
+                    "readers; take a smaller batch, fewer readers or more recordings"
+                )
             if step < length:
                 return self.resume(epoch, step)
             step, epoch = step - length, epoch + 1
 
     def _deal(self, workers):
-        "Segments of each reader in order, and whether every reader goes through all of them."
+        """Segments of each reader in order, and whether every reader goes through all of them."""
         readers = self.world * max(workers, 1)
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.segments)).tolist()
         dealt = [order[c::readers] for c in range(readers)]
-        if self.even: dealt = deal_evenly(order, list(map(len, self.starts)), readers)
+        if self.even:
+            dealt = deal_evenly(order, list(map(len, self.starts)), readers)
         if self.even and min(self._windows(mine) for mine in dealt) < self.batch:
             return [order] * readers, True
         return dealt, False
 
-    def _windows(self, segments): return sum(len(self.starts[s]) for s in segments)
+    def _windows(self, segments):
+        return sum(len(self.starts[s]) for s in segments)
 
     def readers(self, workers):
-        "Segments of each reader of all ranks, in order; `workers` a rank, at least 1."
+        """Segments of each reader of all ranks, in order; `workers` a rank, at least 1."""
         return self._deal(whole_number(workers, "workers", 1))[0]
 
     def batches(self, workers=0):
-        "Batches that each worker of this rank gives in an epoch."
+        """Batches that each worker of this rank gives in an epoch."""
         workers = max(whole_number(workers, "workers", 0), 1)
         dealt, shared = self._deal(workers)
         windows = [self._windows(mine) for mine in dealt]
@@ -357,11 +491,12 @@ class _Order:
         if self.even:
             return [min(windows) // self.batch] * workers
         first = self.rank * workers
-        return [-(-n // self.batch) for n in windows[first:first + workers]]
+        return [-(-n // self.batch) for n in windows[first : first + workers]]
 
 # %% ../nbs/05_shards.ipynb #e06b8bb3
 class ShardPlan(_Order):
-    "Which reader gives which windows, in how many batches. Nothing but shards.json is read."
+    """Which reader gives which windows, in how many batches. Nothing but shards.json is read."""
+
     def __init__(
         self,
         url,  # that `write_shards` was given
@@ -422,18 +557,22 @@ class ShardPlan(_Order):
 
 # %% ../nbs/05_shards.ipynb #ac143830
 class ShardWindows(ShardPlan, torch.utils.data.IterableDataset):
-    "Batches of windows for `DataLoader(windows, batch_size=None, num_workers=W)`: frames (B, 1+K, 3, H, W) uint8 and actions (B, ticks-1+K, 28). With `far` (B, 2+K, 3, H, W) and (B, ticks-1+far, 28)."
+    """Batches of windows for `DataLoader(windows, batch_size=None, num_workers=W)`: frames (B, 1+K, 3, H, W) uint8 and actions (B, ticks-1+K, 28). With `far` (B, 2+K, 3, H, W) and (B, ticks-1+far, 28)."""
+
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         w, workers = (info.id, info.num_workers) if info else (0, 1)
         c, todo = self.rank * workers + w, self.batches(workers)[w]
         dealt, shared = self._deal(workers)
         mine = dealt[c]
-        skip = self.taken // workers + (w < self.taken % workers)  # batches are taken from the workers in turn
+        skip = self.taken // workers + (
+            w < self.taken % workers
+        )  # batches are taken from the workers in turn
         seeds = [self.seed, self.epoch] if shared else [self.seed, self.epoch, c]
         counts = [len(self.starts[s]) for s in mine]
         draws = draw_windows(counts, self.buffer, np.random.default_rng(seeds))
-        if shared: draws = every(draws, c, len(dealt))
+        if shared:
+            draws = every(draws, c, len(dealt))
         return self._batches(mine, draws, skip, todo)
 
     def _batches(self, mine, draws, skip, todo):
@@ -441,23 +580,34 @@ class ShardWindows(ShardPlan, torch.utils.data.IterableDataset):
         past = {s for s, i in enumerate(mine) if not self.starts[i]}  # done with
         try:
             for n, (s, k, done) in enumerate(draws):
-                if n // self.batch >= todo: return
+                if n // self.batch >= todo:
+                    return
                 if n // self.batch >= skip:
-                    ahead = max(len(past) + self.buffer + 4, s + 1)  # those in the buffer, and four to come
+                    ahead = max(
+                        len(past) + self.buffer + 4, s + 1
+                    )  # those in the buffer, and four to come
                     segments.ask(min(ahead, len(mine)), past)
                     batch.append(self._window(segments.here[s].result(), mine[s], k))
                 past.update(done)
-                for d in done: segments.here.pop(d, None)
-                if len(batch) == self.batch: yield tuple(torch.from_numpy(np.stack(x)) for x in zip(*batch)); batch = []
-            if batch: yield tuple(torch.from_numpy(np.stack(x)) for x in zip(*batch))
-        finally: segments.close()
+                for d in done:
+                    segments.here.pop(d, None)
+                if len(batch) == self.batch:
+                    yield tuple(torch.from_numpy(np.stack(x)) for x in zip(*batch))
+                    batch = []
+            if batch:
+                yield tuple(torch.from_numpy(np.stack(x)) for x in zip(*batch))
+        finally:
+            segments.close()
 
     def _window(self, segment, i, k):
         about, t = self.segments[i], self.starts[i][k]
         frames, actions, _ = segment
         f, a = t - about["first"], t - self.ticks + 1 - about["actions"]
-        shown = [*range(f, f + 1 + self.rollout), *([f + self.far] if self.far > self.rollout else [])]
-        return frames[shown], actions[a:a + self.ticks - 1 + self.ahead]
+        shown = [
+            *range(f, f + 1 + self.rollout),
+            *([f + self.far] if self.far > self.rollout else []),
+        ]
+        return frames[shown], actions[a : a + self.ticks - 1 + self.ahead]
 
 # %% ../nbs/05_shards.ipynb #40a64400
 def some_windows(

@@ -24,140 +24,218 @@ from .drawing import beside_plot, save_figure
 from .evaluation import beside, read_report
 
 # %% ../nbs/19_study.ipynb #ae357af9
-HOURS = "8_ablations",  # run by a command of their own
+HOURS = ("8_ablations",)  # run by a command of their own
+
 
 def study_notebooks(
     folder,  # holds 1_data.ipynb, 2_train.ipynb, ...; or one notebook
 ) -> list[Path]:
-    "Notebooks of the study by number, without those that take hours. FileNotFoundError where there is none."
-    if Path(folder).is_file(): return [Path(folder)]
-    found = [p for p in Path(folder).glob("*.ipynb") if re.match(r"\d+_", p.name) and p.stem not in HOURS]
-    if not found: raise FileNotFoundError(f"{folder}: no notebook named like 1_data.ipynb; run from the root of the repository")
+    """Notebooks of the study by number, without those that take hours. FileNotFoundError where there is none."""
+    if Path(folder).is_file():
+        return [Path(folder)]
+    found = [
+        p for p in Path(folder).glob("*.ipynb") if re.match(r"\d+_", p.name) and p.stem not in HOURS
+    ]
+    if not found:
+        raise FileNotFoundError(
+            f"{folder}: no notebook named like 1_data.ipynb; run from the root of the repository"
+        )
     return sorted(found, key=lambda p: int(p.name.split("_")[0]))
 
 # %% ../nbs/19_study.ipynb #ee659480
 def recorded_seconds(
-    path,      # the study.json that a study left
+    path,  # the study.json that a study left
     settings,  # must be those it was run with
 ) -> dict[str, float]:
-    "Seconds of each notebook in an earlier study, {} where none fits."
+    """Seconds of each notebook in an earlier study, {} where none fits."""
     try:
         record = json.loads(Path(path).read_text())
         return dict(record["seconds"]) if record["settings"] == settings else {}
-    except (OSError, ValueError, TypeError, KeyError): return {}  # only an estimate hangs on it
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}  # only an estimate hangs on it
+
 
 def time_left(
     recorded,  # {notebook: seconds} of an earlier study
-    took,      # {notebook: seconds} of this one, so far
-    ahead,     # notebooks to come
+    took,  # {notebook: seconds} of this one, so far
+    ahead,  # notebooks to come
 ) -> float | None:
-    "Seconds, or None where the record lacks a notebook to come."
-    if any(n not in recorded for n in ahead): return None
+    """Seconds, or None where the record lacks a notebook to come."""
+    if any(n not in recorded for n in ahead):
+        return None
     known = [n for n in took if n in recorded]
     pace = sum(took[n] for n in known) / sum(recorded[n] for n in known) if known else 1
     return pace * sum(recorded[n] for n in ahead)
 
 # %% ../nbs/19_study.ipynb #dc2a5e57
 class AboveBar:
-    "A stream of whole lines, written above tqdm's bars; of a line that redraws itself, its last state."
-    def __init__(self): self.rest = ""
+    """A stream of whole lines, written above tqdm's bars; of a line that redraws itself, its last state."""
+
+    def __init__(self):
+        self.rest = ""
 
     def write(self, text):
         *lines, self.rest = (self.rest + text).replace("\r\n", "\n").split("\n")
-        for line in lines: tqdm.write("    " + line.rstrip("\r").rsplit("\r")[-1])
+        for line in lines:
+            tqdm.write("    " + line.rstrip("\r").rsplit("\r")[-1])
 
-    def flush(self): sys.stdout.flush()
+    def flush(self):
+        sys.stdout.flush()
 
 # %% ../nbs/19_study.ipynb #0d36dd4c
 def _papermill():
-    "Papermill and what comes with it, imported as late as it is needed. ImportError names what installs it."
-    needed = "papermill", "jupyter_client", "jupyter_client.kernelspec", "traitlets.config", "ipykernel"
-    try: return [importlib.import_module(m) for m in needed][:4]
+    """Papermill and what comes with it, imported as late as it is needed. ImportError names what installs it."""
+    needed = (
+        "papermill",
+        "jupyter_client",
+        "jupyter_client.kernelspec",
+        "traitlets.config",
+        "ipykernel",
+    )
+    try:
+        return [importlib.import_module(m) for m in needed][:4]
     except Exception as e:  # lacking, or installed and broken
-        raise ImportError(f"notebooks are run by papermill, which can't be imported here ({type(e).__name__}: {e}); "
-                          "install it: pip install -e '.[dev]'") from None
+        raise ImportError(
+            f"notebooks are run by papermill, which can't be imported here ({type(e).__name__}: {e}); "
+            "install it: pip install -e '.[dev]'"
+        ) from None
+
 
 @contextmanager
 def _own_kernel():
-    "What papermill needs to start a kernel of this Python, with its files in a temporary folder."
+    """What papermill needs to start a kernel of this Python, with its files in a temporary folder."""
     _, client, specs, traits = _papermill()
     with tempfile.TemporaryDirectory(prefix="kernel-", ignore_cleanup_errors=True) as folder:
-        env = {"IPYTHONDIR": f"{folder}/ipython", "PYTHONSTARTUP": "", "MPLBACKEND": "agg",
-               "TQDM_MININTERVAL": "5"}
+        env = {
+            "IPYTHONDIR": f"{folder}/ipython",
+            "PYTHONSTARTUP": "",
+            "MPLBACKEND": "agg",
+            "TQDM_MININTERVAL": "5",
+        }
         quiet = "--log-level=CRITICAL"  # at its end a kernel is interrupted, which is no error
         spec = specs.KernelSpec(
             argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", quiet],
-            name="python3", display_name="Python 3", language="python", env=env)
+            name="python3",
+            display_name="Python 3",
+            language="python",
+            env=env,
+        )
 
         class ThisPython(client.AsyncKernelManager):
             kernel_spec = property(lambda self: spec)
 
-        fits = os.name == "posix" and len(folder) < 80  # the path of a socket is 107 bytes long at most
-        files = {"connection_file": f"{folder}/kernel.json",
-                 "transport": "ipc" if fits else "tcp"}  # no open port, no warning about one
-        yield {"kernel_manager_class": ThisPython, "config": traits.Config({"KernelManager": files})}
+        fits = (
+            os.name == "posix" and len(folder) < 80
+        )  # the path of a socket is 107 bytes long at most
+        files = {
+            "connection_file": f"{folder}/kernel.json",
+            "transport": "ipc" if fits else "tcp",
+        }  # no open port, no warning about one
+        yield {
+            "kernel_manager_class": ThisPython,
+            "config": traits.Config({"KernelManager": files}),
+        }
 
 # %% ../nbs/19_study.ipynb #dbf49028
 def run_notebook(
-    notebook,    # path of the notebook
-    copy,        # the executed copy is written here, failed or not
+    notebook,  # path of the notebook
+    copy,  # the executed copy is written here, failed or not
     parameters,  # values for its cell tagged `parameters`; a Path is made relative to the notebook
 ):
-    "Execute one notebook, showing what it prints. PapermillExecutionError carries the failed cell's traceback."
+    """Execute one notebook, showing what it prints. PapermillExecutionError carries the failed cell's traceback."""
     papermill = _papermill()[0]
     notebook, copy = Path(notebook).resolve(), Path(copy).resolve()
     copy.parent.mkdir(parents=True, exist_ok=True)
-    values = {k: os.path.relpath(v, notebook.parent) if isinstance(v, Path) else v for k, v in parameters.items()}
+    values = {
+        k: os.path.relpath(v, notebook.parent) if isinstance(v, Path) else v
+        for k, v in parameters.items()
+    }
     prints = AboveBar()
-    bar = {"desc": notebook.stem, "disable": None, "leave": False,
-           "bar_format": "{desc}: |{bar:30}| {n_fmt}/{total_fmt} cells, {elapsed}"}
+    bar = {
+        "desc": notebook.stem,
+        "disable": None,
+        "leave": False,
+        "bar_format": "{desc}: |{bar:30}| {n_fmt}/{total_fmt} cells, {elapsed}",
+    }
     with _own_kernel() as kernel:
-        try: papermill.execute_notebook(
-                notebook, copy, values, cwd=notebook.parent, kernel_name="python3", language="python",
-                stdout_file=prints, stderr_file=prints, progress_bar=bar, **kernel)
-        finally: _last_states(copy)
+        try:
+            papermill.execute_notebook(
+                notebook,
+                copy,
+                values,
+                cwd=notebook.parent,
+                kernel_name="python3",
+                language="python",
+                stdout_file=prints,
+                stderr_file=prints,
+                progress_bar=bar,
+                **kernel,
+            )
+        finally:
+            _last_states(copy)
+
 
 def _last_states(copy):
-    "Of each line that redraws itself, keep the last state: a bar leaves a line in the executed notebook, not hundreds."
-    try: notebook = json.loads(copy.read_text())
-    except (OSError, ValueError): return  # nothing was executed
+    """Of each line that redraws itself, keep the last state: a bar leaves a line in the executed notebook, not hundreds."""
+    try:
+        notebook = json.loads(copy.read_text())
+    except (OSError, ValueError):
+        return  # nothing was executed
     for cell in (c for c in notebook["cells"] if c["cell_type"] == "code"):
         outputs, cell["outputs"], streams = cell["outputs"], [], {}
         for out in outputs:
             name = out.get("name") if out["output_type"] == "stream" else None
-            if name: out["text"] = "".join(out["text"])
-            else: streams.pop("stdout", None)  # what is printed after a picture stays after it
-            if name in streams: streams[name]["text"] += out["text"]
+            if name:
+                out["text"] = "".join(out["text"])
+            else:
+                streams.pop("stdout", None)  # what is printed after a picture stays after it
+            if name in streams:
+                streams[name]["text"] += out["text"]
             else:
                 cell["outputs"].append(out)
-                if name: streams[name] = out
+                if name:
+                    streams[name] = out
         for out in cell["outputs"]:
-            if out["output_type"] == "stream": out["text"] = _drawn(out["text"])
+            if out["output_type"] == "stream":
+                out["text"] = _drawn(out["text"])
     write_json(copy, notebook)
 
+
 def _drawn(text):
-    "What a terminal shows of a text in which lines are redrawn."
-    return "".join(line.rstrip("\r").rsplit("\r")[-1] + "\n" * whole for line, whole in _lines(text))
+    """What a terminal shows of a text in which lines are redrawn."""
+    return "".join(
+        line.rstrip("\r").rsplit("\r")[-1] + "\n" * whole for line, whole in _lines(text)
+    )
+
 
 def _lines(text):
-    "(line, whether it ended) of a text."
+    """(line, whether it ended) of a text."""
     *lines, rest = text.replace("\r\n", "\n").split("\n")
     return [(line, True) for line in lines] + [(rest, False)] * bool(rest)
 
 # %% ../nbs/19_study.ipynb #888220c6
 def _shipped(notebooks):
-    "The checkout that holds these notebooks, where its shipped numbers are; None elsewhere."
-    return next((p for p in Path(notebooks).resolve().parents if (p / "data/weights/tiny/evaluate.json").is_file()), None)
+    """The checkout that holds these notebooks, where its shipped numbers are; None elsewhere."""
+    return next(
+        (
+            p
+            for p in Path(notebooks).resolve().parents
+            if (p / "data/weights/tiny/evaluate.json").is_file()
+        ),
+        None,
+    )
 
 
 def _beside_shipped(out_dir, notebooks):
-    "Print and draw what this run reached beside the shipped weights; nothing where one of the two is not there."
+    """Print and draw what this run reached beside the shipped weights; nothing where one of the two is not there."""
     root = _shipped(notebooks)
-    if root is None: return
+    if root is None:
+        return None
     try:
         yours = read_report(Path(out_dir) / "evaluate.json")
         shipped = read_report(root / "data/weights/tiny/evaluate.json")
-    except ValueError as e: return print(f"not set beside the shipped weights: {e}")
+    except ValueError as e:
+        return print(f"not set beside the shipped weights: {e}")
     found = beside(yours, shipped)
     print(f"\nyours beside the shipped weights (three hours of two cores): {found['told']}")
     print(f"  {'':<52}" + "".join(f"{who:>9}" for who in ("yours", "shipped", "wanted")))
@@ -169,86 +247,152 @@ def _beside_shipped(out_dir, notebooks):
 
 
 def _number(value):
-    "As the table shows it."
+    """As the table shows it."""
     return "" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
 def clock(
     seconds: float,  # 0 or more
 ) -> str:
-    "`61.4 -> '1:01'`"
+    """`61.4 -> '1:01'`"""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 # %% ../nbs/19_study.ipynb #0b0acf8f
 def run_study(
-    preset_name="tiny",      # a name in config.PRESETS
-    data_dir="data",         # recordings
-    out_dir="_runs/figures", # figures, their numbers and study.json
-    steps=0,                 # length of each notebook's main loop; 0: its own default
+    preset_name="tiny",  # a name in config.PRESETS
+    data_dir="data",  # recordings
+    out_dir="_runs/figures",  # figures, their numbers and study.json
+    steps=0,  # length of each notebook's main loop; 0: its own default
     seed=0,
-    device="cpu",            # or 'cuda'
-    notebooks="nbs/study",   # folder of the study's notebooks
-    runs="_runs",            # executed copies, and weights/PRESET
+    device="cpu",  # or 'cuda'
+    notebooks="nbs/study",  # folder of the study's notebooks
+    runs="_runs",  # executed copies, and weights/PRESET
 ) -> dict[str, float]:
-    "Run the study's notebooks in order; gives the seconds each took."
-    found, settings = study_notebooks(notebooks), {"preset": preset_name, "steps": steps, "device": device}
-    parameters = {"preset_name": preset_name, "data_dir": Path(data_dir).resolve(), "out_dir": Path(out_dir).resolve(),
-                  "weights": (Path(runs) / "weights" / preset_name).resolve(), "steps": steps, "seed": seed, "device": device}
-    record = Path(out_dir) / f"{Path(notebooks).stem if Path(notebooks).name == 'bench' or Path(notebooks).is_file() else 'study'}.json"
+    """Run the study's notebooks in order; gives the seconds each took."""
+    found, settings = (
+        study_notebooks(notebooks),
+        {"preset": preset_name, "steps": steps, "device": device},
+    )
+    parameters = {
+        "preset_name": preset_name,
+        "data_dir": Path(data_dir).resolve(),
+        "out_dir": Path(out_dir).resolve(),
+        "weights": (Path(runs) / "weights" / preset_name).resolve(),
+        "steps": steps,
+        "seed": seed,
+        "device": device,
+    }
+    record = (
+        Path(out_dir)
+        / f"{Path(notebooks).stem if Path(notebooks).name == 'bench' or Path(notebooks).is_file() else 'study'}.json"
+    )
     root, took, start = _shipped(notebooks), {}, time.monotonic()
-    of_the_sample = root is not None and Path(data_dir).resolve() == root / "data"  # how long other recordings take is not known
+    of_the_sample = (
+        root is not None and Path(data_dir).resolve() == root / "data"
+    )  # how long other recordings take is not known
     records = [record, root / "figures" / record.name] if of_the_sample else [record]
     recorded = next((r for p in records if (r := recorded_seconds(p, settings))), {})
     for i, notebook in enumerate(found):
         left = time_left(recorded, took, [n.stem for n in found[i:]])
-        print(f"[{i + 1}/{len(found)}] {notebook.stem}  {clock(time.monotonic() - start)} elapsed, " + (f"about {clock(left)} left" if left else "no record of how long this takes"), flush=True)
+        print(
+            f"[{i + 1}/{len(found)}] {notebook.stem}  {clock(time.monotonic() - start)} elapsed, "
+            + (f"about {clock(left)} left" if left else "no record of how long this takes"),
+            flush=True,
+        )
         begin = time.monotonic()
         run_notebook(notebook, Path(runs) / notebook.name, parameters)
         took[notebook.stem] = round(time.monotonic() - begin, 1)
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     write_json(record, {"settings": settings, "seconds": took})
-    if "3_evaluate" in took: _beside_shipped(out_dir, notebooks)
+    if "3_evaluate" in took:
+        _beside_shipped(out_dir, notebooks)
     gifs = sorted(Path(out_dir).glob("rollout_*.gif")) if "4_rollout" in took else []
-    if gifs: print("one second imagined beside reality: " + ", ".join(map(str, gifs)))
-    print(f"done in {clock(time.monotonic() - start)}: figures in {out_dir}, executed notebooks in {runs}")
+    if gifs:
+        print("one second imagined beside reality: " + ", ".join(map(str, gifs)))
+    print(
+        f"done in {clock(time.monotonic() - start)}: figures in {out_dir}, executed notebooks in {runs}"
+    )
     return took
 
 # %% ../nbs/19_study.ipynb #ff1e7bd1
 def main(
     argv=None,  # words of the command line; None: those of this process
 ) -> int:
-    "Run the study as the command line says; 1 when a notebook failed."
-    p = argparse.ArgumentParser(prog="python -m minecraft_jepa.study", description="Run the study's notebooks in order.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--preset", dest="preset_name", default="tiny", choices=list(PRESETS), help="size of frames, networks and training")
-    p.add_argument("--data", dest="data_dir", default="data", metavar="FOLDER", help="recordings, NAME.mp4 + NAME.jsonl")
-    p.add_argument("--out", dest="out_dir", default="_runs/figures", metavar="FOLDER", help="for figures and their numbers")
-    p.add_argument("--steps", type=int, default=0, help="length of each notebook's main loop; 0: its own default")
+    """Run the study as the command line says; 1 when a notebook failed."""
+    p = argparse.ArgumentParser(
+        prog="python -m minecraft_jepa.study",
+        description="Run the study's notebooks in order.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument(
+        "--preset",
+        dest="preset_name",
+        default="tiny",
+        choices=list(PRESETS),
+        help="size of frames, networks and training",
+    )
+    p.add_argument(
+        "--data",
+        dest="data_dir",
+        default="data",
+        metavar="FOLDER",
+        help="recordings, NAME.mp4 + NAME.jsonl",
+    )
+    p.add_argument(
+        "--out",
+        dest="out_dir",
+        default="_runs/figures",
+        metavar="FOLDER",
+        help="for figures and their numbers",
+    )
+    p.add_argument(
+        "--steps",
+        type=int,
+        default=0,
+        help="length of each notebook's main loop; 0: its own default",
+    )
     p.add_argument("--seed", type=int, default=0, help="of everything random")
-    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the networks run")
-    p.add_argument("--notebooks", default="nbs/study", metavar="FOLDER", help="the study's notebooks")
-    p.add_argument("--runs", default="_runs", metavar="FOLDER", help="for executed notebooks and weights")
+    p.add_argument(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="where the networks run"
+    )
+    p.add_argument(
+        "--notebooks", default="nbs/study", metavar="FOLDER", help="the study's notebooks"
+    )
+    p.add_argument(
+        "--runs", default="_runs", metavar="FOLDER", help="for executed notebooks and weights"
+    )
     arguments = vars(p.parse_args(argv))
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin at a barrier make torch several times slower when another process wants the core (LOG.md)
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # threads that spin at a barrier make torch several times slower when another process wants the core (LOG.md)
     try:
         stopped = _failures()
         run_study(**arguments)
-    except ImportError as e: return _fail(f"{p.prog}: {e}")
-    except FileNotFoundError as e: p.error(str(e))
+    except ImportError as e:
+        return _fail(f"{p.prog}: {e}")
+    except FileNotFoundError as e:
+        p.error(str(e))
     except stopped as e:
-        return _fail(f"{e}\nThe study stopped here; the failed notebook as far as it came is in {arguments['runs']}. "
-                     f"What later notebooks would have written into {arguments['out_dir']} is not there, or of an earlier run.")
+        return _fail(
+            f"{e}\nThe study stopped here; the failed notebook as far as it came is in {arguments['runs']}. "
+            f"What later notebooks would have written into {arguments['out_dir']} is not there, or of an earlier run."
+        )
     return 0
 
+
 def _failures():
-    "What ends a notebook: an error in a cell, or a kernel that died."
+    """What ends a notebook: an error in a cell, or a kernel that died."""
     _papermill()
     of_papermill = importlib.import_module("papermill.exceptions").PapermillExecutionError
     return of_papermill, importlib.import_module("nbclient.exceptions").DeadKernelError
 
+
 def _fail(text):
-    "Say it on stderr; the exit status."
+    """Say it on stderr; the exit status."""
     print(text, file=sys.stderr)
     return 1
 
 # %% ../nbs/19_study.ipynb #309ea8ea
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # a notebook is "__main__" too
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())  # a notebook is "__main__" too

@@ -39,8 +39,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from .clips import ClipStore, sample_windows
-from .config import (PRESETS, Train, check_device, load_config, parse_changes, preset,
-    seed_everything, whole_number, write_json)
+from minecraft_jepa.config import (
+    PRESETS,
+    Train,
+    check_device,
+    load_config,
+    parse_changes,
+    preset,
+    seed_everything,
+    whole_number,
+    write_json,
+)
 from .dit import DiT, RegressionHead
 from .ema import ema_update, frozen_copy, momentum_at
 from .jepa import WorldModel, collapse_alarm, collapse_metrics, encoder_gradients
@@ -49,81 +58,109 @@ from .shards import ShardError, ShardWindows, some_windows
 
 # %% ../nbs/13_training.ipynb #f1f45602
 def make_optimizer(
-    parts,         # {module: share of the learning rate}; parameters that hear no gradient are left out
-    lr,            # peak learning rate
+    parts,  # {module: share of the learning rate}; parameters that hear no gradient are left out
+    lr,  # peak learning rate
     weight_decay,  # on matrices; biases, norms and positions have none
 ):
-    "AdamW, beta2 .95 (JiT, app. A; GPT-3, app. B)."
+    """AdamW, beta2 .95 (JiT, app. A; GPT-3, app. B)."""
     groups = []
     for module, share in parts.items():
         params = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         plain = lambda n, p: p.ndim < 2 or n.endswith(("position", "recency"))
-        groups += [{"params": [p for n, p in params if not plain(n, p)], "weight_decay": weight_decay, "share": share},
-                   {"params": [p for n, p in params if plain(n, p)], "weight_decay": 0.0, "share": share}]
+        groups += [
+            {
+                "params": [p for n, p in params if not plain(n, p)],
+                "weight_decay": weight_decay,
+                "share": share,
+            },
+            {"params": [p for n, p in params if plain(n, p)], "weight_decay": 0.0, "share": share},
+        ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
+
 def lr_at(
-    step,    # 0 .. steps-1
-    steps,   # length of the run
-    lr,      # peak
+    step,  # 0 .. steps-1
+    steps,  # length of the run
+    lr,  # peak
     warmup,  # share of the steps
 ):
-    "Linear warm-up, then cosine to zero."
+    """Linear warm-up, then cosine to zero."""
     ramp = max(int(warmup * steps), 1)
-    if step < ramp: return lr * (step + 1) / ramp
+    if step < ramp:
+        return lr * (step + 1) / ramp
     return lr * (math.cos(math.pi * (step - ramp) / max(steps - ramp, 1)) + 1) / 2
 
 # %% ../nbs/13_training.ipynb #ef25d053
 def autocast(
     device,  # 'cpu' or 'cuda'
 ):
-    "bfloat16 on a GPU, nothing on a CPU."
+    """bfloat16 on a GPU, nothing on a CPU."""
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
 
 def make_accelerator(
     device,  # 'cpu' or 'cuda'
 ) -> Accelerator:
-    "The engine for this process: alone, or one of those that torchrun, `accelerate launch` or `notebook_launcher` started. ValueError where there is no such device, or where several processes were asked for and one was started."
+    """The engine for this process: alone, or one of those that torchrun, `accelerate launch` or `notebook_launcher` started. ValueError where there is no such device, or where several processes were asked for and one was started."""
     check_device(device, "take --device cpu")
     _refuse_lone_launch()
-    if PartialState._shared_state and (PartialState().device.type == "cpu") != (device == "cpu"): AcceleratorState._reset_state(reset_partial_state=True)
+    if PartialState._shared_state and (PartialState().device.type == "cpu") != (device == "cpu"):
+        AcceleratorState._reset_state(reset_partial_state=True)
     buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy
     half = "bf16" if device == "cuda" else "no"
     return Accelerator(cpu=device == "cpu", mixed_precision=half, kwargs_handlers=[buckets])
 
+
 def _refuse_lone_launch():
-    "`accelerate launch --num_processes 2` starts one process where it finds no GPU, without a word."
-    launched = {"ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ)
+    """`accelerate launch --num_processes 2` starts one process where it finds no GPU, without a word."""
+    launched = {"ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(
+        os.environ
+    )
     ranks = ("RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
     if launched and not any(k in os.environ for k in ranks):
-        raise ValueError("accelerate launch was asked for several processes and started one, as it does "
-                         "where it finds no GPU, so the batch can't be shared: start them with "
-                         "torchrun --nproc_per_node N -m minecraft_jepa.training ...")
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one, as it does "
+            "where it finds no GPU, so the batch can't be shared: start them with "
+            "torchrun --nproc_per_node N -m minecraft_jepa.training ..."
+        )
+
 
 def leave_processes():
-    "To be called last by each of several processes: a thread of gloo that is still alive when Python ends takes the process down (SIGABRT) after all is written (pytorch/pytorch#179291). Alone it does nothing."
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    """To be called last by each of several processes: a thread of gloo that is still alive when Python ends takes the process down (SIGABRT) after all is written (pytorch/pytorch#179291). Alone it does nothing."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
 
 def blocks_of(
     module,
 ):
-    "Every transformer block: what is compiled, and what is computed twice when activations are not kept."
-    return [b for m in module.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) for b in m if hasattr(b, "attend") or hasattr(b, "attn")]
+    """Every transformer block: what is compiled, and what is computed twice when activations are not kept."""
+    return [
+        b
+        for m in module.modules()
+        if isinstance(m, (nn.ModuleList, nn.Sequential))
+        for b in m
+        if hasattr(b, "attend") or hasattr(b, "attn")
+    ]
+
 
 def lighten(
-    module,    # changed in place
+    module,  # changed in place
     settings,  # config.train
     device,
 ):
-    "Activation checkpointing and torch.compile, as the settings say. Names of parameters stay as they are."
+    """Activation checkpointing and torch.compile, as the settings say. Names of parameters stay as they are."""
     for block in blocks_of(module):
-        if settings.checkpoint_activations: block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if settings.compile and device == "cuda": block.compile()
+        if settings.checkpoint_activations:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if settings.compile and device == "cuda":
+            block.compile()
     return module
 
 # %% ../nbs/13_training.ipynb #af88e893
 class Prefetched:
-    "An iterator read ahead by a thread; `waited` counts the seconds that its user waited."
+    """An iterator read ahead by a thread; `waited` counts the seconds that its user waited."""
+
     def __init__(self, batches, ahead=2):
         self.queue, self.waited, self.stopped = queue.Queue(ahead), 0.0, threading.Event()
         self.thread = threading.Thread(target=self._read, args=(batches,), daemon=True)
@@ -132,66 +169,88 @@ class Prefetched:
     def _read(self, batches):
         try:
             for b in batches:
-                if not self._put((b, None)): return
+                if not self._put((b, None)):
+                    return
             self._put((None, StopIteration()))
-        except Exception as e: self._put((None, e))  # raised where the batch is wanted
+        except Exception as e:
+            self._put((None, e))  # raised where the batch is wanted
 
     def _put(self, item):
         while not self.stopped.is_set():
-            try: self.queue.put(item, timeout=0.1); return True
-            except queue.Full: pass
+            try:
+                self.queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                pass
         return False
 
     def __next__(self):
         begin = time.monotonic()
         batch, error = self.queue.get()
         self.waited += time.monotonic() - begin
-        if error: raise error
+        if error:
+            raise error
         return batch
 
     def close(self):
-        "Wait for the batch in work: a thread that is inside torch when Python ends takes the process down with it."
+        """Wait for the batch in work: a thread that is inside torch when Python ends takes the process down with it."""
         self.stopped.set()
         self.thread.join(10)
 
 # %% ../nbs/13_training.ipynb #f25dbd56
 def _windows(data, names, ticks, rollout, batch, seed, step, rank=0, world=1, far=0):
-    "Endless batches from step `step` on, of a clip store or of shards at a URL."
-    if not _is_url(data): return sample_windows(data, names, ticks, rollout, batch, seed, step, rank, world, far)
+    """Endless batches from step `step` on, of a clip store or of shards at a URL."""
+    if not _is_url(data):
+        return sample_windows(data, names, ticks, rollout, batch, seed, step, rank, world, far)
     return _shard_windows(data, names, ticks, rollout, batch, seed, step, rank, world, far)
 
+
 def _shard_windows(url, names, ticks, rollout, batch, seed, step, rank, world, far):
-    windows = ShardWindows(url, ticks, rollout, batch // world, seed, names, rank=rank, world=world, far=far)
+    windows = ShardWindows(
+        url, ticks, rollout, batch // world, seed, names, rank=rank, world=world, far=far
+    )
     windows.resume_at(step)  # epochs may differ in length
     while True:
         yield from windows
         epoch = windows.epoch + 1
         windows.resume(epoch)
-        if not windows.batches()[0]: raise ShardError(f"{url}: epoch {epoch} has no batch of {batch} windows for {world} processes; take a smaller batch, fewer processes or more recordings")
+        if not windows.batches()[0]:
+            raise ShardError(
+                f"{url}: epoch {epoch} has no batch of {batch} windows for {world} processes; take a smaller batch, fewer processes or more recordings"
+            )
+
 
 def _to_look_at(data, names, ticks, rollout, many, seed):
-    "`many` windows for evaluation, the same in all processes; of few, each several times."
-    if not _is_url(data): return next(sample_windows(data, names, ticks, rollout, many, seed, 0))
+    """`many` windows for evaluation, the same in all processes; of few, each several times."""
+    if not _is_url(data):
+        return next(sample_windows(data, names, ticks, rollout, many, seed, 0))
     frames, actions = some_windows(data, many, ticks, rollout, seed, names)
     again = torch.arange(many) % len(frames)
     return frames[again], actions[again]
 
+
 _LOOK = 128  # windows to validate on
 
-def _shards_about(url): return ShardWindows(url, 1, 1, 1, rank=0, world=1).about  # any shards have such windows
 
-def _is_url(data): return isinstance(data, (str, os.PathLike))
+def _shards_about(url):
+    return ShardWindows(url, 1, 1, 1, rank=0, world=1).about  # any shards have such windows
 
+
+def _is_url(data):
+    return isinstance(data, (str, os.PathLike))
 
 # %% ../nbs/13_training.ipynb #08a975fd
 class Log:
-    "Rows of a run, in memory and, with a folder, in `NAME.jsonl` and for TensorBoard."
+    """Rows of a run, in memory and, with a folder, in `NAME.jsonl` and for TensorBoard."""
+
     def __init__(self, folder, name, step, main):
-        "Goes on after `step`: later rows, of a run that was killed, are dropped."
+        """Goes on after `step`: later rows, of a run that was killed, are dropped."""
         self.path, self.board = Path(folder) / f"{name}.jsonl" if folder else None, None
         found = _rows_of(self.path) if self.path else []
         self.rows = [r for r in found if r["step"] <= step]
-        self.spent = max((r.get("elapsed", 0.0) for r in found), default=0.0)  # seconds, dropped rows too
+        self.spent = max(
+            (r.get("elapsed", 0.0) for r in found), default=0.0
+        )  # seconds, dropped rows too
         if not (self.path and main):
             self.path = None
             return
@@ -204,222 +263,320 @@ class Log:
 
     def add(self, row):
         self.rows.append(row)
-        if self.path: self.file.write(json.dumps(row) + "\n")
+        if self.path:
+            self.file.write(json.dumps(row) + "\n")
         for key, value in row.items():
-            if type(value) is float: self._draw("add_scalar", key, value, row["step"])
+            if type(value) is float:
+                self._draw("add_scalar", key, value, row["step"])
             elif isinstance(value, list):
-                for i, v in enumerate(value): self._draw("add_scalar", f"{key}/{i + 1}", v, row["step"])
+                for i, v in enumerate(value):
+                    self._draw("add_scalar", f"{key}/{i + 1}", v, row["step"])
             elif isinstance(value, dict):
-                for k, v in value.items(): self._draw("add_scalar", f"{key}/{k}", v, row["step"])
+                for k, v in value.items():
+                    self._draw("add_scalar", f"{key}/{k}", v, row["step"])
 
     def picture(self, name, pixels, step):
-        "An (H, W, 3) uint8 picture, as the newest `name`.png and for TensorBoard."
-        if not self.path: return
+        """An (H, W, 3) uint8 picture, as the newest `name`.png and for TensorBoard."""
+        if not self.path:
+            return
         part = self.path.with_name(f"{name}.part")
         Image.fromarray(pixels).save(part, "PNG")
         os.replace(part, self.path.with_name(f"{name}.png"))
         self._draw("add_image", name, pixels, step, dataformats="HWC")
 
     def _draw(self, what, *words, **more):
-        "For TensorBoard, which may fail without harm."
-        if not self.board: return
-        try: getattr(self.board, what)(*words, **more)
-        except Exception as e: self.board = _no_board(e)
+        """For TensorBoard, which may fail without harm."""
+        if not self.board:
+            return
+        try:
+            getattr(self.board, what)(*words, **more)
+        except Exception as e:
+            self.board = _no_board(e)
 
     def close(self):
-        if self.path: self.file.close()
+        if self.path:
+            self.file.close()
         self._draw("close")
 
 # %% ../nbs/13_training.ipynb #e82e9e03
 def _rows_of(path):
-    "Rows of a log, up to the first that was not written whole."
+    """Rows of a log, up to the first that was not written whole."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else ():
-        try: row = json.loads(line)
-        except json.JSONDecodeError: break
-        if not isinstance(row, dict) or "step" not in row: break
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not isinstance(row, dict) or "step" not in row:
+            break
         rows.append(row)
     return rows
 
+
 def _open_board(folder, step):
-    "TensorBoard's writer, None where it is not installed or does not work."
+    """TensorBoard's writer, None where it is not installed or does not work."""
     try:
         from torch.utils.tensorboard import SummaryWriter
+
         return SummaryWriter(folder, purge_step=step + 1)
     except ModuleNotFoundError as e:
-        if e.name != "tensorboard": return _no_board(e)
-    except (Exception, SystemExit) as e: return _no_board(e)  # installed, but broken
+        if e.name != "tensorboard":
+            return _no_board(e)
+    except (Exception, SystemExit) as e:
+        return _no_board(e)  # installed, but broken
+
 
 def _no_board(e):
-    print(f"TensorBoard does not work here ({type(e).__name__}: {e}); the log goes on without it", flush=True)
-
+    print(
+        f"TensorBoard does not work here ({type(e).__name__}: {e}); the log goes on without it",
+        flush=True,
+    )
 
 # %% ../nbs/13_training.ipynb #c9bf555c
 class Progress:
-    "Prints where a loop stands, its speed and the time left: each tenth, and at least every minute."
+    """Prints where a loop stands, its speed and the time left: each tenth, and at least every minute."""
+
     def __init__(self, what, steps, first=0, every=60.0):
         self.what, self.steps, self.first, self.every = what, steps, first, every
         self.start = self.last = time.monotonic()
         self.tenth = 10 * first // steps
 
     def show(self, step, batch, text, now=False):
-        "After step `step` (from 1) of `batch` samples."
+        """After step `step` (from 1) of `batch` samples."""
         t, tenth = time.monotonic(), 10 * step // self.steps
-        if not now and t - self.last < self.every and tenth == self.tenth: return
+        if not now and t - self.last < self.every and tenth == self.tenth:
+            return
         self.last, self.tenth, took, done = t, tenth, t - self.start, step - self.first
         left = took / done * (self.steps - step)
-        print(f"{self.what} {step}/{self.steps}  {text}  {done * batch / took:.0f} samples/s  {int(left) // 60}:{int(left) % 60:02d} left", flush=True)
-
+        print(
+            f"{self.what} {step}/{self.steps}  {text}  {done * batch / took:.0f} samples/s  {int(left) // 60}:{int(left) % 60:02d} left",
+            flush=True,
+        )
 
 # %% ../nbs/13_training.ipynb #ddf03249
-def _local(t): return (t.to_local() if hasattr(t, "to_local") else t).detach().cpu().contiguous()
+def _local(t):
+    return (t.to_local() if hasattr(t, "to_local") else t).detach().cpu().contiguous()
+
 
 def _moments(optimizer, module):
-    "Adam's state by the parameter's name."
+    """Adam's state by the parameter's name."""
     named = {id(p): n for n, p in module.named_parameters()}
-    return {f"optimizer/{named[id(p)]}/{k}": v for p, s in optimizer.state.items() for k, v in s.items()}
+    return {
+        f"optimizer/{named[id(p)]}/{k}": v for p, s in optimizer.state.items() for k, v in s.items()
+    }
 
-_ADVICE = ("lower the lr, or look for broken frames in the recordings; "
-           "the same command goes on from the last sound checkpoint")
+
+_ADVICE = (
+    "lower the lr, or look for broken frames in the recordings; "
+    "the same command goes on from the last sound checkpoint"
+)
+
 
 def _sound(tensors):
-    "Whether all numbers are finite."
+    """Whether all numbers are finite."""
     return all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point())
 
+
 def save_checkpoint(
-    folder,     # of all checkpoints of the run
-    step,       # steps done
-    module,     # whose state is saved
+    folder,  # of all checkpoints of the run
+    step,  # steps done
+    module,  # whose state is saved
     optimizer,
-    about,      # for json: what the run is, and where it stands
-    keep=2,     # older ones are removed
-    rank=0, world=1, sharded=False,
-    wait=lambda: None,        # for all processes
+    about,  # for json: what the run is, and where it stands
+    keep=2,  # older ones are removed
+    rank=0,
+    world=1,
+    sharded=False,
+    wait=lambda: None,  # for all processes
     agree=lambda good: good,  # whether it is good in all processes
 ):
-    "Write `step_00000100`, whole or not at all. FloatingPointError, and nothing is written, where a number is not finite."
+    """Write `step_00000100`, whole or not at all. FloatingPointError, and nothing is written, where a number is not finite."""
     target, part = Path(folder) / f"step_{step:08d}", Path(folder) / f".step_{step:08d}.part"
     tensors = {}
     if sharded or rank == 0:
-        tensors = {f"module/{k}": _local(v) for k, v in module.state_dict().items()} | {k: _local(v) for k, v in _moments(optimizer, module).items()}
+        tensors = {f"module/{k}": _local(v) for k, v in module.state_dict().items()} | {
+            k: _local(v) for k, v in _moments(optimizer, module).items()
+        }
     if not agree(_sound(tensors)):
-        raise FloatingPointError(f"step {step}: a weight is not finite any more, no checkpoint is written: {_ADVICE}")
+        raise FloatingPointError(
+            f"step {step}: a weight is not finite any more, no checkpoint is written: {_ADVICE}"
+        )
     if rank == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     wait()
     if tensors:
         path = part / f"rank_{rank:05d}.safetensors"
-        try: save_file(tensors, path)
-        except SafetensorError as e: raise OSError(f"{path} can't be written ({e}): is the disk full?") from None
-        with open(path, "rb") as f: os.fsync(f.fileno())
+        try:
+            save_file(tensors, path)
+        except SafetensorError as e:
+            raise OSError(f"{path} can't be written ({e}): is the disk full?") from None
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
     wait()
     if rank == 0:
         write_json(part / "about.json", about | {"step": step, "world": world if sharded else 1})
-        if target.exists(): shutil.rmtree(target)
+        if target.exists():
+            shutil.rmtree(target)
         os.replace(part, target)
-        for old in sorted(Path(folder).glob("step_*"))[:-keep]: shutil.rmtree(old, ignore_errors=True)
+        for old in sorted(Path(folder).glob("step_*"))[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
     wait()
-
 
 # %% ../nbs/13_training.ipynb #0e3ce984
 def find_checkpoint(
-    folder,   # of all checkpoints
-    run,      # what the run is; another run's checkpoint is refused
+    folder,  # of all checkpoints
+    run,  # what the run is; another run's checkpoint is refused
     sound=lambda about: True,  # whether a checkpoint can be gone on from
 ) -> dict | None:
-    "What is known of the newest sound checkpoint, with its `path`; None without any. ValueError when the newest is of another run, or none is sound."
+    """What is known of the newest sound checkpoint, with its `path`; None without any. ValueError when the newest is of another run, or none is sound."""
     found = [a for p in sorted(Path(folder).glob("step_*"), reverse=True) if (a := _about(p))]
-    if not found: return None
+    if not found:
+        return None
     other = _differences(found[0]["run"], run)
-    if other: raise ValueError(f"{found[0]['path']}: the checkpoint of another run ({other}); run with those settings to go on, or give another folder, or delete {folder}")
+    if other:
+        raise ValueError(
+            f"{found[0]['path']}: the checkpoint of another run ({other}); run with those settings to go on, or give another folder, or delete {folder}"
+        )
     for about in found:
-        if sound(about): return about
-    raise ValueError(f"{folder}: no checkpoint can be read and holds finite numbers alone; delete this folder to begin anew")
+        if sound(about):
+            return about
+    raise ValueError(
+        f"{folder}: no checkpoint can be read and holds finite numbers alone; delete this folder to begin anew"
+    )
+
 
 def _about(path):
-    "What is known of a checkpoint, None where it was not written whole."
-    try: about = json.loads((path / "about.json").read_text())
-    except (OSError, ValueError): return None
+    """What is known of a checkpoint, None where it was not written whole."""
+    try:
+        about = json.loads((path / "about.json").read_text())
+    except (OSError, ValueError):
+        return None
     return about | {"path": path}
 
+
 def _differences(was, now):
-    "What differs of two runs, as text. What an older version did not write is not compared."
+    """What differs of two runs, as text. What an older version did not write is not compared."""
     told = [f"{k} was {was[k]!r}, is {now[k]!r}" for k in now if k in was and was[k] != now[k]]
     return "; ".join(told[:6]) + (f"; and {len(told) - 6} more" if len(told) > 6 else "")
 
+
 def _is_sound(about, rank=0, sharded=False):
-    "Whether this process's file of a checkpoint can be read and is finite."
+    """Whether this process's file of a checkpoint can be read and is finite."""
     path = about["path"] / f"rank_{rank if sharded else 0:05d}.safetensors"
-    try: return _sound(load_file(path))
-    except (OSError, SafetensorError): return False
+    try:
+        return _sound(load_file(path))
+    except (OSError, SafetensorError):
+        return False
+
 
 def load_checkpoint(
-    about,      # of `find_checkpoint`
-    module,     # changed in place
+    about,  # of `find_checkpoint`
+    module,  # changed in place
     optimizer,
-    rank=0, world=1, sharded=False,
+    rank=0,
+    world=1,
+    sharded=False,
 ):
-    "Put weights and moments back."
-    if about["world"] != (world if sharded else 1): raise ValueError(f"{about['path']}: written by {about['world']} sharded processes, this run has {world if sharded else 1}; start as many, or train on from the weights")
+    """Put weights and moments back."""
+    if about["world"] != (world if sharded else 1):
+        raise ValueError(
+            f"{about['path']}: written by {about['world']} sharded processes, this run has {world if sharded else 1}; start as many, or train on from the weights"
+        )
     path = about["path"] / f"rank_{rank if sharded else 0:05d}.safetensors"
     tensors = load_file(path)
     with torch.no_grad():
-        for k, v in module.state_dict().items(): (v.to_local() if hasattr(v, "to_local") else v).copy_(tensors[f"module/{k}"])
+        for k, v in module.state_dict().items():
+            (v.to_local() if hasattr(v, "to_local") else v).copy_(tensors[f"module/{k}"])
         for n, p in module.named_parameters():
-            state = {k.rsplit("/", 1)[1]: v for k, v in tensors.items() if k.startswith(f"optimizer/{n}/")}
-            if state: optimizer.state[p] = {k: _as(v, p) if k != "step" else v.to(p.device) for k, v in state.items()}
+            state = {
+                k.rsplit("/", 1)[1]: v
+                for k, v in tensors.items()
+                if k.startswith(f"optimizer/{n}/")
+            }
+            if state:
+                optimizer.state[p] = {
+                    k: _as(v, p) if k != "step" else v.to(p.device) for k, v in state.items()
+                }
+
 
 def _as(v, p):
-    "A tensor where and as the parameter is."
-    if not hasattr(p, "to_local"): return v.to(p.device)
+    """A tensor where and as the parameter is."""
+    if not hasattr(p, "to_local"):
+        return v.to(p.device)
     from torch.distributed.tensor import DTensor
-    return DTensor.from_local(v.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+
+    return DTensor.from_local(
+        v.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
+    )
 
 # %% ../nbs/13_training.ipynb #47e76688
 class InUseError(OSError):
-    "A run is at work in the folder."
+    """A run is at work in the folder."""
+
 
 def _this_process():
-    "What tells this process from any other, here or elsewhere."
-    try: boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError: boot = ""
-    return {"host": socket.gethostname(), "boot": boot, "pid": os.getpid(), "started": _started(os.getpid()),
-            "token": uuid.uuid4().hex, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    """What tells this process from any other, here or elsewhere."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return {
+        "host": socket.gethostname(),
+        "boot": boot,
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "token": uuid.uuid4().hex,
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
 
 def _started(pid):
-    "When a process of this machine began, in the kernel's ticks; None where there is none."
-    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError): pass
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return None
-    except OSError: pass
+    """When a process of this machine began, in the kernel's ticks; None where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
     return "?"
 
+
 def _flock(file):
-    "True where the lock was got, False where another has it, None where this disk knows no locks."
-    try: import fcntl
-    except ImportError: return None
-    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: return False
-    except OSError: return None
+    """True where the lock was got, False where another has it, None where this disk knows no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
     return True
 
 
 def _lives(other, locked, read, watch):
-    "Whether the process that wrote `other` into the file is still at work."
+    """Whether the process that wrote `other` into the file is still at work."""
     me = _this_process()
     if (other.get("host"), other.get("boot")) == (me["host"], me["boot"]):
         return not locked and _started(other["pid"]) == other["started"]
     begin = time.monotonic()
     while time.monotonic() - begin < watch:  # elsewhere: its mark moves
         time.sleep(0.5)
-        if read() not in ({}, other): return True
+        if read() not in ({}, other):
+            return True
     return False
 
 # %% ../nbs/13_training.ipynb #b447d15f
 class _Hold:
-    "A folder held by this process. InUseError where another has it."
+    """A folder held by this process. InUseError where another has it."""
+
     beat, watch = 3.0, 10.0  # seconds between marks; looked at before one from elsewhere is dead
 
     def __init__(self, folder):
@@ -429,31 +586,44 @@ class _Hold:
         while True:
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             locked = _flock(self.file)
-            if self._is_there(): break  # else its owner took it away just now
+            if self._is_there():
+                break  # else its owner took it away just now
             os.close(self.file)
         before = self._read()
-        if locked is False or (before and _lives(before, locked, self._read, self.watch)): self._refuse(before)
+        if locked is False or (before and _lives(before, locked, self._read, self.watch)):
+            self._refuse(before)
         self.me = _this_process()
         self._mark()
         if locked is None:  # two may have come at once: the last to write stays
             time.sleep(0.3)
-            if self._read().get("token") != self.me["token"]: self._refuse(self._read())
+            if self._read().get("token") != self.me["token"]:
+                self._refuse(self._read())
         self.thread = threading.Thread(target=self._beat, daemon=True)
         self.thread.start()
 
     def _is_there(self):
-        try: return os.fstat(self.file).st_ino == os.stat(self.path).st_ino
-        except FileNotFoundError: return False
+        try:
+            return os.fstat(self.file).st_ino == os.stat(self.path).st_ino
+        except FileNotFoundError:
+            return False
 
     def _read(self):
-        "What is written there, {} where nothing can be read."
-        try: return json.loads(self.path.read_bytes())
-        except (OSError, ValueError): return {}
+        """What is written there, {} where nothing can be read."""
+        try:
+            return json.loads(self.path.read_bytes())
+        except (OSError, ValueError):
+            return {}
 
     def _refuse(self, other):
         os.close(self.file)
-        who = f"process {other['pid']} on {other['host']}, since {other['since']}" if other else "another process"
-        raise InUseError(f"{self.folder}: a run is at work here already ({who}); wait for it, end it, or give another folder")
+        who = (
+            f"process {other['pid']} on {other['host']}, since {other['since']}"
+            if other
+            else "another process"
+        )
+        raise InUseError(
+            f"{self.folder}: a run is at work here already ({who}); wait for it, end it, or give another folder"
+        )
 
     def _mark(self):
         self.marks += 1
@@ -463,194 +633,257 @@ class _Hold:
 
     def _beat(self):
         while not self.stop.wait(self.beat):
-            try: self._mark()
-            except OSError: return  # the disk is gone
+            try:
+                self._mark()
+            except OSError:
+                return  # the disk is gone
 
     def release(self):
         self.stop.set()
         self.thread.join()  # before its file is closed: the number may be another file's next
-        if self._is_there(): self.path.unlink()
+        if self._is_there():
+            self.path.unlink()
         os.close(self.file)
-        if self.made and not any(self.folder.iterdir()): self.folder.rmdir()
+        if self.made and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
 # %% ../nbs/13_training.ipynb #94971ae3
 _HELD = set()  # (process, folder): a training calls others in its own folder
+
 
 @contextmanager
 def alone(
     folder,  # of the run, made where it is lacking; None: nothing is held
     engine,  # of `make_accelerator`: the first process holds the folder for all
 ):
-    "Hold a folder while it is written to. InUseError where another run does, OSError where it can't be written."
+    """Hold a folder while it is written to. InUseError where another run does, OSError where it can't be written."""
     key = (os.getpid(), Path(folder).resolve()) if folder else None
     if key is None or key in _HELD:
         yield
         return
     hold, wrong = None, [None]
     if engine.is_main_process:
-        try: hold = _Hold(key[1])
-        except InUseError as e: wrong = [e]
-        except OSError as e: wrong = [OSError(f"{folder} can't be written ({e.strerror}); give another folder")]
-    if engine.num_processes > 1: torch.distributed.broadcast_object_list(wrong, 0)
-    if wrong[0]: raise wrong[0]
+        try:
+            hold = _Hold(key[1])
+        except InUseError as e:
+            wrong = [e]
+        except OSError as e:
+            wrong = [OSError(f"{folder} can't be written ({e.strerror}); give another folder")]
+    if engine.num_processes > 1:
+        torch.distributed.broadcast_object_list(wrong, 0)
+    if wrong[0]:
+        raise wrong[0]
     _HELD.add(key)
-    try: yield
+    try:
+        yield
     finally:
         _HELD.discard(key)
-        if hold: hold.release()
+        if hold:
+            hold.release()
 
 # %% ../nbs/13_training.ipynb #a89c4967
 @dataclasses.dataclass
 class Job:
-    "What `fit` needs to know of a training."
-    what: str          # for the progress line, and the names of its files
+    """What `fit` needs to know of a training."""
+
+    what: str  # for the progress line, and the names of its files
     module: nn.Module  # its forward(*batch, seed) gives {'loss', numbers to log}
-    parts: dict        # {submodule: share of the learning rate}
-    batches: object    # step, rank, world -> endless batches of tensors
-    batch: int         # windows a step, over all processes
+    parts: dict  # {submodule: share of the learning rate}
+    batches: object  # step, rank, world -> endless batches of tensors
+    batch: int  # windows a step, over all processes
     lr: float
     steps: int
-    run: dict          # what tells this run from another
-    before: object = lambda module, step, steps: None   # schedules
-    after: object = lambda module, step, steps: None    # slow copies
-    evaluate: object = None                             # module, step, log, batch -> dict of numbers; called every `evaluate_every`
-    better: object = lambda row: None                   # row -> a number, smaller is better
-    keep_best: object = lambda module: None             # called when it is smaller
+    run: dict  # what tells this run from another
+    before: object = lambda module, step, steps: None  # schedules
+    after: object = lambda module, step, steps: None  # slow copies
+    evaluate: object = (
+        None  # module, step, log, batch -> dict of numbers; called every `evaluate_every`
+    )
+    better: object = lambda row: None  # row -> a number, smaller is better
+    keep_best: object = lambda module: None  # called when it is smaller
+
 
 def descend(
-    loss,       # scalar of the whole batch, for the check alone
+    loss,  # scalar of the whole batch, for the check alone
     optimizer,  # of `make_optimizer`, with gradients
-    lr,         # for this step
-    clip,       # largest gradient norm
+    lr,  # for this step
+    clip,  # largest gradient norm
 ):
-    "Update; gives the gradient norm. Where that is not finite, nothing is changed. FloatingPointError when the loss is not finite: nothing is changed then."
-    if not math.isfinite(loss): raise FloatingPointError(f"the loss is {loss}: lower the lr, or look for broken frames in the recordings")
+    """Update; gives the gradient norm. Where that is not finite, nothing is changed. FloatingPointError when the loss is not finite: nothing is changed then."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss}: lower the lr, or look for broken frames in the recordings"
+        )
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if math.isfinite(_worst(whole)):
-        for group in optimizer.param_groups: group["lr"] = lr * group["share"]
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["share"]
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(whole)
 
+
 def _worst(norm):
-    "The norm of all processes together: a step is taken by all or by none."
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return float(norm)
+    """The norm of all processes together: a step is taken by all or by none."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return float(norm)
     total = norm.detach().clone()
     torch.distributed.all_reduce(total)
     return float(total)
 
-
 # %% ../nbs/13_training.ipynb #7082c074
 def _backward(engine, model, batch, step_seed, accumulate):
-    "Gradients of one batch, in parts; gives the numbers to log, each the mean over parts and processes."
+    """Gradients of one batch, in parts; gives the numbers to log, each the mean over parts and processes."""
     totals = {}
     for i, part in enumerate(zip(*(x.chunk(accumulate) for x in batch))):
         quiet = i + 1 < accumulate and hasattr(model, "no_sync")
-        if hasattr(model, "set_requires_gradient_sync"): model.set_requires_gradient_sync(i + 1 == accumulate)
+        if hasattr(model, "set_requires_gradient_sync"):
+            model.set_requires_gradient_sync(i + 1 == accumulate)
         with model.no_sync() if quiet else nullcontext():
-            with engine.autocast(): out = model(*part, seed=step_seed)
+            with engine.autocast():
+                out = model(*part, seed=step_seed)
             (out["loss"].float() / accumulate).backward()
         for k, v in out.items():
-            if v.ndim == 0: totals[k] = totals.get(k, 0) + v.detach().float() / accumulate
-    if engine.num_processes == 1: return {k: v.item() for k, v in totals.items()}
+            if v.ndim == 0:
+                totals[k] = totals.get(k, 0) + v.detach().float() / accumulate
+    if engine.num_processes == 1:
+        return {k: v.item() for k, v in totals.items()}
     mean = engine.reduce(torch.stack(list(totals.values())), "mean")
     return dict(zip(totals, mean.tolist()))
 
 # %% ../nbs/13_training.ipynb #ef6ba264
 @dataclasses.dataclass
 class Schedule:
-    "Where a run stands in its plan of learning rates. Its end may be moved, and then the rest of the plan is stretched or pressed."
-    steps: int         # at which the run ends
-    plan: int          # steps of the plan, whose positions go from 0 to it
-    since: int = 0     # step at which the end was moved last
-    at: float = 0.0    # position there
+    """Where a run stands in its plan of learning rates. Its end may be moved, and then the rest of the plan is stretched or pressed."""
+
+    steps: int  # at which the run ends
+    plan: int  # steps of the plan, whose positions go from 0 to it
+    since: int = 0  # step at which the end was moved last
+    at: float = 0.0  # position there
 
     def position(self, step):
-        "Of `step` in the plan."
-        if not self.since and self.steps == self.plan: return step
+        """Of `step` in the plan."""
+        if not self.since and self.steps == self.plan:
+            return step
         return self.at + (self.plan - self.at) * (step - self.since) / (self.steps - self.since)
 
     def move(self, step, steps):
-        "End after `steps`; at `step` nothing jumps."
-        if steps == self.steps: return
+        """End after `steps`; at `step` nothing jumps."""
+        if steps == self.steps:
+            return
         self.at, self.since, self.steps = self.position(step), step, steps
 
+
 class _Clock:
-    "Time of a run: what it has spent, kills included, and how many steps fit into the rest."
+    """Time of a run: what it has spent, kills included, and how many steps fit into the rest."""
+
     def __init__(self, engine, minutes, spent):
         self.engine, self.minutes = engine, minutes
         self.begin = time.monotonic() - spent
 
-    def spent(self): return time.monotonic() - self.begin
+    def spent(self):
+        return time.monotonic() - self.begin
 
     def fits(self, step, seconds, most):
-        "The number of steps that the time allows at `seconds` a step, at least one more and `most` at most; the same for all processes."
+        """The number of steps that the time allows at `seconds` a step, at least one more and `most` at most; the same for all processes."""
         left = self.minutes * 60 - self.spent()
         end = step + max(int(left / max(seconds, 1e-9)), 1)
         end = torch.tensor([min(end, most)], device=self.engine.device)
-        if self.engine.num_processes > 1: torch.distributed.broadcast(end, 0)
+        if self.engine.num_processes > 1:
+            torch.distributed.broadcast(end, 0)
         return int(end)
 
+
 def _agree(engine, good):
-    "Whether something holds in all processes."
-    if engine.num_processes == 1: return good
+    """Whether something holds in all processes."""
+    if engine.num_processes == 1:
+        return good
     bad = torch.tensor([float(not good)], device=engine.device)
     torch.distributed.all_reduce(bad)
     return not bad.item()
 
 # %% ../nbs/13_training.ipynb #3535e221
 class _Fit:
-    "A training on its way: what `fit` holds between two steps."
+    """A training on its way: what `fit` holds between two steps."""
+
     def __init__(self, job, settings, seed, folder, minutes, go_on, engine):
-        self.job, self.settings, self.seed, self.engine, self.go_on = job, settings, seed, engine, go_on
-        self.rank, self.world, self.main = engine.process_index, engine.num_processes, engine.is_main_process
+        self.job, self.settings, self.seed, self.engine, self.go_on = (
+            job,
+            settings,
+            seed,
+            engine,
+            go_on,
+        )
+        self.rank, self.world, self.main = (
+            engine.process_index,
+            engine.num_processes,
+            engine.is_main_process,
+        )
         device = "cuda" if engine.device.type == "cuda" else "cpu"
         module = lighten(job.module.to(engine.device), settings, device).train()
         self.sharded = shards_wanted() and self.world > 1
-        self.model, self.inner = (_shard(module, engine), module) if self.sharded else (engine.prepare(module), module)
+        self.model, self.inner = (
+            (_shard(module, engine), module) if self.sharded else (engine.prepare(module), module)
+        )
         self.optimizer = make_optimizer(job.parts, job.lr, settings.weight_decay)
         self.place = Path(folder) / f"{job.what}_checkpoints" if folder else None
         state = self._resume() or {"step": 0, "steps": job.steps, "best": None, "seconds": 0.0}
         self.first, self.step = state["step"], state["step"]
         self.best = math.inf if state["best"] is None else state["best"]
-        self.schedule = Schedule(**state.get("schedule", {"steps": state["steps"], "plan": state["steps"]}))
+        self.schedule = Schedule(
+            **state.get("schedule", {"steps": state["steps"], "plan": state["steps"]})
+        )
         self.log = Log(folder, job.what, self.first, self.main)
         self.clock = _Clock(engine, minutes, max(state["seconds"], self._spent_before(minutes)))
         self.batches, self.ready = Prefetched(job.batches(self.first, self.rank, self.world)), []
         self.unsound, self.pace = 0, None
         try:
-            if self.step < self.schedule.steps: self._settle_sums()
-            if minutes and self.step < self.schedule.steps: self._plan()
+            if self.step < self.schedule.steps:
+                self._settle_sums()
+            if minutes and self.step < self.schedule.steps:
+                self._plan()
         except BaseException:
             self.close()
             raise
         self.progress = Progress(job.what.replace("_", " "), self.schedule.steps, self.first)
 
     def _resume(self):
-        "Go on from the newest sound checkpoint; None without any."
-        if not self.place: return None
+        """Go on from the newest sound checkpoint; None without any."""
+        if not self.place:
+            return None
         found = find_checkpoint(self.place, self.job.run, self._is_sound)
-        if not found: return None
+        if not found:
+            return None
         if found.get("alarm") and not self.go_on:
-            raise CollapseError(f"{self.place.parent} was stopped at step {found['step']}: {found['alarm']}. To go on all the same: --go-on (go_on=True); to begin anew: another folder")
+            raise CollapseError(
+                f"{self.place.parent} was stopped at step {found['step']}: {found['alarm']}. To go on all the same: --go-on (go_on=True); to begin anew: another folder"
+            )
         load_checkpoint(found, self.inner, self.optimizer, self.rank, self.world, self.sharded)
         return found
 
     def _is_sound(self, about):
         sound = _agree(self.engine, _is_sound(about, self.rank, self.sharded))
-        if not sound and self.main: print(f"{about['path']}: not readable or not finite; going back to the one before", flush=True)
+        if not sound and self.main:
+            print(
+                f"{about['path']}: not readable or not finite; going back to the one before",
+                flush=True,
+            )
         return sound
 
     def _spent_before(self, minutes):
-        "Seconds of earlier goes of this run, those included that left no checkpoint."
-        if not (self.place and minutes): return 0.0
+        """Seconds of earlier goes of this run, those included that left no checkpoint."""
+        if not (self.place and minutes):
+            return 0.0
         path, known = self.place / "spent.json", {"seconds": 0.0}
-        try: known = json.loads(path.read_text())
-        except (OSError, ValueError): pass
-        if known.get("run") != self.job.run: known = {"seconds": 0.0}
+        try:
+            known = json.loads(path.read_text())
+        except (OSError, ValueError):
+            pass
+        if known.get("run") != self.job.run:
+            known = {"seconds": 0.0}
         seconds = max(known["seconds"], self.log.spent if self.first or "run" in known else 0.0)
         self.engine.wait_for_everyone()  # all have read it
         if self.main:
@@ -658,12 +891,12 @@ class _Fit:
             write_json(path, {"run": self.job.run, "seconds": seconds})
         return seconds
 
-
 # %% ../nbs/13_training.ipynb #921cda96
 class _Timed(_Fit):
-    "What a training does about its time, and about steps that are not sound."
+    """What a training does about its time, and about steps that are not sound."""
+
     def _plan(self):
-        "Time a few steps that change nothing, and plan what fits into the time."
+        """Time a few steps that change nothing, and plan what fits into the time."""
         state, seconds = torch.random.get_rng_state(), []
         self.ready = self.ready or [self._next()]
         for _ in range(3):
@@ -674,23 +907,32 @@ class _Timed(_Fit):
         torch.random.set_rng_state(state)
         most = self.job.steps
         end = self.clock.fits(self.step, min(seconds) * 1.1, most)
-        if self.step: self.schedule.move(self.step, max(end, self.step + 1))
-        else: self.schedule = Schedule(end, end)
-        if self.main: print(f"{self.clock.minutes:g} minutes are enough for about {end} steps" + (f", and {most} were asked for" if end == most else ""), flush=True)
+        if self.step:
+            self.schedule.move(self.step, max(end, self.step + 1))
+        else:
+            self.schedule = Schedule(end, end)
+        if self.main:
+            print(
+                f"{self.clock.minutes:g} minutes are enough for about {end} steps"
+                + (f", and {most} were asked for" if end == most else ""),
+                flush=True,
+            )
         self.pace = self.step, time.monotonic()
 
     def _replan(self):
-        "Move the end to where the pace so far leads in the time."
+        """Move the end to where the pace so far leads in the time."""
         first, begin = self.pace
         done = self.step - first
-        if self.step >= self.schedule.steps or done % max(self.schedule.plan // 20, 5): return
+        if self.step >= self.schedule.steps or done % max(self.schedule.plan // 20, 5):
+            return
         end = self.clock.fits(self.step, (time.monotonic() - begin) / done, self.job.steps)
         self.schedule.move(self.step, end)
         self.progress.steps = self.schedule.steps
 
     def _settle_sums(self):
-        "DDP orders its buckets anew after its first pass, and with them the sums over three or more processes: let it do so before the first step, so that a run that goes on has the same bits."
-        if self.world < 3 or self.sharded: return
+        """DDP orders its buckets anew after its first pass, and with them the sums over three or more processes: let it do so before the first step, so that a run that goes on has the same bits."""
+        if self.world < 3 or self.sharded:
+            return
         self.ready = [self._next()]
         _backward(self.engine, self.model, self.ready[0], 0, self.settings.accumulate)
         self.optimizer.zero_grad(set_to_none=True)
@@ -699,15 +941,21 @@ class _Timed(_Fit):
         return [x.to(self.engine.device, non_blocking=True) for x in next(self.batches)]
 
     def _count_unsound(self, loss, norm, most=5):
-        "FloatingPointError after some steps in a row that changed nothing."
+        """FloatingPointError after some steps in a row that changed nothing."""
         if math.isfinite(norm):
             self.unsound = 0
             return
         self.unsound += 1
         what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-        if self.main: print(f"{self.job.what.replace('_', ' ')} {self.step}: {what}; this step changes nothing", flush=True)
+        if self.main:
+            print(
+                f"{self.job.what.replace('_', ' ')} {self.step}: {what}; this step changes nothing",
+                flush=True,
+            )
         if self.unsound == most:
-            raise FloatingPointError(f"step {self.step}: {what}, for the {most}th time in a row: {_ADVICE}")
+            raise FloatingPointError(
+                f"step {self.step}: {what}, for the {most}th time in a row: {_ADVICE}"
+            )
 
     def close(self):
         self.batches.close()
@@ -715,291 +963,472 @@ class _Timed(_Fit):
 
 # %% ../nbs/13_training.ipynb #aef6182e
 class _Course(_Timed):
-    "The steps of a training."
+    """The steps of a training."""
+
     def take(self):
-        "One step, with its row."
+        """One step, with its row."""
         job, step, schedule = self.job, self.step, self.schedule
         torch.manual_seed(((self.seed * 1_000_003 + step) * 4096 + self.rank) % 2**63)
         waited, begin = self.batches.waited, time.monotonic()
         batch = self.ready.pop() if self.ready else self._next()
         position = schedule.position(step)
         job.before(self.inner, position, schedule.plan)
-        numbers = _backward(self.engine, self.model, batch, (self.seed * 1_000_003 + step) % 2**63, self.settings.accumulate)
+        numbers = _backward(
+            self.engine,
+            self.model,
+            batch,
+            (self.seed * 1_000_003 + step) % 2**63,
+            self.settings.accumulate,
+        )
         lr = lr_at(position, schedule.plan, job.lr, self.settings.warmup)
         norm = math.inf
-        if math.isfinite(numbers["loss"]): norm = descend(numbers["loss"], self.optimizer, lr, self.settings.clip)
-        else: self.optimizer.zero_grad(set_to_none=True)
-        if math.isfinite(norm): job.after(self.inner, position, schedule.plan)
+        if math.isfinite(numbers["loss"]):
+            norm = descend(numbers["loss"], self.optimizer, lr, self.settings.clip)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+        if math.isfinite(norm):
+            job.after(self.inner, position, schedule.plan)
         self.step += 1
-        row = {"step": self.step} | {k: v for k, v in numbers.items() if math.isfinite(v)} | {"gradient_norm": norm, "lr": lr}
+        row = (
+            {"step": self.step}
+            | {k: v for k, v in numbers.items() if math.isfinite(v)}
+            | {"gradient_norm": norm, "lr": lr}
+        )
         self._count_unsound(numbers["loss"], norm)
         self.batch = batch
-        if not math.isfinite(norm): row |= {"gradient_norm": None, "skipped": True}
+        if not math.isfinite(norm):
+            row |= {"gradient_norm": None, "skipped": True}
         row |= {"seconds": time.monotonic() - begin, "waited": self.batches.waited - waited}
-        if self.pace: self._replan()
+        if self.pace:
+            self._replan()
         self._look(row)
 
     def _look(self, row):
-        "Evaluate, log and save what is due after a step."
+        """Evaluate, log and save what is due after a step."""
         job, s, step, last = self.job, self.settings, self.step, self.step == self.schedule.steps
         if job.evaluate and (last or step % s.evaluate_every == 0):
             row |= job.evaluate(self.inner, step, self.log if self.main else None, self.batch)
-            value, sound = job.better(row), _sound(self.inner.state_dict()) if not self.sharded else True
-            if value is not None and _agree(self.engine, sound) and value <= self.best:  # nan is not
+            value, sound = (
+                job.better(row),
+                _sound(self.inner.state_dict()) if not self.sharded else True,
+            )
+            if (
+                value is not None and _agree(self.engine, sound) and value <= self.best
+            ):  # nan is not
                 self.best = value
                 job.keep_best(self.inner)
         row["elapsed"] = self.clock.spent()
-        if "loss" in row or "told" in row: self.log.add(row)
+        if "loss" in row or "told" in row:
+            self.log.add(row)
         told = [f"{k} {v:.4f}" for k, v in row.items() if k in ("loss", "dit", "head")]
-        if self.main: self.progress.show(step, job.batch, "  ".join([*told, row.get("told", "")]).strip(), now="told" in row)
+        if self.main:
+            self.progress.show(
+                step, job.batch, "  ".join([*told, row.get("told", "")]).strip(), now="told" in row
+            )
         alarm = row.get("alarm")
         if self.place and (alarm or last or step % s.save_every == 0):
-            about = {"run": job.run, "steps": self.schedule.steps, "schedule": dataclasses.asdict(self.schedule), "alarm": alarm,
-                     "best": None if self.best == math.inf else self.best, "seconds": self.clock.spent()}
-            save_checkpoint(self.place, step, self.inner, self.optimizer, about, s.keep, self.rank, self.world, self.sharded, self.engine.wait_for_everyone, partial(_agree, self.engine))
-        if alarm and not self.go_on: raise CollapseError(f"step {step}: {alarm}")
-        if last and not _agree(self.engine, _sound({k: _local(v) for k, v in self.inner.state_dict().items()})):
+            about = {
+                "run": job.run,
+                "steps": self.schedule.steps,
+                "schedule": dataclasses.asdict(self.schedule),
+                "alarm": alarm,
+                "best": None if self.best == math.inf else self.best,
+                "seconds": self.clock.spent(),
+            }
+            save_checkpoint(
+                self.place,
+                step,
+                self.inner,
+                self.optimizer,
+                about,
+                s.keep,
+                self.rank,
+                self.world,
+                self.sharded,
+                self.engine.wait_for_everyone,
+                partial(_agree, self.engine),
+            )
+        if alarm and not self.go_on:
+            raise CollapseError(f"step {step}: {alarm}")
+        if last and not _agree(
+            self.engine, _sound({k: _local(v) for k, v in self.inner.state_dict().items()})
+        ):
             raise FloatingPointError(f"step {step}: a weight is not finite any more: {_ADVICE}")
 
 # %% ../nbs/13_training.ipynb #b3ef2e7d
 def fit(
-    job,            # Job
-    settings,       # config.train
+    job,  # Job
+    settings,  # config.train
     seed,
     device,
-    folder=None,    # for log, pictures and checkpoints
-    minutes=None,   # time for this job, kills included
-    go_on=False,    # also after a collapse alarm
+    folder=None,  # for log, pictures and checkpoints
+    minutes=None,  # time for this job, kills included
+    go_on=False,  # also after a collapse alarm
 ):
-    "Train. Gives (module on one device, rows of the log). With a folder, the last checkpoint stays until `forget_checkpoints`. FloatingPointError when steps in a row are not finite."
+    """Train. Gives (module on one device, rows of the log). With a folder, the last checkpoint stays until `forget_checkpoints`. FloatingPointError when steps in a row are not finite."""
     engine = make_accelerator(device)
     _check_parts(f"batch={job.batch}", job.batch, settings, engine)
     with alone(folder, engine):
         course = _Course(job, settings, seed, folder, minutes, go_on, engine)
         try:
-            while course.step < course.schedule.steps: course.take()
-        finally: course.close()
+            while course.step < course.schedule.steps:
+                course.take()
+        finally:
+            course.close()
         engine.wait_for_everyone()
     return course.inner, course.log.rows
 
+
 def _check_parts(name, batch, settings, engine):
-    "ValueError where a batch can't be shared by the processes and cut into parts."
+    """ValueError where a batch can't be shared by the processes and cut into parts."""
     parts = engine.num_processes * settings.accumulate
-    if batch % parts: raise ValueError(f"{name} can't be cut into {engine.num_processes} processes x {settings.accumulate} parts; choose a multiple of {parts}")
+    if batch % parts:
+        raise ValueError(
+            f"{name} can't be cut into {engine.num_processes} processes x {settings.accumulate} parts; choose a multiple of {parts}"
+        )
+
 
 def forget_checkpoints(
     folder,  # of the run, None: nothing is done
-    what,    # 'world_model' or 'decoders'
+    what,  # 'world_model' or 'decoders'
 ):
-    "To be called when all files of a finished training are written."
-    if not folder: return
+    """To be called when all files of a finished training are written."""
+    if not folder:
+        return
     PartialState().wait_for_everyone()
-    if PartialState().is_main_process: shutil.rmtree(Path(folder) / f"{what}_checkpoints", ignore_errors=True)
+    if PartialState().is_main_process:
+        shutil.rmtree(Path(folder) / f"{what}_checkpoints", ignore_errors=True)
+
 
 def _minutes(minutes):
-    "A time limit; None: none."
-    if minutes is None: return None
-    try: given = float(minutes)
-    except (TypeError, ValueError): given = math.nan
-    if not 0 < given < math.inf: raise ValueError(f"minutes={minutes!r} must be a number above 0")
+    """A time limit; None: none."""
+    if minutes is None:
+        return None
+    try:
+        given = float(minutes)
+    except (TypeError, ValueError):
+        given = math.nan
+    if not 0 < given < math.inf:
+        raise ValueError(f"minutes={minutes!r} must be a number above 0")
     return given
 
 # %% ../nbs/13_training.ipynb #07d7839e
 class CollapseError(RuntimeError):
-    "The latent collapsed; what to try. The run's last checkpoint is kept."
+    """The latent collapsed; what to try. The run's last checkpoint is kept."""
+
 
 def shards_wanted():
-    "Whether `accelerate launch --use_fsdp` started this process."
+    """Whether `accelerate launch --use_fsdp` started this process."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
+
 def _shard(module, engine):
-    "FSDP2, each block and the rest. torch's own call rather than Accelerate's: that one refuses a CPU, where it can be tested."
+    """FSDP2, each block and the rest. torch's own call rather than Accelerate's: that one refuses a CPU, where it can be tested."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(engine.device.type, (engine.num_processes,))
     networks = [m for m in module.children() if hasattr(m, "decode")]
-    for part in (*blocks_of(module), *networks, module): fully_shard(part, mesh=mesh)
-    for part in (*networks, module):  # weights are gathered also where another method than forward is called
+    for part in (*blocks_of(module), *networks, module):
+        fully_shard(part, mesh=mesh)
+    for part in (
+        *networks,
+        module,
+    ):  # weights are gathered also where another method than forward is called
         for name in ("encode", "target", "step", "imagine", "decode"):
-            if hasattr(part, name): register_fsdp_forward_method(part, name)
+            if hasattr(part, name):
+                register_fsdp_forward_method(part, name)
     return module
 
 # %% ../nbs/13_training.ipynb #351cb506
 @torch.no_grad()
 def validate(
-    model,      # WorldModel
-    frames,     # (B, 1+K, 3, H, W) uint8
-    actions,    # (B, 24+K, 28)
-    batch=64,   # windows at a time
+    model,  # WorldModel
+    frames,  # (B, 1+K, 3, H, W) uint8
+    actions,  # (B, 24+K, 28)
+    batch=64,  # windows at a time
 ):
-    "Mean square latent error by tick, `model` and `copy_last` (K numbers each), with `rank`, `std` and `correlation` of the targets."
+    """Mean square latent error by tick, `model` and `copy_last` (K numbers each), with `rank`, `std` and `correlation` of the targets."""
     was, device = model.training, next(model.parameters()).device
     model.eval()
     rows = []
     for f, a in zip(frames.split(batch), actions.split(batch)):
         f, a = f.to(device), a.to(device)
         with autocast(device.type):
-            truth = torch.stack([model.target(f[:, k]) for k in range(f.shape[1])], 1).float()  # (b, 1+K, n, d)
-            future = model.imagine(truth[:, 0], a).float()                                      # (b, K, n, d), from the teacher's view: the one that ships
+            truth = torch.stack(
+                [model.target(f[:, k]) for k in range(f.shape[1])], 1
+            ).float()  # (b, 1+K, n, d)
+            future = model.imagine(
+                truth[:, 0], a
+            ).float()  # (b, K, n, d), from the teacher's view: the one that ships
         error = lambda z: ((z - truth[:, 1:]) ** 2).mean((2, 3)).cpu()
         rows.append((error(future), error(truth[:, :1]), truth.cpu(), future[:1].cpu()))
     model.train(was)
     errors, copies, z = (torch.cat([r[i] for r in rows]) for i in range(3))
-    numbers = {"model": errors.mean(0).tolist(), "copy_last": copies.mean(0).tolist(), **collapse_metrics(z[:, 0])}
+    numbers = {
+        "model": errors.mean(0).tolist(),
+        "copy_last": copies.mean(0).tolist(),
+        **collapse_metrics(z[:, 0]),
+    }
     return numbers, (z, rows[0][3][0])
+
 
 def error_over_copying(
     row,  # of `validate`
 ):
-    "What the best model is chosen by: its error at 2 ticks over that of copying. In the first steps latents hardly differ from each other, and every error is small. Infinite where copying makes no error, nan where an error is not finite."
+    """What the best model is chosen by: its error at 2 ticks over that of copying. In the first steps latents hardly differ from each other, and every error is small. Infinite where copying makes no error, nan where an error is not finite."""
     model, copy = row["model"][1], row["copy_last"][1]
-    if not (math.isfinite(model) and math.isfinite(copy)): return math.nan
+    if not (math.isfinite(model) and math.isfinite(copy)):
+        return math.nan
     return model / copy if copy else math.inf
+
 
 def nearest_strip(
     frames,  # (B, 1+K, 3, H, W) uint8
-    z,       # (B, 1+K, n, d), their latents
+    z,  # (B, 1+K, n, d), their latents
     future,  # (K, n, d), imagined from the first window
 ):
-    "Two rows, (2H, KW, 3): the first window's frames t+1 .. t+K, and for each imagined latent the frame of another window whose latent is nearest. No decoder is needed to look."
+    """Two rows, (2H, KW, 3): the first window's frames t+1 .. t+K, and for each imagined latent the frame of another window whose latent is nearest. No decoder is needed to look."""
     pool, pictures = z[1:].flatten(0, 1).flatten(1), frames[1:].flatten(0, 1)
     nearest = torch.cdist(future.flatten(1), pool).argmin(1)
     rows = [torch.cat(list(x), -1) for x in (frames[0, 1:], pictures[nearest])]
     return torch.cat(rows, -2).permute(1, 2, 0).numpy()
 
 # %% ../nbs/13_training.ipynb #8ec7db7c
-_NEUTRAL = {"train.save_every", "train.keep", "train.compile", "train.checkpoint_activations", "dit.sample_steps", "dit.guidance"}  # change no result of a training
+_NEUTRAL = {
+    "train.save_every",
+    "train.keep",
+    "train.compile",
+    "train.checkpoint_activations",
+    "dit.sample_steps",
+    "dit.guidance",
+}  # change no result of a training
+
 
 def _leaves(config):
-    "{'section.leaf': value} of all that changes the result of a training."
-    leaves = {f"{s}.{k}": v for s, d in json.loads(config.to_json()).items() if isinstance(d, dict) for k, v in d.items()}
+    """{'section.leaf': value} of all that changes the result of a training."""
+    leaves = {
+        f"{s}.{k}": v
+        for s, d in json.loads(config.to_json()).items()
+        if isinstance(d, dict)
+        for k, v in d.items()
+    }
     return {k: v for k, v in leaves.items() if k not in _NEUTRAL}
 
+
 def _contents(data, names):
-    "Hash of the recordings themselves; of shards, of the segments."
+    """Hash of the recordings themselves; of shards, of the segments."""
     if _is_url(data):
         wanted = set(names)
-        told = [[g["name"], g["first"], g["frames"], *g["at"][1:]] for s in _shards_about(data)["shards"] for g in s["segments"] if g["name"] in wanted]
-    else: told = [[n, sorted(v["sha256"] for v in data.about[n].get("source", {}).values())] for n in sorted(names)]
+        told = [
+            [g["name"], g["first"], g["frames"], *g["at"][1:]]
+            for s in _shards_about(data)["shards"]
+            for g in s["segments"]
+            if g["name"] in wanted
+        ]
+    else:
+        told = [
+            [n, sorted(v["sha256"] for v in data.about[n].get("source", {}).values())]
+            for n in sorted(names)
+        ]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
-def _run_of(config, data, names, held_out, seed, batch, kind, steps):
-    "What a checkpoint must agree with."
-    listed = hashlib.sha256(json.dumps([sorted(names), sorted(held_out)]).encode()).hexdigest()[:12]
-    shared = {"processes": PartialState().num_processes} if _is_url(data) else {}  # shards are dealt out
-    return {"kind": kind, "seed": seed, "steps": steps, "batch": batch, "recordings": listed, "contents": _contents(data, [*names, *held_out]), **shared, **_leaves(config)}
 
-def _digest(module): return hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in module.parameters())).hexdigest()[:16]
+def _run_of(config, data, names, held_out, seed, batch, kind, steps):
+    """What a checkpoint must agree with."""
+    listed = hashlib.sha256(json.dumps([sorted(names), sorted(held_out)]).encode()).hexdigest()[:12]
+    shared = (
+        {"processes": PartialState().num_processes} if _is_url(data) else {}
+    )  # shards are dealt out
+    return {
+        "kind": kind,
+        "seed": seed,
+        "steps": steps,
+        "batch": batch,
+        "recordings": listed,
+        "contents": _contents(data, [*names, *held_out]),
+        **shared,
+        **_leaves(config),
+    }
+
+
+def _digest(module):
+    return hashlib.sha256(
+        b"".join(p.detach().float().cpu().numpy().tobytes() for p in module.parameters())
+    ).hexdigest()[:16]
+
 
 def _check_spread(config):
-    "ValueError for a batch in parts whose loss is of the whole batch: of a part the spread is another."
+    """ValueError for a batch in parts whose loss is of the whole batch: of a part the spread is another."""
     j = config.jepa
     what = f"floor={j.floor}" if j.anti_collapse == "ema" else f"anti_collapse={j.anti_collapse}"
     if config.train.accumulate > 1 and spread_of_batch(config):
-        raise ValueError(f"accumulate={config.train.accumulate} cuts the batch into parts, and {what} looks at the spread of the whole batch: take accumulate=1 with checkpoint_activations=true or a smaller batch, or floor=0 with anti_collapse=ema")
+        raise ValueError(
+            f"accumulate={config.train.accumulate} cuts the batch into parts, and {what} looks at the spread of the whole batch: take accumulate=1 with checkpoint_activations=true or a smaller batch, or floor=0 with anti_collapse=ema"
+        )
+
 
 def spread_of_batch(
     config,
 ) -> bool:
-    "Whether the world model's loss looks at the spread of a whole batch, which must not be cut into parts then."
+    """Whether the world model's loss looks at the spread of a whole batch, which must not be cut into parts then."""
     return config.jepa.anti_collapse != "ema" or config.jepa.floor > 0
 
+
 def _differing(data, held_out, windows):
-    "ValueError where all windows to validate on begin with the same picture: nothing could be judged."
+    """ValueError where all windows to validate on begin with the same picture: nothing could be judged."""
     first = windows[0][:, 0]
-    if not (first == first[:1]).all(): return windows
-    raise ValueError(f"validation recordings {', '.join(held_out)}: all windows begin with the same picture, so nothing can be judged on them; give longer recordings in which something is to be seen, in split.json")
+    if not (first == first[:1]).all():
+        return windows
+    raise ValueError(
+        f"validation recordings {', '.join(held_out)}: all windows begin with the same picture, so nothing can be judged on them; give longer recordings in which something is to be seen, in split.json"
+    )
+
 
 class _Best:
-    "The best world model so far: on the disk, or without a folder in memory."
-    def __init__(self, folder): self.folder, self.state = folder, None
+    """The best world model so far: on the disk, or without a folder in memory."""
+
+    def __init__(self, folder):
+        self.folder, self.state = folder, None
 
     def keep(self, model):
         if self.folder:
-            if PartialState().is_main_process:  # what an earlier model left says nothing of this one
-                for left in (_done(self.folder), Path(self.folder) / "training.json"): left.unlink(missing_ok=True)
+            if (
+                PartialState().is_main_process
+            ):  # what an earlier model left says nothing of this one
+                for left in (_done(self.folder), Path(self.folder) / "training.json"):
+                    left.unlink(missing_ok=True)
             return _save_on_main(model, self.folder)
         self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
 
     def give(self, model, config):
-        if self.folder: return WorldModel.from_pretrained(self.folder, config).to(next(model.parameters()).device)
+        if self.folder:
+            return WorldModel.from_pretrained(self.folder, config).to(
+                next(model.parameters()).device
+            )
         model.load_state_dict(self.state)
         model.adopt_teacher()
         return model
 
-
 # %% ../nbs/13_training.ipynb #e51a3dc1
 def train_world_model(
-    config,         # minecraft_jepa.config.Config
-    data,           # ClipStore, or the URL of shards
-    names,          # recordings to train on
-    held_out,       # recordings to validate on, none of them in `names`
-    steps=None,     # None: config.train.steps
+    config,  # minecraft_jepa.config.Config
+    data,  # ClipStore, or the URL of shards
+    names,  # recordings to train on
+    held_out,  # recordings to validate on, none of them in `names`
+    steps=None,  # None: config.train.steps
     seed=0,
-    device="cpu",   # or 'cuda'
-    folder=None,    # weights, log and checkpoints; a run that was killed goes on from there
-    minutes=None,   # time, kills included; the schedule is made to fit into it
-    start=None,     # folder of weights of the same architecture to start from; None: from nothing
-    go_on=False,    # train on after a collapse alarm
+    device="cpu",  # or 'cuda'
+    folder=None,  # weights, log and checkpoints; a run that was killed goes on from there
+    minutes=None,  # time, kills included; the schedule is made to fit into it
+    start=None,  # folder of weights of the same architecture to start from; None: from nothing
+    go_on=False,  # train on after a collapse alarm
 ):
-    "Train. Gives (the model with the smallest held-out error at 2 ticks over that of copying, history): rows with step, loss, lr, and at each evaluation the numbers of `validate` and `alarm`. CollapseError when the latents collapse, FloatingPointError when numbers are not finite, InUseError when a run is at work in the folder."
+    """Train. Gives (the model with the smallest held-out error at 2 ticks over that of copying, history): rows with step, loss, lr, and at each evaluation the numbers of `validate` and `alarm`. CollapseError when the latents collapse, FloatingPointError when numbers are not finite, InUseError when a run is at work in the folder."""
     both = set(names) & set(held_out)
-    if both: raise ValueError(f"recordings on both sides of the split: {', '.join(sorted(both))}")
+    if both:
+        raise ValueError(f"recordings on both sides of the split: {', '.join(sorted(both))}")
     t, j, ticks = config.train, config.jepa, config.conditioner.ticks
     steps = t.steps if steps is None else whole_number(steps, "steps", 1, 10**8 - 1)
     seed, minutes = whole_number(seed, "seed", 0), _minutes(minutes)
     seed_everything(seed)
     engine = make_accelerator(device)
     _check_spread(config)
-    if device == "cuda" or config.encoder.width > 256: check_memory(config, device, processes=engine.num_processes, sharded=shards_wanted())
+    if device == "cuda" or config.encoder.width > 256:
+        check_memory(config, device, processes=engine.num_processes, sharded=shards_wanted())
     model = WorldModel(config)
-    if j.inverse and not j.tilt: model.inverse.height.requires_grad_(False)  # has no task then
-    if start: model.start_from(start)
+    if j.inverse and not j.tilt:
+        model.inverse.height.requires_grad_(False)  # has no task then
+    if start:
+        model.start_from(start)
     check = _differing(data, held_out, _to_look_at(data, held_out, ticks, 8, _LOOK, seed))
-    def batches(step, rank, world): return _windows(data, names, ticks, j.longest, t.batch, seed, step, rank, world, j.far)
+
+    def batches(step, rank, world):
+        return _windows(data, names, ticks, j.longest, t.batch, seed, step, rank, world, j.far)
+
     def before(model, step, steps):
         model.rollout = j.longest if j.rollout_late and step >= steps * 2 / 3 else j.rollout
-    def after(model, step, steps): model.update_teacher(momentum_at(step, steps, j.ema_start, j.ema_end) if j.anti_collapse == "ema" else 0.0)
+
+    def after(model, step, steps):
+        model.update_teacher(
+            momentum_at(step, steps, j.ema_start, j.ema_end) if j.anti_collapse == "ema" else 0.0
+        )
+
     def evaluate(model, step, log, batch):
         numbers, (z, future) = validate(model, *check)
         numbers |= _gradients(model, batch, seed)
-        if log: log.picture("world_model", nearest_strip(check[0], z, future), step)
-        return numbers | {"alarm": collapse_alarm(numbers, config), "told": f"error at 2 ticks {numbers['model'][1]:.3f} (copy {numbers['copy_last'][1]:.3f})  rank {numbers['rank']:.0f}"}
-    parts = {model.encoder: t.encoder_lr, model.conditioner: 1.0, model.predictor: 1.0} | ({model.inverse: 1.0} if j.inverse else {})
-    run = _run_of(config, data, names, held_out, seed, t.batch, "world_model", steps) | {"start": _digest(model.encoder) if start else None}
+        if log:
+            log.picture("world_model", nearest_strip(check[0], z, future), step)
+        return numbers | {
+            "alarm": collapse_alarm(numbers, config),
+            "told": f"error at 2 ticks {numbers['model'][1]:.3f} (copy {numbers['copy_last'][1]:.3f})  rank {numbers['rank']:.0f}",
+        }
+
+    parts = {model.encoder: t.encoder_lr, model.conditioner: 1.0, model.predictor: 1.0} | (
+        {model.inverse: 1.0} if j.inverse else {}
+    )
+    run = _run_of(config, data, names, held_out, seed, t.batch, "world_model", steps) | {
+        "start": _digest(model.encoder) if start else None
+    }
     best = _Best(folder)
-    job = Job("world_model", model, parts, batches, t.batch, t.lr, steps, run, before, after, evaluate, error_over_copying, best.keep)
+    job = Job(
+        "world_model",
+        model,
+        parts,
+        batches,
+        t.batch,
+        t.lr,
+        steps,
+        run,
+        before,
+        after,
+        evaluate,
+        error_over_copying,
+        best.keep,
+    )
     with alone(folder, engine):
         model, history = fit(job, t, seed, device, folder, minutes, go_on)
-        if not any(_was_kept(r) for r in history): raise FloatingPointError(f"no evaluation gave an error that can be compared: {_ADVICE}")
+        if not any(_was_kept(r) for r in history):
+            raise FloatingPointError(f"no evaluation gave an error that can be compared: {_ADVICE}")
         engine.wait_for_everyone()
         model = best.give(model, config)
-        if folder and engine.is_main_process: write_json(_done(folder), {"run": run})
+        if folder and engine.is_main_process:
+            write_json(_done(folder), {"run": run})
         forget_checkpoints(folder, "world_model")
     return model.eval(), history
 
+
 def _gradients(model, batch, seed, most=16):
-    "{'encoder_gradients': norms} by part of the loss, on some windows of a batch; not of shards."
+    """{'encoder_gradients': norms} by part of the loss, on some windows of a batch; not of shards."""
     if any(hasattr(p, "full_tensor") for p in model.parameters()):
         return {}
     with autocast(next(model.parameters()).device.type):
         norms = encoder_gradients(model, *(x[:most] for x in batch), seed)
     return {"encoder_gradients": {k: v for k, v in norms.items() if math.isfinite(v)}}
 
-def _done(folder): return Path(folder) / "world_model.done"
 
-def _was_kept(row): return "model" in row and not math.isnan(error_over_copying(row))
+def _done(folder):
+    return Path(folder) / "world_model.done"
+
+
+def _was_kept(row):
+    return "model" in row and not math.isnan(error_over_copying(row))
+
 
 def _save_on_main(model, folder):
-    "Gather on all processes, write on the first."
-    if not folder: return
+    """Gather on all processes, write on the first."""
+    if not folder:
+        return
     save = getattr(model, "save_adopted", model.save_pretrained)
-    if PartialState().is_main_process: save(folder)
-    elif any(hasattr(p, "full_tensor") for p in model.parameters()): model._saved_state()
+    if PartialState().is_main_process:
+        save(folder)
+    elif any(hasattr(p, "full_tensor") for p in model.parameters()):
+        model._saved_state()
 
 # %% ../nbs/13_training.ipynb #f7f09ee3
 class Decoders(nn.Module):
-    "Both decoders, and the slow copy of the diffusion transformer. Latents and frames -> {'loss', 'dit', 'head'}."
+    """Both decoders, and the slow copy of the diffusion transformer. Latents and frames -> {'loss', 'dit', 'head'}."""
+
     def __init__(self, config):
         super().__init__()
         self.dit, self.head = DiT(config), RegressionHead(config)
@@ -1009,81 +1438,141 @@ class Decoders(nn.Module):
         dit, head = self.dit(z, frames), self.head(z, frames)
         return {"loss": dit + head, "dit": dit, "head": head}
 
+
 def train_decoders(
-    model,         # WorldModel, left as it is
-    data,          # ClipStore, or the URL of shards
-    names,         # recordings to train on
-    steps=None,    # None: config.train.decoder_steps
+    model,  # WorldModel, left as it is
+    data,  # ClipStore, or the URL of shards
+    names,  # recordings to train on
+    steps=None,  # None: config.train.decoder_steps
     seed=0,
     device="cpu",  # or 'cuda'
-    folder=None,   # weights, log and checkpoints; a run that was killed goes on from there
+    folder=None,  # weights, log and checkpoints; a run that was killed goes on from there
     minutes=None,  # time, kills included; the schedule is made to fit into it
 ):
-    "Train both decoders. Gives (dit, head, history): rows with step, `dit` and `head` loss. FloatingPointError when numbers are not finite, InUseError when a run is at work in the folder."
+    """Train both decoders. Gives (dit, head, history): rows with step, `dit` and `head` loss. FloatingPointError when numbers are not finite, InUseError when a run is at work in the folder."""
     found = _train_decoders(model, data, names, steps, seed, device, folder, minutes)
     forget_checkpoints(folder, "decoders")
     return found
 
+
 def _train_decoders(model, data, names, steps, seed, device, folder, minutes):
-    "The last checkpoint stays."
+    """The last checkpoint stays."""
     config, t = model.config, model.config.train
     steps = t.decoder_steps if steps is None else whole_number(steps, "steps", 1, 10**8 - 1)
-    seed, minutes, engine = whole_number(seed, "seed", 0), _minutes(minutes), make_accelerator(device)
+    seed, minutes, engine = (
+        whole_number(seed, "seed", 0),
+        _minutes(minutes),
+        make_accelerator(device),
+    )
     seed_everything(seed)
     decoders, model = Decoders(config), model.to("cuda" if device == "cuda" else "cpu").eval()
+
     def batches(step, rank, world):
         for frames, _ in _windows(data, names, 1, 1, t.decoder_batch, seed, step, rank, world):
             frames = frames[:, 0].to(next(model.parameters()).device)
-            with autocast(device): yield model.target(frames).float(), frames
-    def after(m, step, steps): ema_update(m.slow, m.dit, min(config.dit.ema, (1 + step) / (10 + step)))  # a short run must not average in its random start
-    run = _run_of(config, data, names, [], seed, t.decoder_batch, "decoders", steps) | {"model": _digest(model.encoder)}
+            with autocast(device):
+                yield model.target(frames).float(), frames
+
+    def after(m, step, steps):
+        ema_update(
+            m.slow, m.dit, min(config.dit.ema, (1 + step) / (10 + step))
+        )  # a short run must not average in its random start
+
+    run = _run_of(config, data, names, [], seed, t.decoder_batch, "decoders", steps) | {
+        "model": _digest(model.encoder)
+    }
     look = _to_look_at(data, names, 1, 1, 6, seed + 1)[0][:, 0]
+
     def evaluate(m, step, log, batch):
         strip = _decoded_strip(model, m, look, device)  # by all processes, for shards are gathered
-        if log: log.picture("decoders", strip, step)
+        if log:
+            log.picture("decoders", strip, step)
         return {}
-    job = Job("decoders", decoders, {decoders.dit: 1.0, decoders.head: 1.0}, batches, t.decoder_batch, t.decoder_lr, steps, run, after=after, evaluate=evaluate)
+
+    job = Job(
+        "decoders",
+        decoders,
+        {decoders.dit: 1.0, decoders.head: 1.0},
+        batches,
+        t.decoder_batch,
+        t.decoder_lr,
+        steps,
+        run,
+        after=after,
+        evaluate=evaluate,
+    )
     with alone(folder, engine):
         decoders, history = fit(job, t, seed, device, folder, minutes)
-        for network in (decoders.slow, decoders.head): _save_on_main(network, folder)
+        for network in (decoders.slow, decoders.head):
+            _save_on_main(network, folder)
     return decoders.slow.eval(), decoders.head.eval(), history
 
+
 def _decoded_strip(model, decoders, frames, device):
-    "Three rows: frames, the slow diffusion transformer's and the head's drawing of their latents."
+    """Three rows: frames, the slow diffusion transformer's and the head's drawing of their latents."""
     frames = frames.to(next(model.parameters()).device)
-    with torch.no_grad(), autocast(device): z = model.target(frames).float()
+    with torch.no_grad(), autocast(device):
+        z = model.target(frames).float()
     rows = [frames, decoders.slow.decode(z, 4), decoders.head.decode(z)]
     return torch.cat([torch.cat(list(r), -1) for r in rows], -2).permute(1, 2, 0).cpu().numpy()
 
 # %% ../nbs/13_training.ipynb #337fb96d
 @lru_cache
 def _kept_by(config, batch, half):
-    with torch.device("meta"): model = WorldModel(config)
+    with torch.device("meta"):
+        model = WorldModel(config)
     found = {}
-    def keep(t): found[t.untyped_storage()._cdata] = t; return t  # held, so that no address is used twice
+
+    def keep(t):
+        found[t.untyped_storage()._cdata] = t
+        return t  # held, so that no address is used twice
+
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = lighten(model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype)).train(), config.train, "cpu")
+        model = lighten(
+            model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype)).train(), config.train, "cpu"
+        )
         own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
         j = config.jepa
-        frames = torch.empty(batch, 1 + j.longest + (j.far > j.longest), 3, config.frame.height, config.frame.width, dtype=torch.uint8)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=half):
-            out = model(frames, torch.empty(batch, config.conditioner.ticks - 1 + max(j.longest, j.far), 28))
+        frames = torch.empty(
+            batch,
+            1 + j.longest + (j.far > j.longest),
+            3,
+            config.frame.height,
+            config.frame.width,
+            dtype=torch.uint8,
+        )
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+            torch.autocast("cpu", torch.bfloat16, enabled=half),
+        ):
+            out = model(
+                frames, torch.empty(batch, config.conditioner.ticks - 1 + max(j.longest, j.far), 28)
+            )
     del out
     return sum(t.untyped_storage().nbytes() for k, t in found.items() if k not in own)
 
+
 def _kept(config, batch, half):
-    "Bytes that autograd keeps for the backward pass of one batch."
-    return _kept_by(dataclasses.replace(config, name="", train=Train(checkpoint_activations=config.train.checkpoint_activations)), batch, half)
+    """Bytes that autograd keeps for the backward pass of one batch."""
+    return _kept_by(
+        dataclasses.replace(
+            config, name="", train=Train(checkpoint_activations=config.train.checkpoint_activations)
+        ),
+        batch,
+        half,
+    )
+
 
 def plan_memory(
     config,
     device="cuda",  # bfloat16 there, float32 on 'cpu'
-    processes=1,    # GPUs
+    processes=1,  # GPUs
     sharded=False,  # by FSDP2: weights, gradients and moments are shared out
 ) -> dict[str, int]:
-    "Bytes that a step of the world model needs on each device: weights, gradients, optimizer, activations, workspace, total."
+    """Bytes that a step of the world model needs on each device: weights, gradients, optimizer, activations, workspace, total."""
     half, t = device == "cuda", config.train
-    with torch.device("meta"): model = WorldModel(config)
+    with torch.device("meta"):
+        model = WorldModel(config)
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
     share = processes if sharded else 1
@@ -1091,36 +1580,64 @@ def plan_memory(
     one, two = _kept(config, 1, half), _kept(config, 2, half)
     activations = max(one + (batch - 1) * (two - one), 0)
     whole = dataclasses.replace(config, train=dataclasses.replace(t, checkpoint_activations=False))
-    block = (_kept(whole, 2, half) - _kept(whole, 1, half)) * batch // max(len(blocks_of(model)), 1) if t.checkpoint_activations else 0
-    plan = {"weights": 4 * every // share, "gradients": 4 * learned // share, "optimizer": 8 * learned // share, "activations": activations,
-            "workspace": 2 * block + (2 * learned if half else 0) + 2**28}  # a block computed anew and its gradients; weights in half precision; the libraries' own
+    block = (
+        (_kept(whole, 2, half) - _kept(whole, 1, half)) * batch // max(len(blocks_of(model)), 1)
+        if t.checkpoint_activations
+        else 0
+    )
+    plan = {
+        "weights": 4 * every // share,
+        "gradients": 4 * learned // share,
+        "optimizer": 8 * learned // share,
+        "activations": activations,
+        "workspace": 2 * block + (2 * learned if half else 0) + 2**28,
+    }  # a block computed anew and its gradients; weights in half precision; the libraries' own
     return plan | {"total": sum(plan.values())}
 
 # %% ../nbs/13_training.ipynb #b8180a7b
 class MemoryPlanError(ValueError):
-    "The run would not fit; the setting that would."
+    """The run would not fit; the setting that would."""
+
 
 def check_memory(
     config,
     device="cuda",
     available=None,  # bytes; None: of this machine
-    processes=1, sharded=False,
+    processes=1,
+    sharded=False,
 ) -> dict[str, int]:
-    "The plan, where it fits into nine tenths of the memory. MemoryPlanError names the first change that fits: activations computed twice, the batch cut into parts, a smaller batch."
-    if available is None: available = torch.cuda.mem_get_info()[1] if device == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    plan, t, gb = plan_memory(config, device, processes, sharded), config.train, lambda n: f"{n / 2**30:.1f} GiB"
-    if plan["total"] <= 0.9 * available: return plan
+    """The plan, where it fits into nine tenths of the memory. MemoryPlanError names the first change that fits: activations computed twice, the batch cut into parts, a smaller batch."""
+    if available is None:
+        available = (
+            torch.cuda.mem_get_info()[1]
+            if device == "cuda"
+            else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        )
+    plan, t, gb = (
+        plan_memory(config, device, processes, sharded),
+        config.train,
+        lambda n: f"{n / 2**30:.1f} GiB",
+    )
+    if plan["total"] <= 0.9 * available:
+        return plan
     told = f"{config.name} with batch={t.batch} needs {gb(plan['total'])} ({', '.join(f'{k} {gb(v)}' for k, v in plan.items() if k != 'total')}), the device has {gb(available)}"
     for light in {t.checkpoint_activations, True}:
         for name, value in _smaller(config, processes):
             other = dataclasses.replace(t, checkpoint_activations=light, **{name: value})
-            needs = plan_memory(dataclasses.replace(config, train=other), device, processes, sharded)["total"]
-            if needs <= 0.9 * available: raise MemoryPlanError(f"{told}; checkpoint_activations={light}, {name}={value} needs {gb(needs)}")
-    raise MemoryPlanError(f"{told}; not even one sample at a time fits: take a smaller preset, or more GPUs and FSDP2")
+            needs = plan_memory(
+                dataclasses.replace(config, train=other), device, processes, sharded
+            )["total"]
+            if needs <= 0.9 * available:
+                raise MemoryPlanError(
+                    f"{told}; checkpoint_activations={light}, {name}={value} needs {gb(needs)}"
+                )
+    raise MemoryPlanError(
+        f"{told}; not even one sample at a time fits: take a smaller preset, or more GPUs and FSDP2"
+    )
 
 # %% ../nbs/13_training.ipynb #7b6250a8
 def _smaller(config, processes):
-    "Settings with which less is kept at a time: parts of the batch, where the loss allows them, else smaller batches."
+    """Settings with which less is kept at a time: parts of the batch, where the loss allows them, else smaller batches."""
     t, halves = config.train, [2**i for i in range(20)]
     if spread_of_batch(config):
         return [("batch", t.batch // h) for h in halves if t.batch % (h * processes) == 0]
@@ -1129,13 +1646,16 @@ def _smaller(config, processes):
 
 # %% ../nbs/13_training.ipynb #8bab13c6
 def train_all(
-    config, data, out,
-    seed=0, device="cpu",
+    config,
+    data,
+    out,
+    seed=0,
+    device="cpu",
     minutes=None,  # for both, kills included; the decoders get three tenths
-    start=None,    # weights that the world model starts from
-    go_on=False,   # train on after a collapse alarm
+    start=None,  # weights that the world model starts from
+    go_on=False,  # train on after a collapse alarm
 ) -> dict:
-    "World model, then decoders, with what they were trained on in `training.json`. A run that was killed goes on, with the recordings it began with. ValueError when `out` is another run's."
+    """World model, then decoders, with what they were trained on in `training.json`. A run that was killed goes on, with the recordings it began with. ValueError when `out` is another run's."""
     out, seed, minutes = Path(out), whole_number(seed, "seed", 0), _minutes(minutes)
     engine = make_accelerator(device)
     for name in ("batch", "decoder_batch"):
@@ -1145,103 +1665,189 @@ def train_all(
         begun = _begun(out)
         asked = {"seed": seed, "start": str(start) if start else None, **_leaves(config)}
         other = _differences(begun["settings"], asked) if begun else ""
-        if other: raise ValueError(f"{out} holds another run ({other}); run with those settings, or give another folder")
+        if other:
+            raise ValueError(
+                f"{out} holds another run ({other}); run with those settings, or give another folder"
+            )
         if (out / "training.json").is_file():
             forget_checkpoints(out, "decoders")
-            if engine.is_main_process: print(f"{out}: trained already; give another folder to train anew")
+            if engine.is_main_process:
+                print(f"{out}: trained already; give another folder to train anew")
             return json.loads((out / "training.json").read_text())
         data, split = _recordings(config, data, seed, begun)
-        if engine.is_main_process: write_json(out / "run.json", {"settings": asked, **split})
+        if engine.is_main_process:
+            write_json(out / "run.json", {"settings": asked, **split})
         return _train_both(config, data, split, out, seed, device, minutes, start, go_on)
 
+
 def _train_both(config, data, split, out, seed, device, minutes, start, go_on):
-    model, history = _world_model_or_done(config, data, split, seed, device, out, minutes and 0.7 * minutes, start, go_on)
+    model, history = _world_model_or_done(
+        config, data, split, seed, device, out, minutes and 0.7 * minutes, start, go_on
+    )
     took = history[-1].get("elapsed", 0.0) / 60
     rest = minutes and max(minutes - took, 0.1 * minutes)
     _, _, decoded = _train_decoders(model, data, split["train"], None, seed, device, out, rest)
-    told = {"preset": config.name, "steps": history[-1]["step"], "decoder_steps": decoded[-1]["step"], "seed": seed, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "seconds": {"world_model": sum(r["seconds"] for r in history), "decoders": sum(r["seconds"] for r in decoded)}, "train": split["train"], "validation": split["validation"]}
-    if PartialState().is_main_process: write_json(out / "training.json", told)
+    told = {
+        "preset": config.name,
+        "steps": history[-1]["step"],
+        "decoder_steps": decoded[-1]["step"],
+        "seed": seed,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "seconds": {
+            "world_model": sum(r["seconds"] for r in history),
+            "decoders": sum(r["seconds"] for r in decoded),
+        },
+        "train": split["train"],
+        "validation": split["validation"],
+    }
+    if PartialState().is_main_process:
+        write_json(out / "training.json", told)
     forget_checkpoints(out, "decoders")
     return told
 
+
 def _world_model_or_done(config, data, split, seed, device, out, minutes, start, go_on):
-    "The finished world model of a run whose decoders were killed, else train it."
+    """The finished world model of a run whose decoders were killed, else train it."""
     if _done(out).is_file():
         rows = _rows_of(out / "world_model.jsonl") or [{"step": config.train.steps, "seconds": 0.0}]
         return WorldModel.from_pretrained(out, config), rows
-    return train_world_model(config, data, split["train"], split["validation"], None, seed, device, out, minutes, start, go_on)
+    return train_world_model(
+        config,
+        data,
+        split["train"],
+        split["validation"],
+        None,
+        seed,
+        device,
+        out,
+        minutes,
+        start,
+        go_on,
+    )
 
 # %% ../nbs/13_training.ipynb #30d59730
 def _begun(out):
-    "Settings and recordings of the run in the folder, None where there is nothing to go on from."
+    """Settings and recordings of the run in the folder, None where there is nothing to go on from."""
     kept = [out / "training.json", _done(out), *out.glob("*_checkpoints/step_*")]
-    if not any(p.exists() for p in kept): return None
-    try: return json.loads((out / "run.json").read_text())
-    except FileNotFoundError: pass
-    except ValueError as e: raise ValueError(f"{out / 'run.json'} can't be read ({e}); give another folder") from None
+    if not any(p.exists() for p in kept):
+        return None
+    try:
+        return json.loads((out / "run.json").read_text())
+    except FileNotFoundError:
+        pass
+    except ValueError as e:
+        raise ValueError(f"{out / 'run.json'} can't be read ({e}); give another folder") from None
     found = {"settings": {}}  # of an older version: what its files say
-    if (out / "training.json").is_file(): found["settings"] |= {"seed": json.loads((out / "training.json").read_text()).get("seed", 0)}
-    if (out / "config.json").is_file(): found["settings"] |= _leaves(load_config(out / "config.json"))
+    if (out / "training.json").is_file():
+        found["settings"] |= {
+            "seed": json.loads((out / "training.json").read_text()).get("seed", 0)
+        }
+    if (out / "config.json").is_file():
+        found["settings"] |= _leaves(load_config(out / "config.json"))
     return found
 
+
 def _recordings(config, data, seed, begun):
-    "The store or the shards, and the names on the sides that the networks see: those that the run began with."
+    """The store or the shards, and the names on the sides that the networks see: those that the run began with."""
     split = {s: begun[s] for s in ("train", "validation")} if begun and "train" in begun else None
     main = PartialState().is_main_process
-    if split and main: print(f"going on with the {sum(map(len, split.values()))} recordings that the run began with", flush=True)
+    if split and main:
+        print(
+            f"going on with the {sum(map(len, split.values()))} recordings that the run began with",
+            flush=True,
+        )
     if "://" in str(data) or (Path(data) / "shards.json").is_file():
         data = str(data)
         split = split or _shards_split(data)
     else:
         split, begin = split or split_recordings(data, seed), time.monotonic()
         data = ClipStore.build(data, config.frame, names=split["train"] + split["validation"])
-        if main: print(f"store ready after {time.monotonic() - begin:.0f} s", flush=True)
+        if main:
+            print(f"store ready after {time.monotonic() - begin:.0f} s", flush=True)
     empty = [s for s in ("train", "validation") if not split[s]]
-    if empty: raise ValueError(f"{data}: no recording on the side {empty[0]!r}; give more recordings, or write a split.json")
+    if empty:
+        raise ValueError(
+            f"{data}: no recording on the side {empty[0]!r}; give more recordings, or write a split.json"
+        )
     return data, {s: split[s] for s in ("train", "validation")}
 
+
 def _shards_split(url):
-    try: split = _shards_about(url)["split"]
-    except (ValueError, OSError, ShardError, ImportError): raise
+    try:
+        split = _shards_about(url)["split"]
+    except (ValueError, OSError, ShardError, ImportError):
+        raise
     except Exception as e:  # whatever the storage's own library raises
         raise ShardError(f"{url} can't be read: {type(e).__name__}: {e}") from e
-    if not split: raise ValueError(f"{url}: the shards know no split; write them from a store that has one")
+    if not split:
+        raise ValueError(f"{url}: the shards know no split; write them from a store that has one")
     return split
 
-
 # %% ../nbs/13_training.ipynb #da4c597b
-ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, CollapseError, ShardError,
-          torch.OutOfMemoryError)  # of a training, that a command tells in a line
+ERRORS = (
+    ValueError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    MemoryError,
+    CollapseError,
+    ShardError,
+    torch.OutOfMemoryError,
+)  # of a training, that a command tells in a line
+
 
 def main(
     argv=None,  # words of the command line; None: those of this process
 ):
-    "Train as the command line says."
-    p = argparse.ArgumentParser(prog="python -m minecraft_jepa.training", description="Train world model and decoders; go on where a killed run stood.", allow_abbrev=False)
-    p.add_argument("--data", required=True, help="folder of recordings, clip store, or URL of shards")
+    """Train as the command line says."""
+    p = argparse.ArgumentParser(
+        prog="python -m minecraft_jepa.training",
+        description="Train world model and decoders; go on where a killed run stood.",
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "--data", required=True, help="folder of recordings, clip store, or URL of shards"
+    )
     p.add_argument("--out", required=True, help="folder for weights, log and checkpoints")
     p.add_argument("--preset", default="tiny", choices=list(PRESETS))
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    p.add_argument("--minutes", type=float, help="stop cleanly after these, kills included (default: the preset's steps)")
+    p.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
+    )
+    p.add_argument(
+        "--minutes",
+        type=float,
+        help="stop cleanly after these, kills included (default: the preset's steps)",
+    )
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--start", metavar="WEIGHTS", help="folder of weights that the world model starts from, say of other recordings")
+    p.add_argument(
+        "--start",
+        metavar="WEIGHTS",
+        help="folder of weights that the world model starts from, say of other recordings",
+    )
     p.add_argument("--go-on", action="store_true", help="train on after a collapse alarm")
     p.add_argument("changes", nargs="*", help="leaves of the config, NAME=VALUE")
     a = p.parse_args(argv)
     try:
         config = preset(a.preset, **parse_changes(a.changes))
         told = train_all(config, a.data, a.out, a.seed, a.device, a.minutes, a.start, a.go_on)
-    except ERRORS as e: sys.exit(f"{p.prog}: {_in_a_line(e)}")
-    except KeyboardInterrupt: sys.exit(f"{p.prog}: stopped; the same command goes on from the last checkpoint")
-    if PartialState().is_main_process: print(json.dumps({k: told[k] for k in ("preset", "steps", "decoder_steps", "seconds")}))
+    except ERRORS as e:
+        sys.exit(f"{p.prog}: {_in_a_line(e)}")
+    except KeyboardInterrupt:
+        sys.exit(f"{p.prog}: stopped; the same command goes on from the last checkpoint")
+    if PartialState().is_main_process:
+        print(json.dumps({k: told[k] for k in ("preset", "steps", "decoder_steps", "seconds")}))
     leave_processes()
 
+
 def _in_a_line(e):
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)): return f"out of memory ({str(e)[:120]}): take checkpoint_activations=true, or a smaller batch"
-    if isinstance(e, ImportError): return f"{e}: pip install -e '.[s3]' brings what shards on S3 need"
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)):
+        return (
+            f"out of memory ({str(e)[:120]}): take checkpoint_activations=true, or a smaller batch"
+        )
+    if isinstance(e, ImportError):
+        return f"{e}: pip install -e '.[s3]' brings what shards on S3 need"
     return " ".join(str(e).split()) or type(e).__name__
 
-
 # %% ../nbs/13_training.ipynb #39961e73
-if __name__ == "__main__" and "__file__" in globals(): main()  # a notebook is "__main__" too
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # a notebook is "__main__" too

@@ -1,4 +1,5 @@
 "Shared by all tests: no display, one thread, no time limits, and a clip store of their own."
+
 import matplotlib
 import pytest
 import torch

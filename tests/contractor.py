@@ -15,12 +15,33 @@ def name_of(player: str, session: int = 0, minute: int = 0) -> str:
 def line(t: int, **over) -> dict:
     """Line `t` with every field of the format; `over` replaces fields, or with `...` removes them."""
     found = {
-        "mouse": {"x": 640.0, "y": 360.0, "dx": float(t % 5 - 2), "dy": 0.0, "scaledX": 0.0,
-                  "scaledY": 0.0, "dwheel": 0.0, "buttons": [], "newButtons": []},
+        "mouse": {
+            "x": 640.0,
+            "y": 360.0,
+            "dx": float(t % 5 - 2),
+            "dy": 0.0,
+            "scaledX": 0.0,
+            "scaledY": 0.0,
+            "dwheel": 0.0,
+            "buttons": [],
+            "newButtons": [],
+        },
         "keyboard": {"keys": ["key.keyboard.w"] if t % 7 < 3 else [], "newKeys": [], "chars": ""},
-        "isGuiOpen": False, "isGuiInventory": False, "hotbar": 0, "yaw": 1.5 * t, "pitch": 3.0,
-        "xpos": t / 10, "ypos": 64.0, "zpos": 0.0, "tick": t, "milli": 1640000000000 + 50 * t,
-        "inventory": [], "serverTick": 100 + t, "serverTickDurationMs": 20.0, "stats": {}}
+        "isGuiOpen": False,
+        "isGuiInventory": False,
+        "hotbar": 0,
+        "yaw": 1.5 * t,
+        "pitch": 3.0,
+        "xpos": t / 10,
+        "ypos": 64.0,
+        "zpos": 0.0,
+        "tick": t,
+        "milli": 1640000000000 + 50 * t,
+        "inventory": [],
+        "serverTick": 100 + t,
+        "serverTickDurationMs": 20.0,
+        "stats": {},
+    }
     found.update(over)
     return {k: v for k, v in found.items() if v is not ...}
 

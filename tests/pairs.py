@@ -11,11 +11,28 @@ HEIGHT, WIDTH = 48, 80
 
 def line(t=0, **fields):
     """One VPT line of tick t; its movement, `t % 50` pixels to the right, tells the tick. `...` removes a field."""
-    mouse = {"x": 640.0, "y": 360.0, "dx": float(t % 50), "dy": 0.0, "dwheel": 0.0, "buttons": [], "newButtons": []}
+    mouse = {
+        "x": 640.0,
+        "y": 360.0,
+        "dx": float(t % 50),
+        "dy": 0.0,
+        "dwheel": 0.0,
+        "buttons": [],
+        "newButtons": [],
+    }
     keyboard = {"keys": [], "newKeys": [], "chars": ""}
     found = {
-        "mouse": mouse, "keyboard": keyboard, "isGuiOpen": False, "hotbar": 0, "tick": t, "milli": 50 * t,
-        "yaw": 1.0 * t, "pitch": 0.0, "xpos": 0.0, "ypos": 64.0, "zpos": 0.0,
+        "mouse": mouse,
+        "keyboard": keyboard,
+        "isGuiOpen": False,
+        "hotbar": 0,
+        "tick": t,
+        "milli": 50 * t,
+        "yaw": 1.0 * t,
+        "pitch": 0.0,
+        "xpos": 0.0,
+        "ypos": 64.0,
+        "zpos": 0.0,
     } | fields
     return {k: v for k, v in found.items() if v is not ...}
 
@@ -59,11 +76,11 @@ def mutated(whole, random):
         at, many = int(random.integers(0, max(len(changed), 1))), int(random.integers(1, 40))
         what = random.integers(0, 4)
         if what == 0:
-            changed[at:at + many] = random.bytes(min(many, len(changed) - at))
+            changed[at : at + many] = random.bytes(min(many, len(changed) - at))
         elif what == 1:
-            del changed[at:at + many]
+            del changed[at : at + many]
         elif what == 2:
-            changed[at:at] = changed[at:at + many]
+            changed[at:at] = changed[at : at + many]
         else:
             del changed[at:]
     return bytes(changed)

@@ -1,35 +1,76 @@
 "The action codec on every legal line, on the traps of the format, and on the bundled recordings."
+
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
-from minecraft_jepa.actions import ACTION_DIM, ACTION_NAMES, DEGREES_PER_PIXEL, KEYS, NOOP, decode_action, encode_action, encode_actions, read_actions
+from minecraft_jepa.actions import (
+    ACTION_DIM,
+    ACTION_NAMES,
+    DEGREES_PER_PIXEL,
+    KEYS,
+    NOOP,
+    decode_action,
+    encode_action,
+    encode_actions,
+    read_actions,
+)
 from minecraft_jepa.recordings import find_recordings, open_recording
 
 DATA = Path(__file__).parent.parent / "data"
 NAMES = {name: i for i, name in enumerate(ACTION_NAMES)}
 
 numbers = st.floats(-999_999, 999_999, allow_nan=False) | st.integers(-999_999, 999_999)
-keys = st.lists(st.sampled_from(KEYS) | st.sampled_from(["key.keyboard.f3", "key.keyboard.left.alt", "", "w"]), max_size=6)
+keys = st.lists(
+    st.sampled_from(KEYS) | st.sampled_from(["key.keyboard.f3", "key.keyboard.left.alt", "", "w"]),
+    max_size=6,
+)
 buttons = st.lists(st.integers(-1, 7), max_size=4)
 lines = st.fixed_dictionaries(
-    {"mouse": st.fixed_dictionaries({"dx": numbers, "dy": numbers, "buttons": buttons}, optional={"x": numbers, "y": numbers, "dwheel": numbers, "newButtons": buttons, "scaledX": numbers}),
-     "keyboard": st.fixed_dictionaries({"keys": keys}, optional={"newKeys": keys, "chars": st.text(max_size=3)})},
-    optional={"isGuiOpen": st.booleans(), "hotbar": st.integers(0, 8), "yaw": numbers, "inventory": st.just([{"type": "dirt", "quantity": 3}])})
+    {
+        "mouse": st.fixed_dictionaries(
+            {"dx": numbers, "dy": numbers, "buttons": buttons},
+            optional={
+                "x": numbers,
+                "y": numbers,
+                "dwheel": numbers,
+                "newButtons": buttons,
+                "scaledX": numbers,
+            },
+        ),
+        "keyboard": st.fixed_dictionaries(
+            {"keys": keys}, optional={"newKeys": keys, "chars": st.text(max_size=3)}
+        ),
+    },
+    optional={
+        "isGuiOpen": st.booleans(),
+        "hotbar": st.integers(0, 8),
+        "yaw": numbers,
+        "inventory": st.just([{"type": "dirt", "quantity": 3}]),
+    },
+)
 
 
 @given(lines)
 def test_nothing_of_a_line_is_lost(line):
     action, mouse = encode_action(line), decode_action(encode_action(line))["mouse"]
-    assert action.shape == (ACTION_DIM,) and action.dtype == np.float32 and np.isfinite(action).all()
+    assert (
+        action.shape == (ACTION_DIM,) and action.dtype == np.float32 and np.isfinite(action).all()
+    )
     assert {k for k, v in zip(KEYS, action) if v} == set(line["keyboard"]["keys"]) & set(KEYS)
     assert set(mouse["buttons"]) == set(line["mouse"]["buttons"]) & {0, 1, 2}
-    for name in ("dx", "dy", "dwheel"): assert mouse[name] == pytest.approx(line["mouse"].get(name, 0), rel=1e-6)
-    assert set(np.unique(action[[*range(20), 25, 26, 27]])) <= {0, 1} and (action[20:22] >= 0).all() and (action[20:22] <= 1).all()
+    for name in ("dx", "dy", "dwheel"):
+        assert mouse[name] == pytest.approx(line["mouse"].get(name, 0), rel=1e-6)
+    assert (
+        set(np.unique(action[[*range(20), 25, 26, 27]])) <= {0, 1}
+        and (action[20:22] >= 0).all()
+        and (action[20:22] <= 1).all()
+    )
 
 
 @given(lines)
@@ -47,12 +88,19 @@ def test_whole_recordings_have_a_fixed_point(recording):
     assert np.array_equal(encode_actions([decode_action(a) for a in actions]), actions)
     alone = [encode_action(line) for line in recording]
     touched = {i for a, b in zip(actions, alone) for i in np.flatnonzero(a != b)}
-    assert touched <= {NAMES["attack"], *range(11, 20)}  # nothing but attack and slots needs the other lines
+    assert touched <= {
+        NAMES["attack"],
+        *range(11, 20),
+    }  # nothing but attack and slots needs the other lines
 
 
 @given(st.lists(st.integers(0, 8), min_size=2, max_size=20))
 def test_every_change_of_slot_has_its_key(slots):
-    line = lambda slot: {"mouse": {"dx": 0, "dy": 0, "buttons": []}, "keyboard": {"keys": []}, "hotbar": slot}
+    line = lambda slot: {
+        "mouse": {"dx": 0, "dy": 0, "buttons": []},
+        "keyboard": {"keys": []},
+        "hotbar": slot,
+    }
     actions = encode_actions([line(s) for s in slots])
     for t, (now, then) in enumerate(zip(slots, slots[1:])):
         assert actions[t, 11:20].tolist() == [float(now != then and k == then) for k in range(9)]
@@ -61,15 +109,25 @@ def test_every_change_of_slot_has_its_key(slots):
 
 def held(buttons, new=None):
     mouse = {"dx": 0, "dy": 0, "buttons": buttons}
-    return {"mouse": mouse if new is None else {**mouse, "newButtons": new}, "keyboard": {"keys": []}}
+    return {
+        "mouse": mouse if new is None else {**mouse, "newButtons": new},
+        "keyboard": {"keys": []},
+    }
 
 
-@pytest.mark.parametrize("recording, attack", [
-    ([held([0], [0]), held([0], []), held([], []), held([0], [0]), held([0], [])], [0, 0, 0, 1, 1]),
-    ([held([0, 1], [0, 1]), held([0], [])], [1, 1]),        # two buttons at once were really pressed
-    ([held([0], []), held([0], [])], [1, 1]),
-    ([held([0]), held([0])], [1, 1]),                        # newButtons is optional
-    ([held([], []), held([0], [0])], [0, 1])])
+@pytest.mark.parametrize(
+    "recording, attack",
+    [
+        (
+            [held([0], [0]), held([0], []), held([], []), held([0], [0]), held([0], [])],
+            [0, 0, 0, 1, 1],
+        ),
+        ([held([0, 1], [0, 1]), held([0], [])], [1, 1]),  # two buttons at once were really pressed
+        ([held([0], []), held([0], [])], [1, 1]),
+        ([held([0]), held([0])], [1, 1]),  # newButtons is optional
+        ([held([], []), held([0], [0])], [0, 1]),
+    ],
+)
 def test_attack_held_since_before_the_recording(recording, attack):
     assert encode_actions(recording)[:, NAMES["attack"]].tolist() == attack
 
@@ -91,26 +149,68 @@ GONE = object()
 
 def change(path, value):
     "A legal line in which the field at `path` is something else, or is gone."
-    line = {"mouse": {"x": 640.0, "y": 360.0, "dx": 0.0, "dy": 0.0, "dwheel": 0.0, "buttons": [], "newButtons": []}, "keyboard": {"keys": []}, "isGuiOpen": False, "hotbar": 0}
+    line = {
+        "mouse": {
+            "x": 640.0,
+            "y": 360.0,
+            "dx": 0.0,
+            "dy": 0.0,
+            "dwheel": 0.0,
+            "buttons": [],
+            "newButtons": [],
+        },
+        "keyboard": {"keys": []},
+        "isGuiOpen": False,
+        "hotbar": 0,
+    }
     *above, last = path.split(".")
     holder = line
-    for key in above: holder = holder[key]
-    if value is GONE: del holder[last]
-    else: holder[last] = value
+    for key in above:
+        holder = holder[key]
+    if value is GONE:
+        del holder[last]
+    else:
+        holder[last] = value
     return line
 
 
-@pytest.mark.parametrize("field", ["mouse", "mouse.dx", "mouse.dy", "mouse.buttons", "keyboard", "keyboard.keys"])
+@pytest.mark.parametrize(
+    "field", ["mouse", "mouse.dx", "mouse.dy", "mouse.buttons", "keyboard", "keyboard.keys"]
+)
 def test_missing_field_is_named(field):
-    with pytest.raises(ValueError, match=rf"line 2: the field {field}.* is missing"): encode_actions([held([]), change(field, GONE)])
+    with pytest.raises(ValueError, match=rf"line 2: the field {field}.* is missing"):
+        encode_actions([held([]), change(field, GONE)])
 
 
-@pytest.mark.parametrize("field, value", [
-    ("mouse", []), ("mouse", None), ("keyboard", "w"), ("keyboard.keys", "w"), ("keyboard.keys", [1]), ("keyboard.keys", None),
-    ("mouse.dx", "3"), ("mouse.dx", None), ("mouse.dx", True), ("mouse.dy", math.nan), ("mouse.dy", math.inf), ("mouse.dy", 10**400), ("mouse.dwheel", []), ("mouse.x", "left"),
-    ("mouse.buttons", 0), ("mouse.buttons", [0.5]), ("mouse.newButtons", {}), ("isGuiOpen", "no"), ("hotbar", 9), ("hotbar", 1.0), ("hotbar", None)])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("mouse", []),
+        ("mouse", None),
+        ("keyboard", "w"),
+        ("keyboard.keys", "w"),
+        ("keyboard.keys", [1]),
+        ("keyboard.keys", None),
+        ("mouse.dx", "3"),
+        ("mouse.dx", None),
+        ("mouse.dx", True),
+        ("mouse.dy", math.nan),
+        ("mouse.dy", math.inf),
+        ("mouse.dy", 10**400),
+        ("mouse.dwheel", []),
+        ("mouse.x", "left"),
+        ("mouse.buttons", 0),
+        ("mouse.buttons", [0.5]),
+        ("mouse.newButtons", {}),
+        ("isGuiOpen", "no"),
+        ("hotbar", 9),
+        ("hotbar", 1.0),
+        ("hotbar", None),
+    ],
+)
 def test_field_of_the_wrong_type_is_named(field, value):
-    with pytest.raises(ValueError, match=rf"line 2: .*{field}") as refused: encode_actions([held([]), change(field, value)])
+    with pytest.raises(ValueError, match=rf"line 2: .*{field}") as refused:
+        encode_actions([held([]), change(field, value)])
     assert "expected" in str(refused.value) and len(str(refused.value)) < 150
 
 
@@ -121,10 +221,18 @@ def test_bundled_recordings_survive_both_ways(path):
     assert np.array_equal(again, recording.actions)
     turned = np.array([line["mouse"]["dx"] for line in recording.lines]) * DEGREES_PER_PIXEL
     assert np.allclose(recording.actions[:, NAMES["dx"]], turned, atol=1e-4)
-    by_key = np.array([sum(key in KEYS[11:] for key in line["keyboard"]["keys"]) for line in recording.lines])
+    by_key = np.array(
+        [sum(key in KEYS[11:] for key in line["keyboard"]["keys"]) for line in recording.lines]
+    )
     chosen, slot = recording.actions[:, 11:20].sum(1), recording.state["hotbar"]
-    turned_to = np.flatnonzero(chosen != by_key)  # each slot was chosen by its key, and no key is counted twice; or by the wheel, and then it is another one
-    assert (chosen >= by_key).all() and (turned_to < len(slot) - 1).all() and (slot[turned_to] != slot[turned_to + 1]).all()
+    turned_to = np.flatnonzero(
+        chosen != by_key
+    )  # each slot was chosen by its key, and no key is counted twice; or by the wheel, and then it is another one
+    assert (
+        (chosen >= by_key).all()
+        and (turned_to < len(slot) - 1).all()
+        and (slot[turned_to] != slot[turned_to + 1]).all()
+    )
 
 
 def test_no_cursor_without_isGuiOpen():
@@ -137,18 +245,35 @@ def test_no_cursor_without_isGuiOpen():
     assert shown["isGuiOpen"] is True and decode_action(NOOP)["isGuiOpen"] is False
 
 
-@pytest.mark.parametrize("odd", [{"mouse": None}, {"keyboard": None}, {"mouse": {}}, {"keyboard": {"keys": None}}, {"hotbar": 9}, {"isGuiOpen": "no"}])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"mouse": None},
+        {"keyboard": None},
+        {"mouse": {}},
+        {"keyboard": {"keys": None}},
+        {"hotbar": 9},
+        {"isGuiOpen": "no"},
+    ],
+)
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_line_without_an_action_is_told_apart_from_standing_still(odd, at):
     good = held([1])
     actions, faults = read_actions([good | odd if t == at else good for t in range(3)])
     assert list(faults) == [at] and ("expected" in faults[at] or "missing" in faults[at])
-    assert np.array_equal(actions[at], NOOP) and [a[NAMES["use"]] for a in actions] == [float(t != at) for t in range(3)]
-    with pytest.raises(ValueError, match=f"line {at + 1}: "): encode_actions([good | odd if t == at else good for t in range(3)])
+    assert np.array_equal(actions[at], NOOP) and [a[NAMES["use"]] for a in actions] == [
+        float(t != at) for t in range(3)
+    ]
+    with pytest.raises(ValueError, match=f"line {at + 1}: "):
+        encode_actions([good | odd if t == at else good for t in range(3)])
 
 
 def test_slot_and_stuck_attack_are_found_across_a_line_without_an_action():
-    slots = [held([]) | {"hotbar": 0}, held([]) | {"hotbar": 4, "mouse": None}, held([]) | {"hotbar": 4}]
+    slots = [
+        held([]) | {"hotbar": 0},
+        held([]) | {"hotbar": 4, "mouse": None},
+        held([]) | {"hotbar": 4},
+    ]
     assert read_actions(slots)[0][:, NAMES["5"]].tolist() == [1, 0, 0]
     stuck = [held([0], [0]), {"mouse": None, "keyboard": None}, held([0], []), held([0], [0])]
     assert read_actions(stuck)[0][:, NAMES["attack"]].tolist() == [0, 0, 0, 1]

@@ -1,4 +1,5 @@
 "What the README says of the benchmarks, held against the numbers beside their figures."
+
 import json
 from pathlib import Path
 
@@ -10,27 +11,54 @@ README = (ROOT / "README.md").read_text()
 
 def numbers(name):
     path = ROOT / "figures" / f"{name}.json"
-    if not path.is_file(): pytest.skip(f"{path.name} is not there: run make bench")
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not there: run make bench")
     return json.loads(path.read_text())
 
 
 def test_loader():
     found = numbers("bench_loader")
     windows, frames = found["windows_per_second"], found["build_frames_per_second"]
-    assert windows["ours"] > 100 * windows["seed_way"] and windows["ours"] > 0.5 * windows["memory_copy"]
+    assert (
+        windows["ours"] > 100 * windows["seed_way"]
+        and windows["ours"] > 0.5 * windows["memory_copy"]
+    )
     assert frames["ours"] > 0.8 * frames["decode"]
     peak = {int(n): b for n, b in found["peak_bytes_by_recordings"].items()}
     assert max(peak) >= 100 * min(peak) and max(peak.values()) < 1.1 * peak[min(peak)]
-    for value in (windows["ours"], windows["seed_way"], windows["memory_copy"], frames["ours"], frames["decode"]): assert f"{value:,.0f}" in README
+    for value in (
+        windows["ours"],
+        windows["seed_way"],
+        windows["memory_copy"],
+        frames["ours"],
+        frames["decode"],
+    ):
+        assert f"{value:,.0f}" in README
 
 
 def test_training():
     found = numbers("bench_training")
-    assert set(found["step_seconds"]) >= {"seed_way", "ours"} and set(found["peak_bytes"]) >= {"seed_way", "ours"}
-    if found["device"] == "cpu": assert found["peak_share"] is None and found["paper_peak_bytes_gpu"] is None
+    assert set(found["step_seconds"]) >= {"seed_way", "ours"} and set(found["peak_bytes"]) >= {
+        "seed_way",
+        "ours",
+    }
+    if found["device"] == "cpu":
+        assert found["peak_share"] is None and found["paper_peak_bytes_gpu"] is None
     assert found["share_of_time_waiting_for_data"] < 0.05
-    seed, ours = ([found[k][who] for k in ("step_seconds", "peak_bytes")] for who in ("seed_way", "ours"))
-    if found["preset"] == "paper": assert seed[0] >= 2 * ours[0] and 2 * ours[1] <= seed[1]
-    for what in ("attention written out", "optimizer and EMA one by one", "other precision", "activations computed twice", "batch in two parts"): assert found["choices"]["runs"][what]["step_seconds"] > 0
-    for value in (found["step_seconds"]["seed_way"], found["step_seconds"]["ours"]): assert f"{value:.1f} s" in README
-    for value in (found["peak_bytes"]["seed_way"], found["peak_bytes"]["ours"]): assert f"{value / 2**30:.1f} GiB" in README
+    seed, ours = (
+        [found[k][who] for k in ("step_seconds", "peak_bytes")] for who in ("seed_way", "ours")
+    )
+    if found["preset"] == "paper":
+        assert seed[0] >= 2 * ours[0] and 2 * ours[1] <= seed[1]
+    for what in (
+        "attention written out",
+        "optimizer and EMA one by one",
+        "other precision",
+        "activations computed twice",
+        "batch in two parts",
+    ):
+        assert found["choices"]["runs"][what]["step_seconds"] > 0
+    for value in (found["step_seconds"]["seed_way"], found["step_seconds"]["ours"]):
+        assert f"{value:.1f} s" in README
+    for value in (found["peak_bytes"]["seed_way"], found["peak_bytes"]["ours"]):
+        assert f"{value / 2**30:.1f} GiB" in README

@@ -1,4 +1,5 @@
 "Settings: what can't be is refused where the tree is made, for every leaf and at every door."
+
 import dataclasses
 import json
 import math
@@ -13,8 +14,15 @@ import torch
 
 from minecraft_jepa import config as module
 from minecraft_jepa.config import (
-    Config, cores_allowed, load_config, parse_changes, preset, seed_everything,
-    study_parameters, whole_number)
+    Config,
+    cores_allowed,
+    load_config,
+    parse_changes,
+    preset,
+    seed_everything,
+    study_parameters,
+    whole_number,
+)
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "name"}
@@ -26,8 +34,10 @@ ids = lambda leaves: [f"{s}.{f.name}" for s, f in leaves]
 def beyond(f):
     "Values on the wrong side of each bound of a leaf."
     r = f.metadata
-    if "least" in r: yield r["least"] - 1
-    if "above" in r: yield r["above"]
+    if "least" in r:
+        yield r["least"] - 1
+    if "above" in r:
+        yield r["above"]
     yield r["most"] + 1
 
 
@@ -44,7 +54,9 @@ def test_a_number_that_cannot_be_is_refused_for_every_leaf(section, leaf):
 @pytest.mark.parametrize("section,leaf", LEAVES, ids=ids(LEAVES))
 def test_a_file_with_a_leaf_that_cannot_be_names_its_line(section, leaf, tmp_path):
     tree = json.loads(preset("tiny").to_json())
-    tree[section][leaf.name] = -1 if leaf.type in (int, float) and leaf.name != "time_mean" else None
+    tree[section][leaf.name] = (
+        -1 if leaf.type in (int, float) and leaf.name != "time_mean" else None
+    )
     (tmp_path / "config.json").write_text(json.dumps(tree, indent=1))
     with pytest.raises(ValueError, match=rf"line \d+: {section}\.{leaf.name}=") as e:
         load_config(tmp_path / "config.json")
@@ -71,8 +83,10 @@ def test_whole_numbers_of_any_type_are_taken(kind):
 
 @pytest.mark.parametrize("wrong", [True, np.True_, 1.0, "1", None, -1, [1]])
 def test_a_seed_that_is_no_whole_number_is_refused(wrong):
-    with pytest.raises(ValueError, match="seed="): seed_everything(wrong)
-    with pytest.raises(ValueError, match="n="): whole_number(wrong, "n", 0)
+    with pytest.raises(ValueError, match="seed="):
+        seed_everything(wrong)
+    with pytest.raises(ValueError, match="n="):
+        whole_number(wrong, "n", 0)
 
 
 def test_leaves_that_do_not_go_together_are_refused():
@@ -82,49 +96,120 @@ def test_leaves_that_do_not_go_together_are_refused():
         preset("tiny", accumulate=3)
     with pytest.raises(ValueError, match="is not a whole number of patches"):
         preset("tiny", height=50)
-    assert preset("tiny", height=64, frame_width=64, patch=32).frame.patches == 4  # one at a time they do not fit
-    with pytest.raises(ValueError, match="is given twice"): preset("tiny", batch=8, train_batch=8)
-    with pytest.raises(ValueError, match="train="): Config(train={"steps": 3})
+    assert (
+        preset("tiny", height=64, frame_width=64, patch=32).frame.patches == 4
+    )  # one at a time they do not fit
+    with pytest.raises(ValueError, match="is given twice"):
+        preset("tiny", batch=8, train_batch=8)
+    with pytest.raises(ValueError, match="train="):
+        Config(train={"steps": 3})
 
 
-@pytest.mark.parametrize("word,value", [
-    ("lr=1e-4", 1e-4), ("lr=.001", 1e-3), ("lr=+1e-4", 1e-4), ("steps=1_000", 1000), ("steps=1e3", 1000),
-    ("checkpoint_activations=True", True), ("compile=off", False), ("lr = 1e-4", 1e-4),
-    ("anti_collapse='ema'", "ema"), ('kind="adaln"', "adaln")])
+@pytest.mark.parametrize(
+    "word,value",
+    [
+        ("lr=1e-4", 1e-4),
+        ("lr=.001", 1e-3),
+        ("lr=+1e-4", 1e-4),
+        ("steps=1_000", 1000),
+        ("steps=1e3", 1000),
+        ("checkpoint_activations=True", True),
+        ("compile=off", False),
+        ("lr = 1e-4", 1e-4),
+        ("anti_collapse='ema'", "ema"),
+        ('kind="adaln"', "adaln"),
+    ],
+)
 def test_settings_are_read_as_people_write_them(word, value):
     (read,) = parse_changes([word]).values()
     assert read == value and type(read) is type(value)
 
 
-@pytest.mark.parametrize("words", [
-    ["batch", "64"], ["batch=16,"], ["batch="], ["lr=1,5"], ["lr=fast"], ["steps=1.5"], ["steps=inf"],
-    ["compile=2"], ["stpes=4"], ["lr=1", "lr=2"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["batch", "64"],
+        ["batch=16,"],
+        ["batch="],
+        ["lr=1,5"],
+        ["lr=fast"],
+        ["steps=1.5"],
+        ["steps=inf"],
+        ["compile=2"],
+        ["stpes=4"],
+        ["lr=1", "lr=2"],
+    ],
+)
 def test_a_setting_that_cannot_be_read_is_named(words):
-    with pytest.raises(ValueError) as e: preset("tiny", **parse_changes(words))
+    with pytest.raises(ValueError) as e:
+        preset("tiny", **parse_changes(words))
     assert repr(words[0].split("=")[0]).strip("'") in str(e.value)
 
 
 def given(tmp_path, **more):
-    known = dict(preset_name="tiny", data_dir=".", out_dir=str(tmp_path / "out"), weights="", steps=3, seed=0, device="cpu")
+    known = dict(
+        preset_name="tiny",
+        data_dir=".",
+        out_dir=str(tmp_path / "out"),
+        weights="",
+        steps=3,
+        seed=0,
+        device="cpu",
+    )
     return known | more
 
 
-@pytest.mark.parametrize("name,wrong", [
-    ("steps", None), ("steps", True), ("steps", "5"), ("steps", 2.5), ("steps", -1), ("seed", "null"),
-    ("seed", None), ("data_dir", None), ("data_dir", ""), ("data_dir", 3), ("out_dir", None), ("out_dir", " "),
-    ("weights", True), ("preset_name", None), ("preset_name", ["tiny"]), ("device", None), ("device", "tpu")])
+@pytest.mark.parametrize(
+    "name,wrong",
+    [
+        ("steps", None),
+        ("steps", True),
+        ("steps", "5"),
+        ("steps", 2.5),
+        ("steps", -1),
+        ("seed", "null"),
+        ("seed", None),
+        ("data_dir", None),
+        ("data_dir", ""),
+        ("data_dir", 3),
+        ("out_dir", None),
+        ("out_dir", " "),
+        ("weights", True),
+        ("preset_name", None),
+        ("preset_name", ["tiny"]),
+        ("device", None),
+        ("device", "tpu"),
+    ],
+)
 def test_a_parameter_of_an_odd_kind_is_named(tmp_path, name, wrong):
-    with pytest.raises(ValueError, match=f"^{name}="): study_parameters(given(tmp_path, **{name: wrong}))
+    with pytest.raises(ValueError, match=f"^{name}="):
+        study_parameters(given(tmp_path, **{name: wrong}))
 
 
 def test_other_names_in_the_kernel_do_not_stop_a_study(tmp_path):
-    own = dict(Path=Path, np=np, display=print, my_note="first try", data={"a": 1}, out=[1], n=3, ClipStore=dict)
+    own = dict(
+        Path=Path,
+        np=np,
+        display=print,
+        my_note="first try",
+        data={"a": 1},
+        out=[1],
+        n=3,
+        ClipStore=dict,
+    )
     assert study_parameters(given(tmp_path, **own, In=["", "from pathlib import Path"])).steps == 3
 
 
-@pytest.mark.parametrize("more,named", [
-    ({"stpes": 3}, "steps"), ({"seeds": 1}, "seed"), ({"data_dri": "x"}, "data_dir"), ({"weigths": "x"}, "weights"),
-    ({"epochs": 3, "In": ["", "# Parameters\nepochs = 3\nsteps = 2\n"]}, "Known")])
+@pytest.mark.parametrize(
+    "more,named",
+    [
+        ({"stpes": 3}, "steps"),
+        ({"seeds": 1}, "seed"),
+        ({"data_dri": "x"}, "data_dir"),
+        ({"weigths": "x"}, "weights"),
+        ({"epochs": 3, "In": ["", "# Parameters\nepochs = 3\nsteps = 2\n"]}, "Known"),
+    ],
+)
 def test_a_misspelt_parameter_is_refused(tmp_path, more, named):
     with pytest.raises(ValueError, match=f"unknown parameter '{next(iter(more))}'.*{named}"):
         study_parameters(given(tmp_path, **more))
@@ -133,7 +218,8 @@ def test_a_misspelt_parameter_is_refused(tmp_path, more, named):
 def test_a_parameter_that_is_not_set_is_named(tmp_path):
     names = given(tmp_path)
     del names["seed"]
-    with pytest.raises(ValueError, match="parameter 'seed' is not set"): study_parameters(names)
+    with pytest.raises(ValueError, match="parameter 'seed' is not set"):
+        study_parameters(names)
 
 
 def test_an_out_dir_that_cannot_be_made_is_named(tmp_path):
@@ -156,13 +242,28 @@ def test_threads_do_not_spin_whatever_is_imported(own, said):
     "The package says so before any module of it loads torch, and with it OpenMP, which reads it once."
     free = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     source = "import minecraft_jepa, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, env=free | own, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", source], cwd=ROOT, env=free | own, capture_output=True, text=True
+    )
     assert done.stdout.split() == [said, "False"], done.stderr
 
 
 def test_whole_numbers_of_any_library_are_taken_or_refused():
     for kind in (np.uint8, np.int8, np.int16, np.uint64, torch.tensor, np.array):
         assert type(whole_number(kind(60))) is int and whole_number(kind(60)) == 60
-    for wrong in (60.0, np.float32(60), torch.tensor(60.0), True, np.True_, torch.tensor(True), "60", None, [60], np.array([6, 0])):
-        with pytest.raises(ValueError, match="batch=.* must be a whole number"): whole_number(wrong, "batch")
-    with pytest.raises(ValueError, match="batch=0 must be at least 1"): whole_number(np.uint8(0), "batch", 1)
+    for wrong in (
+        60.0,
+        np.float32(60),
+        torch.tensor(60.0),
+        True,
+        np.True_,
+        torch.tensor(True),
+        "60",
+        None,
+        [60],
+        np.array([6, 0]),
+    ):
+        with pytest.raises(ValueError, match="batch=.* must be a whole number"):
+            whole_number(wrong, "batch")
+    with pytest.raises(ValueError, match="batch=0 must be at least 1"):
+        whole_number(np.uint8(0), "batch", 1)

@@ -17,7 +17,12 @@ from minecraft_jepa.config import preset
 from minecraft_jepa.download import read_ledger, read_manifest
 from minecraft_jepa.jepa import WorldModel
 from minecraft_jepa.recordings import (
-    find_recordings, open_recording, parse_name, read_checks, split_recordings)
+    find_recordings,
+    open_recording,
+    parse_name,
+    read_checks,
+    split_recordings,
+)
 from minecraft_jepa.training import train_all
 
 FRAMES = 64
@@ -46,11 +51,19 @@ RECORDINGS = {
     name_of("alice", 2, 5): (FRAMES, lines_of(FEW)),
     name_of("alice", 2, 10): (FRAMES, lines_of(FEW)),
     name_of("bob"): (FRAMES, lines_of(FEW, {30: {"mouse": None}, 31: {"keyboard": None}})),
-    name_of("bob", 1): (FRAMES, lines_of(FEW, {t: held(t, [0] if t in (0, 40) else ()) for t in (*range(20), *range(40, 50))})),
+    name_of("bob", 1): (
+        FRAMES,
+        lines_of(
+            FEW, {t: held(t, [0] if t in (0, 40) else ()) for t in (*range(20), *range(40, 50))}
+        ),
+    ),
     name_of("carol"): (FRAMES, lines_of(FEW, {t: {"hotbar": 4} for t in range(20, FEW)})),
     name_of("carol", 1): (FRAMES, lines_of(FEW, {t: screen(t) for t in range(40, 50)})),
     name_of("carol", 2): (FRAMES, lines_of(FEW, {t: {"isGuiOpen": ...} for t in range(FEW)})),
-    name_of("dave"): (FRAMES, [{k: v for k, v in line(t).items() if k in STRIPPED} for t in range(FEW)]),
+    name_of("dave"): (
+        FRAMES,
+        [{k: v for k, v in line(t).items() if k in STRIPPED} for t in range(FEW)],
+    ),
     name_of("dave", 1): (FRAMES, lines_of(FEW, {32: {"xpos": float("nan")}})),
     name_of("dave", 2): (FRAMES, lines_of(FRAMES + 3)),  # lines after the last frame
     name_of("erin"): (FRAMES, lines_of(FEW)),  # its lines begin with a byte order mark
@@ -63,9 +76,12 @@ RECORDINGS = {
     name_of("gina", 2): (FRAMES, lines_of(FEW)),
 }
 LEFT_OUT = {
-    name_of("frank"): "HTTP 404", name_of("frank", 1): "HTTP 404",
-    name_of("frank", 2): "HTTP 403: Blocked for you", name_of("gina"): ".mp4: ",
-    name_of("gina", 1): ".jsonl, line 62"}
+    name_of("frank"): "HTTP 404",
+    name_of("frank", 1): "HTTP 404",
+    name_of("frank", 2): "HTTP 403: Blocked for you",
+    name_of("gina"): ".mp4: ",
+    name_of("gina", 1): ".jsonl, line 62",
+}
 USED = [name for name in RECORDINGS if name not in LEFT_OUT]
 
 
@@ -78,7 +94,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         body, gone = self.server.files.get(self.path, b""), self.path not in self.server.files
         refused = name_of("frank", 2) in self.path
-        self.send_response(404 if gone else 403 if refused else 200, "Blocked for you" if refused else None)
+        self.send_response(
+            404 if gone else 403 if refused else 200, "Blocked for you" if refused else None
+        )
         if not refused and name_of("erin", 1) + ".jsonl" in self.path:
             body = gzip.compress(body)
             self.send_header("Content-Encoding", "gzip")
@@ -132,9 +150,13 @@ def test_every_recording_is_used_or_named(fetched):
 
 def test_what_was_passed_over_is_told_in_the_checks(fetched):
     remarks = {n: " ".join(row["remarks"]) for n, row in read_checks(fetched).items()}
-    for name, told in ((name_of("bob"), "line 31"), (name_of("dave", 1), "line 33"),
-                       (name_of("dave", 2), "3 lines beyond the last frame"),
-                       (name_of("dave"), "without yaw"), (name_of("carol", 2), "isGuiOpen")):
+    for name, told in (
+        (name_of("bob"), "line 31"),
+        (name_of("dave", 1), "line 33"),
+        (name_of("dave", 2), "3 lines beyond the last frame"),
+        (name_of("dave"), "without yaw"),
+        (name_of("carol", 2), "isGuiOpen"),
+    ):
         assert told in remarks[name], (name, remarks[name])
 
 
@@ -146,14 +168,21 @@ def test_last_frame_without_a_line_is_kept(fetched):
 
 
 def test_traps_of_the_format_are_read(fetched):
-    def actions(name): return open_recording(fetched / name).actions
-    assert np.flatnonzero(open_recording(fetched / name_of("bob")).teleported)[:2].tolist() == [30, 31]
+    def actions(name):
+        return open_recording(fetched / name).actions
+
+    assert np.flatnonzero(open_recording(fetched / name_of("bob")).teleported)[:2].tolist() == [
+        30,
+        31,
+    ]
     stuck = actions(name_of("bob", 1))[:, AT["attack"]]
     assert np.flatnonzero(stuck).tolist() == list(range(40, 50))
     assert np.flatnonzero(actions(name_of("carol"))[:, AT["5"]]).tolist() == [19]  # scrolled to
     cursor = actions(name_of("carol", 1))[:, AT["x"]]
     assert cursor[39] == 0.5 and cursor[45] == pytest.approx(750 / 1280)
-    assert (actions(name_of("carol", 2))[:, AT["x"]] == 0.5).all()  # nobody says that a screen is open
+    assert (
+        actions(name_of("carol", 2))[:, AT["x"]] == 0.5
+    ).all()  # nobody says that a screen is open
     camera = actions(name_of("alice"))[:5, AT["dx"]]
     assert camera.tolist() == pytest.approx([-0.3, -0.15, 0, 0.15, 0.3])  # not cut to whole degrees
 
@@ -166,9 +195,24 @@ def test_no_player_is_on_two_sides(fetched):
 
 
 def test_model_is_trained_on_what_is_used(fetched, tmp_path):
-    config = preset("tiny", encoder_width=16, encoder_depth=1, conditioner_depth=1, predictor_depth=1,
-                    dit_width=16, dit_depth=1, bottleneck=8, head_depth=1, rank_alarm=0.0, std_alarm=0.0,
-                    batch=2, steps=2, evaluate_every=2, decoder_batch=2, decoder_steps=2)
+    config = preset(
+        "tiny",
+        encoder_width=16,
+        encoder_depth=1,
+        conditioner_depth=1,
+        predictor_depth=1,
+        dit_width=16,
+        dit_depth=1,
+        bottleneck=8,
+        head_depth=1,
+        rank_alarm=0.0,
+        std_alarm=0.0,
+        batch=2,
+        steps=2,
+        evaluate_every=2,
+        decoder_batch=2,
+        decoder_steps=2,
+    )
     told, sides = train_all(config, fetched, tmp_path / "run"), split_recordings(fetched)
     assert told["steps"] == told["decoder_steps"] == 2
     assert (told["train"], told["validation"]) == (sides["train"], sides["validation"])

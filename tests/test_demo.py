@@ -1,4 +1,5 @@
 "The first picture: what stops it is told in one line."
+
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,25 +14,48 @@ DATA = Path(__file__).parent.parent / "data"
 
 def test_the_moment_is_the_walk_with_the_least_turn():
     actions = np.tile(NOOP, (100, 1))
-    actions[20:90, 0] = 1      # forward
-    actions[20:50, 22] = 3.0   # turning
+    actions[20:90, 0] = 1  # forward
+    actions[20:50, 22] = 3.0  # turning
     store = {"a": SimpleNamespace(actions=actions)}
-    found = type("Store", (dict,), {"starts": lambda self, name, history, ticks: np.arange(history - 1, 100 - ticks)})(store)
+    found = type(
+        "Store",
+        (dict,),
+        {"starts": lambda self, name, history, ticks: np.arange(history - 1, 100 - ticks)},
+    )(store)
     t = walking(found, "a", 10, 20)
     assert 50 <= t <= 70
 
 
-@pytest.mark.parametrize("words, named", [(["--data", "nowhere"], "nowhere: no such folder"), (["--weights", "nowhere"], "nowhere: no such folder"), (["--sed", "1"], "--sed")])
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["--data", "nowhere"], "nowhere: no such folder"),
+        (["--weights", "nowhere"], "nowhere: no such folder"),
+        (["--sed", "1"], "--sed"),
+    ],
+)
 def test_wrong_command_line_names_what_is_wrong(words, named, capsys):
-    with pytest.raises(SystemExit) as stop: main(["--data", str(DATA), "--weights", str(DATA / "weights/tiny"), *words])
+    with pytest.raises(SystemExit) as stop:
+        main(["--data", str(DATA), "--weights", str(DATA / "weights/tiny"), *words])
     assert stop.value.code == 2 and named in capsys.readouterr().err
 
 
 def test_weights_that_do_not_say_what_they_saw_are_told(tmp_path, capsys):
-    assert main(["--data", str(DATA), "--weights", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert (
+        main(["--data", str(DATA), "--weights", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    )
     assert "training.json" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_an_error_of_nothing_has_a_table_too():
-    lines = table_lines({1: {"model": 0.0, "copy_last": 0.0, "other_actions": 0.0}, 15: {"model": 0.5, "copy_last": 1.0, "other_actions": 0.9}})
-    assert len(lines) == 3 and lines[2].split() == ["15", "0.500", "1.000", "0.900", "0.50"] and len({len(l) for l in lines}) == 1
+    lines = table_lines(
+        {
+            1: {"model": 0.0, "copy_last": 0.0, "other_actions": 0.0},
+            15: {"model": 0.5, "copy_last": 1.0, "other_actions": 0.9},
+        }
+    )
+    assert (
+        len(lines) == 3
+        and lines[2].split() == ["15", "0.500", "1.000", "0.900", "0.50"]
+        and len({len(l) for l in lines}) == 1
+    )

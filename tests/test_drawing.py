@@ -1,4 +1,5 @@
 "What a reader sees: the right key lights up, the arrow points the right way, files are whole."
+
 import json
 import sys
 from types import SimpleNamespace
@@ -21,12 +22,14 @@ PRESSABLE = [*KEYS, "attack", "use", "pick"]
 
 def press(*names, dx=0.0, dy=0.0):
     action = NOOP.copy()
-    for name in names: action[NAMES.index(name)] = 1
+    for name in names:
+        action[NAMES.index(name)] = 1
     action[NAMES.index("dx")], action[NAMES.index("dy")] = dx, dy
     return action
 
 
-def box(name): return drawing.action_boxes(HEIGHT, WIDTH)[name]
+def box(name):
+    return drawing.action_boxes(HEIGHT, WIDTH)[name]
 
 
 def cut(picture, name):
@@ -37,12 +40,17 @@ def cut(picture, name):
 @given(st.sets(st.sampled_from(PRESSABLE)))
 @settings(max_examples=15, deadline=None)
 def test_pressed_keys_change_their_own_pixels_only(names):
-    idle, pressed = (drawing.draw_action(a, HEIGHT, WIDTH).astype(int) for a in (NOOP, press(*names)))
+    idle, pressed = (
+        drawing.draw_action(a, HEIGHT, WIDTH).astype(int) for a in (NOOP, press(*names))
+    )
     for name in PRESSABLE:
         share = (cut(idle, name) != cut(pressed, name)).any(-1).mean()
-        if name in names: assert share > 0.5, name
-        elif name not in ("attack", "use") or "pick" not in names: assert share == 0, name  # the wheel stands between the two buttons
-    for name in names: cut(pressed, name)[:] = cut(idle, name)
+        if name in names:
+            assert share > 0.5, name
+        elif name not in ("attack", "use") or "pick" not in names:
+            assert share == 0, name  # the wheel stands between the two buttons
+    for name in names:
+        cut(pressed, name)[:] = cut(idle, name)
     assert (idle == pressed).all()
 
 
@@ -50,19 +58,25 @@ def test_wheel_shows_which_way_it_turned():
     up, down = NOOP.copy(), NOOP.copy()
     up[NAMES.index("dwheel")], down[NAMES.index("dwheel")] = 1, -1
     idle, up, down = (drawing.draw_action(a, HEIGHT, WIDTH) for a in (NOOP, up, down))
-    assert (cut(idle, "pick") != cut(up, "pick")).any() and (cut(up, "pick") != cut(down, "pick")).any()
+    assert (cut(idle, "pick") != cut(up, "pick")).any() and (
+        cut(up, "pick") != cut(down, "pick")
+    ).any()
 
 
 def arrow(dx, dy):
     "Centre and area of the arrow, from the middle of the dial, in pixels."
     dial = cut(drawing.draw_action(press(dx=dx, dy=dy), HEIGHT, WIDTH), "camera").astype(int)
     y, x = np.nonzero(dial[..., 0] - dial[..., 2] > 100)
-    return np.array([x.mean() - (dial.shape[1] - 1) / 2, y.mean() - (dial.shape[0] - 1) / 2]), len(x)
+    return np.array([x.mean() - (dial.shape[1] - 1) / 2, y.mean() - (dial.shape[0] - 1) / 2]), len(
+        x
+    )
 
 
 @pytest.mark.parametrize("angle", range(0, 360, 45))
 def test_arrow_points_where_the_camera_turns(angle):
-    turn = 6 * np.array([np.cos(np.radians(angle)), np.sin(np.radians(angle))])  # y grows downwards, as dy does
+    turn = 6 * np.array(
+        [np.cos(np.radians(angle)), np.sin(np.radians(angle))]
+    )  # y grows downwards, as dy does
     seen, _ = arrow(*turn)
     assert seen @ turn / np.linalg.norm(seen) / 6 > 0.99
 
@@ -70,7 +84,10 @@ def test_arrow_points_where_the_camera_turns(angle):
 def test_longer_turns_have_longer_arrows_up_to_the_rim():
     lengths = [np.linalg.norm(arrow(d, 0)[0]) for d in (0.5, 2, 8)]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1] / 2
-    assert (cut(drawing.draw_action(press(dx=10), HEIGHT, WIDTH), "camera") == cut(drawing.draw_action(press(dx=90), HEIGHT, WIDTH), "camera")).all()
+    assert (
+        cut(drawing.draw_action(press(dx=10), HEIGHT, WIDTH), "camera")
+        == cut(drawing.draw_action(press(dx=90), HEIGHT, WIDTH), "camera")
+    ).all()
 
 
 def test_standing_still_has_no_arrow():
@@ -83,11 +100,13 @@ def test_panel_has_the_size_asked_for(height, width):
 
 
 @pytest.fixture
-def frames(): return np.random.default_rng(0).integers(0, 256, (5, 3, 48, 80), dtype=np.uint8)  # (k, 3, h, w)
+def frames():
+    return np.random.default_rng(0).integers(0, 256, (5, 3, 48, 80), dtype=np.uint8)  # (k, 3, h, w)
 
 
 @pytest.fixture
-def actions(): return np.stack([press(KEYS[i]) for i in range(5)])  # (k, 28)
+def actions():
+    return np.stack([press(KEYS[i]) for i in range(5)])  # (k, 28)
 
 
 def test_panels_hold_the_frames_pixel_by_pixel_and_in_order(frames, actions):
@@ -95,16 +114,25 @@ def test_panels_hold_the_frames_pixel_by_pixel_and_in_order(frames, actions):
     for i, picture in enumerate(drawing.side_by_side(names, actions, scale=3)):
         assert picture.shape[1] == 2 * 240 + 3 * 12
         for x, panel in ((12, frames), (12 + 240 + 12, frames[::-1])):
-            assert (picture[28:28 + 144, x:x + 240] == drawing.enlarge(panel[i], 3).transpose(1, 2, 0)).all()
+            assert (
+                picture[28 : 28 + 144, x : x + 240]
+                == drawing.enlarge(panel[i], 3).transpose(1, 2, 0)
+            ).all()
 
 
 def test_last_action_may_be_missing_and_keys_follow_the_tick(frames, actions):
-    whole, short = drawing.side_by_side({"real": frames}, actions), drawing.side_by_side({"real": frames}, actions[:-1])
-    assert all((a == b).all() for a, b in zip(whole[:-1], short[:-1])) and (whole[-1] != short[-1]).any()
+    whole, short = (
+        drawing.side_by_side({"real": frames}, actions),
+        drawing.side_by_side({"real": frames}, actions[:-1]),
+    )
+    assert (
+        all((a == b).all() for a, b in zip(whole[:-1], short[:-1]))
+        and (whole[-1] != short[-1]).any()
+    )
     for picture, action in zip(whole, actions):
         keys = drawing.draw_action(action, 96 * picture.shape[1] // 530, picture.shape[1])
         bottom = picture.shape[0] - 6  # half of the gap of 12 stands below the keys
-        assert (picture[bottom - len(keys):bottom] == keys).all()
+        assert (picture[bottom - len(keys) : bottom] == keys).all()
 
 
 def test_captions_count_from_the_first_tick(monkeypatch, frames, actions):
@@ -123,7 +151,10 @@ def test_given_frame_is_marked(frames, actions):
 
 def test_torch_frames_draw_as_arrays_do(frames, actions):
     torch = pytest.importorskip("torch")
-    a, b = drawing.side_by_side({"real": frames}, actions), drawing.side_by_side({"real": torch.from_numpy(frames)}, torch.from_numpy(actions))
+    a, b = (
+        drawing.side_by_side({"real": frames}, actions),
+        drawing.side_by_side({"real": torch.from_numpy(frames)}, torch.from_numpy(actions)),
+    )
     assert all((x == y).all() for x, y in zip(a, b))
 
 
@@ -156,39 +187,68 @@ def test_a_failed_gif_leaves_the_old_one(tmp_path):
 
 def test_a_figure_without_its_numbers_is_not_saved(tmp_path):
     fig, _ = drawing.plt.subplots()
-    with pytest.raises(TypeError): drawing.save_figure(fig, tmp_path, "a", {"loss": object()})
+    with pytest.raises(TypeError):
+        drawing.save_figure(fig, tmp_path, "a", {"loss": object()})
     assert list(tmp_path.iterdir()) == []
     drawing.plt.close(fig)
 
 
 def test_filmstrip_and_its_numbers(tmp_path, frames):
-    fig = drawing.filmstrip({"imagined": frames, "real": frames}, (0, 2, 4), {"imagined": ["", "30.1 dB", "25.0 dB"]})
+    fig = drawing.filmstrip(
+        {"imagined": frames, "real": frames}, (0, 2, 4), {"imagined": ["", "30.1 dB", "25.0 dB"]}
+    )
     texts = [t.get_text() for t in fig.texts]
-    assert [t for t in texts if "\n" in t or t == "given frame"] == ["given frame", "t+2\n0.10 s", "t+4\n0.20 s"]
+    assert [t for t in texts if "\n" in t or t == "given frame"] == [
+        "given frame",
+        "t+2\n0.10 s",
+        "t+4\n0.20 s",
+    ]
     path = drawing.save_figure(fig, tmp_path, "strip", {"psnr": np.array([30.1, np.nan])})
     assert json.loads(path.with_suffix(".json").read_text()) == {"psnr": [30.1, None]}
     assert "Software" not in Image.open(path).info
 
 
-@pytest.mark.parametrize("call,message", [
-    (lambda f, a: drawing.side_by_side({"real": f}, a[:2]), "5 frames"),
-    (lambda f, a: drawing.side_by_side({"real": f, "imagined": f[:3]}, a), "imagined .3, 3, 48, 80."),
-    (lambda f, a: drawing.side_by_side({"imagined": f.astype(np.float32)}, a), "imagined: expected uint8"),
-    (lambda f, a: drawing.side_by_side({"imagined": f.transpose(0, 2, 3, 1)}, a), "imagined: expected uint8 frames .k, 3, h, w."),
-    (lambda f, a: drawing.draw_action(a, 96, 640), "expected .28,., found .5, 28."),
-    (lambda f, a: drawing.filmstrip({"real": f}, (5,)), "frames 0 to 4"),
-    (lambda f, a: drawing.horizon_plot(None, [1, 2], {"model": [{"mean": 1}]}), "model: 1 points for 2 horizons"),
-    (lambda f, a: drawing.curves_plot(None, [{"step": 1}], ["loss"]), "it has step"),
-])
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda f, a: drawing.side_by_side({"real": f}, a[:2]), "5 frames"),
+        (
+            lambda f, a: drawing.side_by_side({"real": f, "imagined": f[:3]}, a),
+            "imagined .3, 3, 48, 80.",
+        ),
+        (
+            lambda f, a: drawing.side_by_side({"imagined": f.astype(np.float32)}, a),
+            "imagined: expected uint8",
+        ),
+        (
+            lambda f, a: drawing.side_by_side({"imagined": f.transpose(0, 2, 3, 1)}, a),
+            "imagined: expected uint8 frames .k, 3, h, w.",
+        ),
+        (lambda f, a: drawing.draw_action(a, 96, 640), "expected .28,., found .5, 28."),
+        (lambda f, a: drawing.filmstrip({"real": f}, (5,)), "frames 0 to 4"),
+        (
+            lambda f, a: drawing.horizon_plot(None, [1, 2], {"model": [{"mean": 1}]}),
+            "model: 1 points for 2 horizons",
+        ),
+        (lambda f, a: drawing.curves_plot(None, [{"step": 1}], ["loss"]), "it has step"),
+    ],
+)
 def test_errors_say_what_does_not_fit(frames, actions, call, message):
-    with pytest.raises(ValueError, match=message): call(frames, actions)
+    with pytest.raises(ValueError, match=message):
+        call(frames, actions)
 
 
 # A user's own settings, and a notebook
 
+
 def figures(folder):
     "Bytes of a figure of axes, and of one that the library makes by itself, without `style` before it."
-    made = drawing.save_figure(drawing.filmstrip({"real": np.full((3, 3, 48, 80), 90, np.uint8)}, ticks=(0, 2)), folder, "strip", {})
+    made = drawing.save_figure(
+        drawing.filmstrip({"real": np.full((3, 3, 48, 80), 90, np.uint8)}, ticks=(0, 2)),
+        folder,
+        "strip",
+        {},
+    )
     drawing.style()
     fig, ax = drawing.plt.subplots()
     ax.set_title("a title, 50 % & more_of_it")
@@ -196,9 +256,28 @@ def figures(folder):
     return made.read_bytes(), drawing.save_figure(fig, folder, "axes", {}).read_bytes()
 
 
-@pytest.mark.parametrize("rc", [{"text.usetex": True}, {"savefig.bbox": "tight", "savefig.pad_inches": 0.3}, {"savefig.transparent": True}, {"savefig.facecolor": "black"},
-                                {"savefig.format": "pdf"}, {"figure.facecolor": "black", "axes.facecolor": "black", "text.color": "white", "lines.color": "white"},
-                                {"axes.prop_cycle": "cycler('color', ['r'])", "font.family": "serif", "figure.autolayout": True}], ids=lambda rc: next(iter(rc)))
+@pytest.mark.parametrize(
+    "rc",
+    [
+        {"text.usetex": True},
+        {"savefig.bbox": "tight", "savefig.pad_inches": 0.3},
+        {"savefig.transparent": True},
+        {"savefig.facecolor": "black"},
+        {"savefig.format": "pdf"},
+        {
+            "figure.facecolor": "black",
+            "axes.facecolor": "black",
+            "text.color": "white",
+            "lines.color": "white",
+        },
+        {
+            "axes.prop_cycle": "cycler('color', ['r'])",
+            "font.family": "serif",
+            "figure.autolayout": True,
+        },
+    ],
+    ids=lambda rc: next(iter(rc)),
+)
 def test_a_users_matplotlibrc_neither_stops_nor_changes_a_figure(rc, tmp_path):
     plain = figures(tmp_path)
     with matplotlib.rc_context():
@@ -215,12 +294,15 @@ def test_a_figure_of_the_library_leaves_the_sessions_settings(frames):
 
 def test_a_figure_is_shown_once_where_it_is_made(tmp_path, monkeypatch):
     import IPython.display
+
     shown, shell = [], SimpleNamespace(kernel=None)
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: shell)
     monkeypatch.setattr(IPython.display, "display", shown.append)
     fig, _ = drawing.plt.subplots()
     path = drawing.save_figure(fig, tmp_path, "a", {})
-    assert [s.data for s in shown] == [path.read_bytes()] and fig.number not in drawing.plt.get_fignums()
+    assert [s.data for s in shown] == [
+        path.read_bytes()
+    ] and fig.number not in drawing.plt.get_fignums()
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: None)  # a script
     fig, _ = drawing.plt.subplots()
     drawing.save_figure(fig, tmp_path, "a", {})
@@ -229,22 +311,46 @@ def test_a_figure_is_shown_once_where_it_is_made(tmp_path, monkeypatch):
 
 # Times of a GIF
 
-@pytest.mark.parametrize("how,told", [
-    ({"fps": 0}, "fps=0"), ({"fps": -1}, "fps=-1"), ({"fps": float("nan")}, "fps=nan"), ({"fps": float("inf")}, "fps=inf"), ({"fps": "20"}, "fps='20'"), ({"fps": None}, "fps=None"),
-    ({"fps": 0.0015}, "no longer picture"), ({"fps": 1e-320}, "no longer picture"), ({"hold": -0.5}, "hold=-0.5"), ({"hold": float("nan")}, "hold=nan"), ({"hold": 700}, "655.35 s at most"),
-    ({"hold": "1"}, "hold='1'"), ({"fps": 0.0016, "hold": 60}, "hold=60"), ({"limit": 0}, "limit=0"), ({"limit": float("nan")}, "limit=nan")])
+
+@pytest.mark.parametrize(
+    "how,told",
+    [
+        ({"fps": 0}, "fps=0"),
+        ({"fps": -1}, "fps=-1"),
+        ({"fps": float("nan")}, "fps=nan"),
+        ({"fps": float("inf")}, "fps=inf"),
+        ({"fps": "20"}, "fps='20'"),
+        ({"fps": None}, "fps=None"),
+        ({"fps": 0.0015}, "no longer picture"),
+        ({"fps": 1e-320}, "no longer picture"),
+        ({"hold": -0.5}, "hold=-0.5"),
+        ({"hold": float("nan")}, "hold=nan"),
+        ({"hold": 700}, "655.35 s at most"),
+        ({"hold": "1"}, "hold='1'"),
+        ({"fps": 0.0016, "hold": 60}, "hold=60"),
+        ({"limit": 0}, "limit=0"),
+        ({"limit": float("nan")}, "limit=nan"),
+    ],
+)
 def test_times_that_a_gif_cannot_have_are_told(how, told, tmp_path):
     pictures = [np.full((8, 8, 3), i, np.uint8) for i in (0, 200)]
-    with pytest.raises(ValueError) as stop: drawing.save_gif(pictures, tmp_path / "a.gif", **how)
+    with pytest.raises(ValueError) as stop:
+        drawing.save_gif(pictures, tmp_path / "a.gif", **how)
     assert told in str(stop.value) and "a.gif" in str(stop.value) and list(tmp_path.iterdir()) == []
 
 
 def test_equal_pictures_that_stand_too_long_are_told(tmp_path):
-    with pytest.raises(ValueError, match="equal pictures stand for more than 655 seconds"): drawing.save_gif([np.zeros((8, 8, 3), np.uint8)] * 8, tmp_path / "a.gif", fps=0.01)
+    with pytest.raises(ValueError, match="equal pictures stand for more than 655 seconds"):
+        drawing.save_gif([np.zeros((8, 8, 3), np.uint8)] * 8, tmp_path / "a.gif", fps=0.01)
 
 
 def test_longest_times_and_a_single_picture(tmp_path):
     one, two = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 200, np.uint8)
-    for pictures, how, times in (([one], {}, [550]), ([one, two], {"hold": 655.3}, [50, 655350]), ([one, two], {"fps": 100 / 65535, "hold": 0}, [655350] * 2), ([one, two], {"fps": np.float32(10), "hold": np.int64(1)}, [100, 1100])):
+    for pictures, how, times in (
+        ([one], {}, [550]),
+        ([one, two], {"hold": 655.3}, [50, 655350]),
+        ([one, two], {"fps": 100 / 65535, "hold": 0}, [655350] * 2),
+        ([one, two], {"fps": np.float32(10), "hold": np.int64(1)}, [100, 1100]),
+    ):
         gif = Image.open(drawing.save_gif(pictures, tmp_path / "a.gif", **how))
         assert [gif.seek(i) or gif.info["duration"] for i in range(gif.n_frames)] == times

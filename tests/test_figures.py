@@ -1,4 +1,5 @@
 "What the README says of the committed figures, held against the numbers beside them."
+
 import json
 import re
 from pathlib import Path
@@ -14,12 +15,14 @@ ROOT = Path(__file__).parent.parent
 
 def numbers(name):
     path = ROOT / "figures" / f"{name}.json"
-    if not path.is_file(): pytest.skip(f"{path.name} is not there: run make study")
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not there: run make study")
     return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
-def evaluate(): return numbers("evaluate")
+def evaluate():
+    return numbers("evaluate")
 
 
 def test_judged_on_worlds_not_trained_on(evaluate):
@@ -45,9 +48,16 @@ def test_nothing_collapsed(evaluate):
 def test_sizes_are_those_of_the_seed():
     sora = numbers("sora")
     assert sora["params"]["encoder"] == 113_998_080
-    for name, budget in (("conditioner", 42_696_960), ("predictor", 213_282_816), ("dit", 141_838_848)):
+    for name, budget in (
+        ("conditioner", 42_696_960),
+        ("predictor", 213_282_816),
+        ("dit", 141_838_848),
+    ):
         assert abs(sora["params"][name] / budget - 1) <= 0.01
-    assert round(sora["sora_over_seed"]["with_decoder"], 2) == 1.17 and round(sora["sora_over_seed"]["without_decoder"], 2) == 1.62
+    assert (
+        round(sora["sora_over_seed"]["with_decoder"], 2) == 1.17
+        and round(sora["sora_over_seed"]["without_decoder"], 2) == 1.62
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -56,7 +66,8 @@ def test_rollouts_see_one_frame_and_imagine_fifteen_or_more(n):
     assert row["frames_seen"] == 1 and row["ticks_imagined"] >= 15
     assert row["recording"] in split_recordings(ROOT / "data")["test"]
     gif = ROOT / "figures" / f"rollout_{n}.gif"
-    with imageio.imopen(gif, "r") as f: pictures = list(f.iter(mode="RGB"))
+    with imageio.imopen(gif, "r") as f:
+        pictures = list(f.iter(mode="RGB"))
     assert len(pictures) == row["ticks_imagined"] + 1
     assert len({p.tobytes() for p in pictures}) == len(pictures)  # it moves
 
@@ -65,25 +76,32 @@ def test_table_in_the_readme_is_that_of_the_run(evaluate):
     readme = (ROOT / "README.md").read_text()
     for ticks in ("1", "2", "4", "8", "15", "30", "60"):
         row, best = evaluate["horizons"][ticks], evaluate["relative_to_best_rival"][ticks]
-        line = re.search(rf"^\| {ticks} \|.*$", readme, re.M)[0]
+        line = re.search(rf"^\| {ticks} \|.*$", readme, re.MULTILINE)[0]
         for method in ("model", "copy_last"):
             m = row[method]
             assert f"{m['mean']:.3f} [{m['interval'][0]:.3f}, {m['interval'][1]:.3f}]" in line
         for method in ("shrunk_copy", "shifted_copy", "noop", "other_future"):
             assert f"| {row[method]['mean']:.3f} |" in line
         low, high = best["interval"]
-        assert f"{best['ratio']:.2f} [{low:.2f}, {high:.2f}], {best['better']} of {best['of']}" in line
+        assert (
+            f"{best['ratio']:.2f} [{low:.2f}, {high:.2f}], {best['better']} of {best['of']}" in line
+        )
 
 
 def test_shipped_weights_are_what_their_card_says():
     "They load as float16, were not trained on the worlds they are judged on, and the figures are those of the evaluation beside them."
     from minecraft_jepa.jepa import WorldModel
     from minecraft_jepa.recordings import group_of
+
     folder = ROOT / "data/weights/tiny"
     WorldModel.from_pretrained(folder)
     told, found = (json.loads((folder / f).read_text()) for f in ("training.json", "evaluate.json"))
-    assert not {group_of(n) for n in told["train"] + told["validation"]} & {group_of(n) for n in found["recordings"]}
-    assert found["horizons"] == numbers("evaluate")["horizons"]  # the figures, and so the README's table, are theirs
+    assert not {group_of(n) for n in told["train"] + told["validation"]} & {
+        group_of(n) for n in found["recordings"]
+    }
+    assert (
+        found["horizons"] == numbers("evaluate")["horizons"]
+    )  # the figures, and so the README's table, are theirs
 
 
 def test_what_the_readme_says_the_shipped_weights_know():
@@ -124,16 +142,38 @@ def test_what_the_readme_says_the_shipped_weights_know():
 
 def test_what_the_readme_says_of_the_ablations():
     found = numbers("ablations")
-    assert len(found["seeds"]) >= 2 and not set(found["judged_on"]) & set(split_recordings(ROOT / "data")["test"])
-    lines = (ROOT / "README.md").read_text().split("### What of the recipe matters?")[1].split("###")[0].splitlines()
-    def mean(factor, variant, what): return sum(of := found["table"][factor][variant][what]) / len(of)
+    assert len(found["seeds"]) >= 2 and not set(found["judged_on"]) & set(
+        split_recordings(ROOT / "data")["test"]
+    )
+    lines = (
+        (ROOT / "README.md")
+        .read_text()
+        .split("### What of the recipe matters?")[1]
+        .split("###")[0]
+        .splitlines()
+    )
+
+    def mean(factor, variant, what):
+        return sum(of := found["table"][factor][variant][what]) / len(of)
+
     error, heed, turn = "error / copying, 4 ticks", "other / true actions, 8 ticks", "R2 of turn"
     for start, factor, variant, what, digits in (
-            ("Conditioning", "conditioning", "adaLN", error, 3), ("Against", "against collapse", "EMA", error, 3), ("Against", "against collapse", "SIGReg", error, 3), ("Against", "against collapse", "VICReg", error, 3),
-            ("Against", "against collapse", "SIGReg", turn, 2), ("Ticks", "ticks in the loss", "1", error, 3), ("Ticks", "ticks in the loss", "1", heed, 2), ("History", "history", "1 tick", error, 3),
-            ("Predictor", "predictor blocks", "6", error, 3), ("Predictor", "predictor blocks", "1", heed, 2), ("Pixels", "pixels", "72 x 120", error, 3), ("Pixels", "pixels", "72 x 120", turn, 2),
-            ("Inverse", "inverse dynamics", "0.0", heed, 2), ("Inverse", "inverse dynamics", "0.02", error, 3)):
-        line, = (k for k in lines if k.startswith(f"- **{start}"))
+        ("Conditioning", "conditioning", "adaLN", error, 3),
+        ("Against", "against collapse", "EMA", error, 3),
+        ("Against", "against collapse", "SIGReg", error, 3),
+        ("Against", "against collapse", "VICReg", error, 3),
+        ("Against", "against collapse", "SIGReg", turn, 2),
+        ("Ticks", "ticks in the loss", "1", error, 3),
+        ("Ticks", "ticks in the loss", "1", heed, 2),
+        ("History", "history", "1 tick", error, 3),
+        ("Predictor", "predictor blocks", "6", error, 3),
+        ("Predictor", "predictor blocks", "1", heed, 2),
+        ("Pixels", "pixels", "72 x 120", error, 3),
+        ("Pixels", "pixels", "72 x 120", turn, 2),
+        ("Inverse", "inverse dynamics", "0.0", heed, 2),
+        ("Inverse", "inverse dynamics", "0.02", error, 3),
+    ):
+        (line,) = (k for k in lines if k.startswith(f"- **{start}"))
         assert f"{mean(factor, variant, what):.{digits}f}" in line, (factor, variant, what)
 
 
@@ -141,4 +181,5 @@ def test_frames_and_actions_of_the_game_are_in_step():
     found = numbers("luanti_lag")
     now, late = found["lags"].index(0), found["r_shifted_by_one_tick"]
     assert found["source"] == "recorded here" and len(found["r"]) >= 3
-    for world, r in found["r"].items(): assert r[now] == max(r) >= 0.9 and late[world][now] < max(late[world])
+    for world, r in found["r"].items():
+        assert r[now] == max(r) >= 0.9 and late[world][now] < max(late[world])

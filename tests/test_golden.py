@@ -4,6 +4,7 @@ The inputs are made here; the weights are the shipped ones, or filled by a formu
 is meant to be quicker, or only to read better, leaves all of them as they are. Where results are
 meant to change, `python tests/test_golden.py` writes the file anew, and the commit says why.
 """
+
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -20,15 +21,28 @@ from minecraft_jepa.training import descend, make_optimizer
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "data" / "weights" / "tiny"
 KEPT = Path(__file__).with_name("golden.json")
-RELATIVE = 1e-4   # of a tensor's size: rounding differs between machines, and by the order of sums
+RELATIVE = 1e-4  # of a tensor's size: rounding differs between machines, and by the order of sums
 GRADIENTS = 1e-3  # of the norm of a gradient or of an update
-SMALL = {"height": 24, "frame_width": 40, "encoder_width": 32, "encoder_depth": 2,
-         "encoder_heads": 2, "conditioner_depth": 2, "conditioner_heads": 2,
-         "predictor_depth": 2, "predictor_heads": 2}
+SMALL = {
+    "height": 24,
+    "frame_width": 40,
+    "encoder_width": 32,
+    "encoder_depth": 2,
+    "encoder_heads": 2,
+    "conditioner_depth": 2,
+    "conditioner_heads": 2,
+    "predictor_depth": 2,
+    "predictor_heads": 2,
+}
 VARIANTS = {
     "cross attention, vicreg": {"anti_collapse": "vicreg", "inverse": 0.3, "tilt": 0.2},
-    "adaln, sigreg": {"kind": "adaln", "anti_collapse": "sigreg", "slices": 64, "inverse": 0.3,
-                      "tilt": 0.0},
+    "adaln, sigreg": {
+        "kind": "adaln",
+        "anti_collapse": "sigreg",
+        "slices": 64,
+        "inverse": 0.3,
+        "tilt": 0.0,
+    },
     "adaln, slow copy alone": {"kind": "adaln", "inverse": 0.0, "floor": 0.0, "rollout": 3},
 }
 
@@ -70,7 +84,7 @@ def norms(model):
         if p.grad is not None:
             part = name.split(".")[0]
             parts[part] = parts.get(part, 0) + float(p.grad.double().square().sum())
-    return {part: square ** 0.5 for part, square in parts.items()}
+    return {part: square**0.5 for part, square in parts.items()}
 
 
 @lru_cache
@@ -82,10 +96,15 @@ def outputs():
     with torch.no_grad():
         z = model.encode(frames[:, 0])
         future = model.imagine(z, actions)
-        found = {"encode": z, "target": model.target(frames[:, 0]), "imagine": future,
-                 "step": model.step(z, actions[:, :25]), "dit": dit.decode(z, steps=4, seed=5),
-                 "dit, imagined and guided": dit.decode(future[:, 3], steps=3, guidance=1.5),
-                 "head": head.decode(future[:, 1])}
+        found = {
+            "encode": z,
+            "target": model.target(frames[:, 0]),
+            "imagine": future,
+            "step": model.step(z, actions[:, :25]),
+            "dit": dit.decode(z, steps=4, seed=5),
+            "dit, imagined and guided": dit.decode(future[:, 3], steps=3, guidance=1.5),
+            "head": head.decode(future[:, 1]),
+        }
         if hasattr(model, "inverse"):
             found["said"] = model.inverse.say(z, future[:, 0])
     return {name: summary(x) for name, x in found.items()}
@@ -103,13 +122,18 @@ def training_step():
     before = [p.detach().clone() for p in model.parameters()]
     out = model(frames, actions)
     out["loss"].backward()
-    found = {"loss": out["loss"].item(), "errors": out["errors"].tolist(),
-             "gradients": norms(model)}
+    found = {
+        "loss": out["loss"].item(),
+        "errors": out["errors"].tolist(),
+        "gradients": norms(model),
+    }
     for p, old in zip(model.parameters(), before):
         assert torch.equal(p, old)
     found["norm"] = descend(found["loss"], optimizer, 1e-4, 1.0)
     pairs = zip(model.parameters(), before)
-    found["moved"] = float(sum((p.detach() - old).double().square().sum() for p, old in pairs)) ** 0.5
+    found["moved"] = (
+        float(sum((p.detach() - old).double().square().sum() for p, old in pairs)) ** 0.5
+    )
     model.update_teacher(0.9)
     found["loss afterwards"] = model(frames, actions)["loss"].item()
     return found
@@ -127,8 +151,12 @@ def decoders_losses():
     seen = dit.denoise(x, torch.tensor([0.1, 0.5, 0.9]), z)
     drawn = head._patches(z)
     (seen.square().mean() + drawn.square().mean()).backward()
-    return {"denoised": summary(seen), "drawn": summary(drawn), "dit": norms(dit),
-            "head": norms(head)}
+    return {
+        "denoised": summary(seen),
+        "drawn": summary(drawn),
+        "dit": norms(dit),
+        "head": norms(head),
+    }
 
 
 @lru_cache
@@ -139,13 +167,21 @@ def variant(name):
     frames, actions = windows(model.config, 4, 1 + j.rollout + (j.far > 0), max(j.rollout, j.far))
     out = model(frames, actions, seed=11)
     out["loss"].backward()
-    return {"loss": out["loss"].item(), "errors": out["errors"].tolist(), "z": summary(out["z"]),
-            "gradients": norms(model)}
+    return {
+        "loss": out["loss"].item(),
+        "errors": out["errors"].tolist(),
+        "z": summary(out["z"]),
+        "gradients": norms(model),
+    }
 
 
 def everything():
-    return {"outputs": outputs(), "training_step": training_step(), "decoders": decoders_losses(),
-            "variants": {name: variant(name) for name in VARIANTS}}
+    return {
+        "outputs": outputs(),
+        "training_step": training_step(),
+        "decoders": decoders_losses(),
+        "variants": {name: variant(name) for name in VARIANTS},
+    }
 
 
 def kept():

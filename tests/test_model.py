@@ -1,4 +1,5 @@
 """The mathematics of the four networks, against formulas written out."""
+
 import copy
 import json
 import math
@@ -14,13 +15,31 @@ from safetensors.torch import load_file, save_file
 from minecraft_jepa.config import PRESETS, preset
 from minecraft_jepa.dit import DiT, RegressionHead, patchify, unpatchify
 from minecraft_jepa.ema import ema_update, frozen_copy, momentum_at
-from minecraft_jepa.encoder import Encoder
-from minecraft_jepa.jepa import (InverseDynamics, WorldModel, collapse_alarm, collapse_metrics,
-                                 rankme, sigreg, vicreg)
+from minecraft_jepa.jepa import (
+    InverseDynamics,
+    WorldModel,
+    collapse_alarm,
+    collapse_metrics,
+    rankme,
+    sigreg,
+    vicreg,
+)
 from minecraft_jepa.layers import Attention, count_parameters, layer_norm, rotary_grid, rotate
 
-SMALLEST = dict(height=16, width=24, encoder_width=32, encoder_depth=1, conditioner_depth=1, predictor_depth=1, dit_width=32, dit_depth=1,
-                encoder_heads=2, conditioner_heads=2, predictor_heads=2, dit_heads=2)
+SMALLEST = dict(
+    height=16,
+    width=24,
+    encoder_width=32,
+    encoder_depth=1,
+    conditioner_depth=1,
+    predictor_depth=1,
+    dit_width=32,
+    dit_depth=1,
+    encoder_heads=2,
+    conditioner_heads=2,
+    predictor_heads=2,
+    dit_heads=2,
+)
 
 
 def smallest(**changes):
@@ -31,13 +50,16 @@ def smallest(**changes):
 
 def windows(config, batch=2, ticks=3):
     f = config.frame
-    return (torch.randint(0, 256, (batch, 1 + ticks, 3, f.height, f.width), dtype=torch.uint8),
-            torch.randn(batch, config.conditioner.ticks - 1 + ticks, 28))
+    return (
+        torch.randint(0, 256, (batch, 1 + ticks, 3, f.height, f.width), dtype=torch.uint8),
+        torch.randn(batch, config.conditioner.ticks - 1 + ticks, 28),
+    )
 
 
 def perturbed(model):
     "Weights that are not at their special start, so that nothing is zero by construction."
-    for p in model.parameters(): torch.nn.init.normal_(p, std=0.1)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
     return model
 
 
@@ -45,14 +67,22 @@ def perturbed(model):
 def test_small_presets_have_the_promised_size(name, low, high):
     with torch.device("meta"):
         model, dit = WorldModel(preset(name)), DiT(preset(name))
-    assert low < count_parameters(model) - count_parameters(model.teacher) + count_parameters(dit) < high
+    assert (
+        low
+        < count_parameters(model) - count_parameters(model.teacher) + count_parameters(dit)
+        < high
+    )
 
 
 def test_paper_has_the_seeds_budgets():
     with torch.device("meta"):
         model, dit = WorldModel(preset("paper")), DiT(preset("paper"))
     assert count_parameters(model.encoder) == 113_998_080
-    for net, budget in ((model.conditioner, 42_696_960), (model.predictor, 213_282_816), (dit, 141_838_848)):
+    for net, budget in (
+        (model.conditioner, 42_696_960),
+        (model.predictor, 213_282_816),
+        (dit, 141_838_848),
+    ):
         assert abs(count_parameters(net) / budget - 1) <= 0.01
 
 
@@ -66,7 +96,11 @@ def test_every_preset_agrees_on_shapes(name):
         assert z.shape == (2, n, d)
         assert model.step(z, torch.empty(2, 25, 28)).shape == (2, n, d)
         assert model.imagine(z, torch.empty(2, 24 + 4, 28)).shape == (2, 4, n, d)
-        assert dit.denoise(torch.empty(2, n, 3 * f.patch**2), torch.empty(2), z).shape == (2, n, 3 * f.patch**2)
+        assert dit.denoise(torch.empty(2, n, 3 * f.patch**2), torch.empty(2), z).shape == (
+            2,
+            n,
+            3 * f.patch**2,
+        )
         assert head._patches(z).shape == (2, n, 3 * f.patch**2)
 
 
@@ -80,7 +114,9 @@ def test_attention_is_softmax_of_scaled_products():
         part = slice(16 * h, 16 * h + 16)
         scores = q[..., part] @ k[..., part].mT / math.sqrt(16) + bias[h]
         heads.append(scores.softmax(-1) @ v[..., part])
-    assert torch.allclose(attend(x, context, bias=bias), attend.proj(torch.cat(heads, -1)), atol=1e-5)
+    assert torch.allclose(
+        attend(x, context, bias=bias), attend.proj(torch.cat(heads, -1)), atol=1e-5
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -89,10 +125,16 @@ def test_rotary_scores_depend_on_the_offset_alone(seed, rows, columns):
     g = torch.Generator().manual_seed(seed)
     q, k = torch.randn(1, 1, 1, 16, generator=g), torch.randn(1, 1, 1, 16, generator=g)
     angle, n = rotary_grid((rows, columns), 16), rows * columns
-    score = (rotate(q.expand(1, 1, n, 16), angle) @ rotate(k.expand(1, 1, n, 16), angle).mT)[0, 0].view(rows, columns, rows, columns)
-    assert torch.allclose(score[0, 0, 1, 1], score[rows - 2, columns - 2, rows - 1, columns - 1], atol=1e-4)
+    score = (rotate(q.expand(1, 1, n, 16), angle) @ rotate(k.expand(1, 1, n, 16), angle).mT)[
+        0, 0
+    ].view(rows, columns, rows, columns)
+    assert torch.allclose(
+        score[0, 0, 1, 1], score[rows - 2, columns - 2, rows - 1, columns - 1], atol=1e-4
+    )
     assert torch.allclose(rotate(q, angle[:1]), q)  # the first patch is not turned
-    assert torch.allclose(rotate(q.expand(1, 1, n, 16), angle).norm(dim=-1), q.norm(dim=-1).expand(1, 1, n), atol=1e-4)
+    assert torch.allclose(
+        rotate(q.expand(1, 1, n, 16), angle).norm(dim=-1), q.norm(dim=-1).expand(1, 1, n), atol=1e-4
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -101,7 +143,8 @@ def test_ema_is_the_closed_form(momentum, times):
     fast = torch.nn.Linear(3, 3)
     slow = frozen_copy(fast)
     torch.nn.init.zeros_(slow.weight)
-    for _ in range(times): ema_update(slow, fast, momentum)
+    for _ in range(times):
+        ema_update(slow, fast, momentum)
     assert torch.allclose(slow.weight, fast.weight * (1 - momentum**times), atol=1e-5)
 
 
@@ -110,7 +153,11 @@ def test_ema_is_the_closed_form(momentum, times):
 def test_momentum_runs_from_start_to_end(steps, start, end):
     assert momentum_at(0, steps, start, end) == pytest.approx(start)
     assert momentum_at(steps, steps, start, end) == pytest.approx(end)
-    assert min(start, end) - 1e-9 <= momentum_at(steps // 2, steps, start, end) <= max(start, end) + 1e-9
+    assert (
+        min(start, end) - 1e-9
+        <= momentum_at(steps // 2, steps, start, end)
+        <= max(start, end) + 1e-9
+    )
 
 
 @pytest.mark.parametrize("kind", ["cross_attention", "adaln"])
@@ -126,7 +173,9 @@ def test_imagine_is_step_repeated_and_causal(kind):
         changed = actions.clone()
         changed[:, 25] += 1  # acts between frames t+1 and t+2
         moved = model.imagine(z, changed)
-        assert torch.equal(moved[:, 0], future[:, 0]) and not torch.allclose(moved[:, 1], future[:, 1])
+        assert torch.equal(moved[:, 0], future[:, 0]) and not torch.allclose(
+            moved[:, 1], future[:, 1]
+        )
 
 
 @pytest.mark.parametrize("kind", ["cross_attention", "adaln"])
@@ -134,7 +183,11 @@ def test_order_of_the_ticks_matters(kind):
     model = perturbed(WorldModel(smallest(kind=kind))).eval()
     frames, actions = windows(model.config, ticks=1)
     with torch.no_grad():
-        z, actions, model = model.encode(frames[:, 0]).double(), actions.double(), model.double()  # so that a far tick's small share stands out from rounding
+        z, actions, model = (
+            model.encode(frames[:, 0]).double(),
+            actions.double(),
+            model.double(),
+        )  # so that a far tick's small share stands out from rounding
         swapped = actions[:, [1, 0, *range(2, 25)]]
         assert not torch.allclose(model.step(z, actions), model.step(z, swapped), rtol=0, atol=1e-9)
 
@@ -145,7 +198,7 @@ def test_loss_is_the_mean_smooth_l1_of_the_rollout():
     frames, actions = windows(model.config, ticks=2)
     z, start, losses = model.encode(frames[:, 0]), model.target(frames[:, 0]), []
     for k in range(2):
-        change = model.predictor(*model.conditioner(z, actions[:, k:k + 25]))
+        change = model.predictor(*model.conditioner(z, actions[:, k : k + 25]))
         z = start = layer_norm(start + change)
         losses.append(F.smooth_l1_loss(z, model.target(frames[:, k + 1])))
     assert torch.allclose(model(frames, actions)["loss"], sum(losses) / 2, atol=1e-6)
@@ -156,9 +209,15 @@ def test_the_head_names_the_actions_of_two_pairs():
     perturbed(model.teacher)
     frames, actions = windows(model.config, ticks=2)
     loss = model(frames, actions)["loss"]
-    named = model.inverse(model.encode(frames[:, 0]), model.encode(frames[:, 1]), actions[:, 24]), model.inverse(model.encode(frames[:, 1]), model.target(frames[:, 2]), actions[:, 25])
+    named = (
+        model.inverse(model.encode(frames[:, 0]), model.encode(frames[:, 1]), actions[:, 24]),
+        model.inverse(model.encode(frames[:, 1]), model.target(frames[:, 2]), actions[:, 25]),
+    )
     model.config = smallest(dropout=0.0, inverse=0.0, tilt=0.0)
-    assert torch.allclose(loss - model(frames, actions)["loss"], 0.5 * sum(named) / 2, atol=1e-6) and named[0] != named[1]
+    assert (
+        torch.allclose(loss - model(frames, actions)["loss"], 0.5 * sum(named) / 2, atol=1e-6)
+        and named[0] != named[1]
+    )
 
 
 def test_gradients_reach_all_but_the_teacher():
@@ -177,7 +236,9 @@ def test_no_pixel_gradient_reaches_the_world_model():
     z = model.encode(frames[:, 0])
     (dit(z, frames[:, 0]) + head(z, frames[:, 0])).backward()
     assert all(p.grad is None for p in model.parameters())
-    assert any(p.grad.abs().sum() > 0 for p in dit.parameters()) and any(p.grad.abs().sum() > 0 for p in head.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in dit.parameters()) and any(
+        p.grad.abs().sum() > 0 for p in head.parameters()
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -188,7 +249,9 @@ def test_patchify_loses_nothing(rows, columns, patch):
     assert patches.shape == (2, rows * columns, 3 * patch**2)
     assert torch.equal(unpatchify(patches, (rows, columns), patch), frames)
     corner = patches[0, columns - 1].view(patch, patch, 3)  # last patch of the first row, y x c
-    assert torch.allclose(corner, frames[0, :, :patch, -patch:].permute(1, 2, 0) / 127.5 - 1, atol=1e-6)
+    assert torch.allclose(
+        corner, frames[0, :, :patch, -patch:].permute(1, 2, 0) / 127.5 - 1, atol=1e-6
+    )
 
 
 def test_dit_loss_is_zero_for_the_truth_and_the_velocity_error_else():
@@ -198,13 +261,16 @@ def test_dit_loss_is_zero_for_the_truth_and_the_velocity_error_else():
 
     class Known(DiT):
         offset = 0.0
+
         def denoise(self, x, s, z):
             self.s = s
             return patchify(frames, 8) + self.offset
+
     dit = Known(config)
     assert dit(z, frames) == 0
     dit.offset = 0.5
-    torch.manual_seed(1); loss = dit(z, frames)
+    torch.manual_seed(1)
+    loss = dit(z, frames)
     expected = (0.25 / (1 - dit.s).clamp_min(0.05) ** 2).mean()
     assert torch.allclose(loss, expected, rtol=1e-4)
 
@@ -229,7 +295,9 @@ def test_rankme_counts_directions():
 def test_alarm_rings_for_each_kind_of_collapse_and_not_for_health():
     config = preset("tiny")
     torch.manual_seed(0)
-    positions = torch.randn(1, 60, 128).expand(32, 60, 128)  # frames alike, patches apart: rank of the raw latents is full
+    positions = torch.randn(1, 60, 128).expand(
+        32, 60, 128
+    )  # frames alike, patches apart: rank of the raw latents is full
     assert "std" in collapse_alarm(collapse_metrics(positions), config)
     few = torch.randn(32, 60, 4) @ torch.randn(4, 128)
     assert "rank" in collapse_alarm(collapse_metrics(few), config)
@@ -238,22 +306,37 @@ def test_alarm_rings_for_each_kind_of_collapse_and_not_for_health():
 
 def test_weights_of_another_preset_name_file_line_and_remedy(tmp_path):
     WorldModel(smallest()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError) as e: WorldModel.from_pretrained(tmp_path, smallest(predictor_depth=2))
-    line = next(i for i, t in enumerate((tmp_path / "config.json").read_text().splitlines(), 1) if '"predictor"' in t) + 1
-    assert f"config.json, line {line}" in str(e.value) and "predictor.depth=1 (expected 2)" in str(e.value) and "preset_name" in str(e.value)
+    with pytest.raises(ValueError) as e:
+        WorldModel.from_pretrained(tmp_path, smallest(predictor_depth=2))
+    line = (
+        next(
+            i
+            for i, t in enumerate((tmp_path / "config.json").read_text().splitlines(), 1)
+            if '"predictor"' in t
+        )
+        + 1
+    )
+    assert (
+        f"config.json, line {line}" in str(e.value)
+        and "predictor.depth=1 (expected 2)" in str(e.value)
+        and "preset_name" in str(e.value)
+    )
 
 
 def test_a_cut_or_foreign_weights_file_is_refused(tmp_path):
     WorldModel(smallest()).save_pretrained(tmp_path)
     file = tmp_path / "world_model.safetensors"
     whole = file.read_bytes()
-    for broken in (whole[:len(whole) // 2], b"", b"PK\x03\x04 a pickle in a zip"):
+    for broken in (whole[: len(whole) // 2], b"", b"PK\x03\x04 a pickle in a zip"):
         file.write_bytes(broken)
-        with pytest.raises(ValueError, match="world_model.safetensors.*train it again"): WorldModel.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="world_model.safetensors.*train it again"):
+            WorldModel.from_pretrained(tmp_path)
     file.unlink()
-    with pytest.raises(ValueError, match="no such file"): WorldModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no such file"):
+        WorldModel.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"name": "tiny"}))
-    with pytest.raises(ValueError, match="config.json"): WorldModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="config.json"):
+        WorldModel.from_pretrained(tmp_path)
 
 
 def test_a_failed_save_leaves_the_old_weights(tmp_path, monkeypatch):
@@ -261,21 +344,30 @@ def test_a_failed_save_leaves_the_old_weights(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     import minecraft_jepa.layers as layers
+
     def dies(part, data):
-        with open(part, "wb") as f: f.write(data[:10])
+        with open(part, "wb") as f:
+            f.write(data[:10])
         raise OSError("disk full")
+
     monkeypatch.setattr(layers.Path, "write_bytes", dies)
-    with pytest.raises(OSError, match="disk full"): perturbed(model).save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="disk full"):
+        perturbed(model).save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_half_precision_halves_the_file_and_keeps_the_latents(tmp_path):
     model = WorldModel(smallest()).eval()
     frames, _ = windows(model.config)
-    model.save_pretrained(tmp_path / "whole"); model.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "half", dtype=torch.float16)
     sizes = [(tmp_path / f / "world_model.safetensors").stat().st_size for f in ("half", "whole")]
     assert sizes[0] < 0.6 * sizes[1]
-    assert torch.allclose(WorldModel.from_pretrained(tmp_path / "half").encode(frames[:, 0]), model.encode(frames[:, 0]), atol=0.02)
+    assert torch.allclose(
+        WorldModel.from_pretrained(tmp_path / "half").encode(frames[:, 0]),
+        model.encode(frames[:, 0]),
+        atol=0.02,
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -301,10 +393,17 @@ def renamed(folder, rename):
     save_file({rename(k): v for k, v in load_file(path).items()}, path)
 
 
-@pytest.mark.parametrize("rename", [
-    lambda k: f"_orig_mod.{k}", lambda k: f"module.{k}", lambda k: f"module._orig_mod.{k}",
-    lambda k: f"model.{k}", lambda k: k.replace("encoder.", "encoder._orig_mod."),
-    lambda k: k.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module.")])
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda k: f"_orig_mod.{k}",
+        lambda k: f"module.{k}",
+        lambda k: f"module._orig_mod.{k}",
+        lambda k: f"model.{k}",
+        lambda k: k.replace("encoder.", "encoder._orig_mod."),
+        lambda k: k.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."),
+    ],
+)
 def test_names_that_wrappers_left_are_read(tmp_path, rename):
     model = saved(tmp_path)
     renamed(tmp_path, rename)
@@ -358,7 +457,8 @@ def test_loading_neither_moves_random_numbers_nor_heeds_the_callers_defaults(tmp
     buffers = dict(model.named_buffers())
     assert all(torch.equal(b, buffers[k]) for k, b in again.named_buffers())
     assert [p.requires_grad for p in again.parameters()] == [
-        p.requires_grad for p in model.parameters()]
+        p.requires_grad for p in model.parameters()
+    ]
     z = model.encode(frames[:, 0])
     assert torch.equal(again.imagine(z, actions), model.imagine(z, actions))
     again.adopt_teacher()
@@ -420,26 +520,27 @@ def test_what_does_not_fit_is_named_with_the_remedy():
     frames, z = frames[:, 0], torch.randn(2, 6, 32)
     nan = torch.full((1, 3, 16, 24), float("nan"))
     for call, told in (
-            (lambda: model.encode(frames.float() * 0.99), "frames hold .* divide by 255"),
-            (lambda: model.encode(frames / 127.5 - 1), "frames hold .* 0..1"),
-            (lambda: model.encode(nan), "frames hold nan"),
-            (lambda: model.encode(frames.int()), "frames are torch.int32, expected uint8"),
-            (lambda: model.encode(frames.permute(0, 2, 3, 1)), r"frames.permute\(0, 3, 1, 2\)"),
-            (lambda: model.encode(frames[0]), r"frames\[None\]"),
-            (lambda: model.encode(frames[:, None]), r"flatten\(0, 1\)"),
-            (lambda: model.encode([1, 2]), "frames is of type list"),
-            (lambda: model.imagine(z, actions[..., :27]), "actions are .*27.*28"),
-            (lambda: model.imagine(z, actions[:, :24]), "actions are .*24.*24 . K"),
-            (lambda: model.imagine(z, actions[0]), "actions are"),
-            (lambda: model.step(z, actions), "actions are .*expected .2, 25, 28"),
-            (lambda: model.imagine(z[:, :5], actions), "z is .*expected latents"),
-            (lambda: model.step(z[0], actions[:, :25]), "z is .*expected latents"),
-            (lambda: model.imagine(z, actions.repeat(2, 1, 1)), "actions are"),
-            (lambda: dit.decode(z[..., :31]), "z is .*expected latents"),
-            (lambda: head.decode(z[:, :5]), "z is .*expected latents"),
-            (lambda: dit.decode(z, steps=0), "steps=0 must be at least 1"),
-            (lambda: dit.decode(z, steps=2.5), "steps=2.5 must be a whole number"),
-            (lambda: dit.decode(z, seed="a"), "seed='a' must be a whole number")):
+        (lambda: model.encode(frames.float() * 0.99), "frames hold .* divide by 255"),
+        (lambda: model.encode(frames / 127.5 - 1), "frames hold .* 0..1"),
+        (lambda: model.encode(nan), "frames hold nan"),
+        (lambda: model.encode(frames.int()), "frames are torch.int32, expected uint8"),
+        (lambda: model.encode(frames.permute(0, 2, 3, 1)), r"frames.permute\(0, 3, 1, 2\)"),
+        (lambda: model.encode(frames[0]), r"frames\[None\]"),
+        (lambda: model.encode(frames[:, None]), r"flatten\(0, 1\)"),
+        (lambda: model.encode([1, 2]), "frames is of type list"),
+        (lambda: model.imagine(z, actions[..., :27]), "actions are .*27.*28"),
+        (lambda: model.imagine(z, actions[:, :24]), "actions are .*24.*24 . K"),
+        (lambda: model.imagine(z, actions[0]), "actions are"),
+        (lambda: model.step(z, actions), "actions are .*expected .2, 25, 28"),
+        (lambda: model.imagine(z[:, :5], actions), "z is .*expected latents"),
+        (lambda: model.step(z[0], actions[:, :25]), "z is .*expected latents"),
+        (lambda: model.imagine(z, actions.repeat(2, 1, 1)), "actions are"),
+        (lambda: dit.decode(z[..., :31]), "z is .*expected latents"),
+        (lambda: head.decode(z[:, :5]), "z is .*expected latents"),
+        (lambda: dit.decode(z, steps=0), "steps=0 must be at least 1"),
+        (lambda: dit.decode(z, steps=2.5), "steps=2.5 must be a whole number"),
+        (lambda: dit.decode(z, seed="a"), "seed='a' must be a whole number"),
+    ):
         with pytest.raises(ValueError, match=told):
             call()
 
@@ -483,5 +584,6 @@ def test_the_sampler_ends_on_the_frame_however_many_steps():
     class Oracle(DiT):
         def denoise(self, x, s, z):
             return patchify(frames, 8).to(x)
+
     for steps in (1, 2, 40):
         assert torch.equal(Oracle(smallest()).decode(torch.randn(2, 6, 32), steps=steps), frames)

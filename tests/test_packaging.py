@@ -9,9 +9,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("papermill", "nbclient", "nbformat", "ipykernel", "ipywidgets", "gymnasium", "Xlib", "s3fs",
-          "tensorboard", "torchmetrics", "torch_fidelity", "nbdev", "fastcore", "pytest", "hypothesis",
-          "webdataset", "moto")
+EXTRAS = (
+    "papermill",
+    "nbclient",
+    "nbformat",
+    "ipykernel",
+    "ipywidgets",
+    "gymnasium",
+    "Xlib",
+    "s3fs",
+    "tensorboard",
+    "torchmetrics",
+    "torch_fidelity",
+    "nbdev",
+    "fastcore",
+    "pytest",
+    "hypothesis",
+    "webdataset",
+    "moto",
+)
 ALONE = """
 import importlib, importlib.machinery, sys
 find, hidden = importlib.machinery.PathFinder.find_spec, set(sys.argv[1].split())
@@ -30,7 +46,11 @@ def test_without_extras_a_module_is_imported_or_says_what_to_install():
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     stopped = [line.split(" ", 1) for line in done.stdout.splitlines()]
-    assert {"luanti", "recorder"} <= {module for module, _ in stopped} <= {"luanti", "recorder", "study"}
+    assert (
+        {"luanti", "recorder"}
+        <= {module for module, _ in stopped}
+        <= {"luanti", "recorder", "study"}
+    )
     for module, why in stopped:
         assert "pip install" in why, f"{module}: {why}"
 

@@ -11,7 +11,13 @@ import pytest
 from contractor import lines_of, name_of, write_pair
 
 from minecraft_jepa import recordings, remote
-from minecraft_jepa.recordings import CHECKED, check_folder, find_recordings, read_checks, split_recordings
+from minecraft_jepa.recordings import (
+    CHECKED,
+    check_folder,
+    find_recordings,
+    read_checks,
+    split_recordings,
+)
 from minecraft_jepa.remote import MIB, bring, cut_weights, pack, unpack, write_card
 
 
@@ -46,7 +52,8 @@ def test_what_was_left_out_is_known_where_the_rest_arrives(made, tmp_path):
     assert set(checks) == set(names)  # every row holds where it arrives
     for name in names:
         assert {k: v for k, v in checks[name].items() if k != "files"} == {
-            k: v for k, v in here[name].items() if k != "files"}
+            k: v for k, v in here[name].items() if k != "files"
+        }
     assert not checks[names[4]]["used"] and checks[names[4]]["why"]
     rows = check_folder(there, progress=False)
     assert [r["used"] for r in rows] == [True] * 4 and all(r["decoded"] for r in rows)
@@ -69,11 +76,13 @@ def test_checks_kept_in_the_cache_travel_too(made, tmp_path, monkeypatch):
     shutil.copytree(folder, here)
     (here / CHECKED).unlink()
     write, refused = recordings.write_json, []
+
     def refuse(path, value):
         if path == here / CHECKED:
             refused.append(path)
             raise PermissionError(13, "Permission denied")
         write(path, value)
+
     monkeypatch.setattr(recordings, "write_json", refuse)
     check_folder(here, progress=False)
     assert refused and not (here / CHECKED).exists()
@@ -91,7 +100,9 @@ def test_split_is_the_same_without_a_split_file(made, tmp_path, by):
     if by == "manifest":
         sides = dict(zip(names, ("train", "validation", "test", "train", "train")))
         rows = {n: {"url": f"http://a/{n}.mp4", "side": side} for n, side in sides.items()}
-        (folder / "manifest.json").write_text(json.dumps({"split_by": "player", "recordings": rows}))
+        (folder / "manifest.json").write_text(
+            json.dumps({"split_by": "player", "recordings": rows})
+        )
     check_folder(folder, progress=False)
     pack(folder, tmp_path / "parts")
     unpack(tmp_path / "parts", tmp_path / "there")
@@ -105,7 +116,9 @@ def test_links_are_carried_as_the_files_they_point_to(made, tmp_path):
     for path in folder.iterdir():
         if path.name != CHECKED and not path.name.startswith(names[4]):
             (links / path.name).symlink_to(path)
-    split = {s: [n for n in found if n != names[4]] for s, found in split_recordings(folder).items()}
+    split = {
+        s: [n for n in found if n != names[4]] for s, found in split_recordings(folder).items()
+    }
     (links / "split.json").unlink()
     (links / "split.json").write_text(json.dumps(split))
     os.link(folder / f"{names[0]}.mp4", links / "again.mp4")  # the same file once more
@@ -118,8 +131,13 @@ def test_links_are_carried_as_the_files_they_point_to(made, tmp_path):
     assert not any(p.is_symlink() for p in (tmp_path / "there").iterdir())
 
 
-@pytest.mark.parametrize("file, told", [("store.json", "a clip store, not recordings"),
-                                        ("shards.json", "a folder of shards, not recordings")])
+@pytest.mark.parametrize(
+    "file, told",
+    [
+        ("store.json", "a clip store, not recordings"),
+        ("shards.json", "a folder of shards, not recordings"),
+    ],
+)
 def test_clip_store_in_place_of_recordings_is_told(tmp_path, file, told):
     (tmp_path / file).write_text("{}")
     with pytest.raises(ValueError, match=told):
@@ -154,13 +172,21 @@ def member(name, kind=tarfile.REGTYPE, target=""):
 
 
 HOSTILE = {
-    "absolute": member("/tmp/outside.mp4"), "up": member("../outside.mp4"), "deep": member("a/b.mp4"),
-    "up from within": member("a/../../outside.mp4"), "back slash": member("..\\outside.mp4"),
-    "hidden": member(".bashrc"), "hidden recording": member(".a.mp4"), "a program": member("train.py"),
+    "absolute": member("/tmp/outside.mp4"),
+    "up": member("../outside.mp4"),
+    "deep": member("a/b.mp4"),
+    "up from within": member("a/../../outside.mp4"),
+    "back slash": member("..\\outside.mp4"),
+    "hidden": member(".bashrc"),
+    "hidden recording": member(".a.mp4"),
+    "a program": member("train.py"),
     "symbolic link": member("a.mp4", tarfile.SYMTYPE, "/etc/passwd"),
     "hard link": member("a.mp4", tarfile.LNKTYPE, "../outside"),
-    "pipe": member("a.mp4", tarfile.FIFOTYPE), "device": member("a.mp4", tarfile.CHRTYPE),
-    "block device": member("a.mp4", tarfile.BLKTYPE), "folder": member("a.mp4", tarfile.DIRTYPE)}
+    "pipe": member("a.mp4", tarfile.FIFOTYPE),
+    "device": member("a.mp4", tarfile.CHRTYPE),
+    "block device": member("a.mp4", tarfile.BLKTYPE),
+    "folder": member("a.mp4", tarfile.DIRTYPE),
+}
 
 
 @pytest.mark.parametrize("bad", HOSTILE.values(), ids=HOSTILE)
@@ -181,7 +207,9 @@ def test_link_where_a_file_is_unpacked_is_not_followed(tmp_path):
     strange.mode, strange.uid, strange.mtime = 0o6777, 0, 2**40
     unpack(made_part(tmp_path / "parts", (strange, b"theirs")), there)
     assert outside.read_text() == "mine" and not (there / "a.mp4").is_symlink()
-    assert (there / "a.mp4").read_bytes() == b"theirs" and (there / "a.mp4").stat().st_mode & 0o7000 == 0
+    assert (there / "a.mp4").read_bytes() == b"theirs" and (
+        there / "a.mp4"
+    ).stat().st_mode & 0o7000 == 0
 
 
 def test_part_that_is_missing_or_cut_is_named(made, tmp_path):
@@ -224,16 +252,32 @@ def test_recordings_of_other_parts_are_not_trained_on_too(made, tmp_path, monkey
 
 # Weights: no networks are needed, files of bytes will do
 
+
 def told(**over):
-    found = {"preset": "tiny", "steps": 7, "decoder_steps": 3, "seed": 1, "device": "cpu",
-             "seconds": {"world_model": 60, "decoders": 60}, "train": ["a"], "validation": ["b"]}
+    found = {
+        "preset": "tiny",
+        "steps": 7,
+        "decoder_steps": 3,
+        "seed": 1,
+        "device": "cpu",
+        "seconds": {"world_model": 60, "decoders": 60},
+        "train": ["a"],
+        "validation": ["b"],
+    }
     return found | over
 
 
-CONFIG = {"train": {"batch": 4, "decoder_batch": 4}, "frame": {"height": 48, "width": 80},
-          "jepa": {"anti_collapse": "ema"}}
-JUDGED = {"recordings": ["c"], "horizons": {"1": {m: {"mean": 0.125} for m in (
-    "model", "copy_last", "other_actions", "noop")}}}
+CONFIG = {
+    "train": {"batch": 4, "decoder_batch": 4},
+    "frame": {"height": 48, "width": 80},
+    "jepa": {"anti_collapse": "ema"},
+}
+JUDGED = {
+    "recordings": ["c"],
+    "horizons": {
+        "1": {m: {"mean": 0.125} for m in ("model", "copy_last", "other_actions", "noop")}
+    },
+}
 
 
 def run_of(folder, weights, log=True, **over):
@@ -282,12 +326,16 @@ def test_the_same_weights_brought_again_keep_their_evaluation(tmp_path):
 def test_card_shows_no_evaluation_of_other_weights(tmp_path, capsys):
     folder = run_of(tmp_path / "weights", "mine", log=False)
     mine = hashlib.sha256((folder / "world_model.safetensors").read_bytes()).hexdigest()
-    assert "0.125" in judge(folder, weights_identity={"sha256": mine}) and not capsys.readouterr().out
+    assert (
+        "0.125" in judge(folder, weights_identity={"sha256": mine}) and not capsys.readouterr().out
+    )
     assert "0.125" not in judge(folder, weights_identity={"sha256": mine, "seed": 4242})
     assert "of other weights" in capsys.readouterr().out
     assert "0.125" not in judge(folder, weights_identity={"sha256": "0" * 64})
     assert "evaluate.json: of other weights" in capsys.readouterr().out
-    assert "0.125" in judge(folder)  # an evaluation that names no weights, and is not older than they are
+    assert "0.125" in judge(
+        folder
+    )  # an evaluation that names no weights, and is not older than they are
     os.utime(folder / "evaluate.json", (1, 1))
     write_card(folder)
     assert "0.125" not in (folder / "README.md").read_text()
@@ -318,8 +366,14 @@ def test_no_folder_of_something_else_is_emptied_for_parts(tmp_path):
 
 def test_command_line_tells_faults_in_a_line(tmp_path):
     (tmp_path / "part-000.tar").write_bytes(b"no tar")
-    for words in (["pack", tmp_path, tmp_path / "out"], ["train", tmp_path, tmp_path / "run"],
-                  ["bring", tmp_path, tmp_path / "weights"]):
+    for words in (
+        ["pack", tmp_path, tmp_path / "out"],
+        ["train", tmp_path, tmp_path / "run"],
+        ["bring", tmp_path, tmp_path / "weights"],
+    ):
         with pytest.raises(SystemExit) as e:
             remote.main([str(w) for w in words])
-        assert str(e.value.code).startswith("python -m minecraft_jepa.remote: ") and "\n" not in e.value.code
+        assert (
+            str(e.value.code).startswith("python -m minecraft_jepa.remote: ")
+            and "\n" not in e.value.code
+        )

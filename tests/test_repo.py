@@ -1,4 +1,5 @@
 "Promises of the repository: layers, clean notebooks, modules in step with them, figures with their numbers, size."
+
 import ast
 import configparser
 import json
@@ -24,27 +25,35 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SETTINGS = configparser.ConfigParser()
 SETTINGS.read(ROOT / "settings.ini")
 
-each = lambda paths: pytest.mark.parametrize("path", paths, ids=[str(p.relative_to(ROOT)) for p in paths])
+each = lambda paths: pytest.mark.parametrize(
+    "path", paths, ids=[str(p.relative_to(ROOT)) for p in paths]
+)
 
 
-def cells(path, kind="code"): return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+def cells(path, kind="code"):
+    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
 
 
-def source(cell): return "".join(cell["source"])
+def source(cell):
+    return "".join(cell["source"])
 
 
 def tracked():
     "Files that git tracks."
-    try: done = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True)
-    except FileNotFoundError: pytest.skip("git is not installed")
-    if done.returncode: pytest.skip(f"not a git checkout: {done.stderr.strip()}")
+    try:
+        done = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    if done.returncode:
+        pytest.skip(f"not a git checkout: {done.stderr.strip()}")
     return [ROOT / name for name in done.stdout.split("\0") if (ROOT / name).is_file()]
 
 
 def imported(text):
     "Dotted name of everything that Python source imports; relative imports are of this package."
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(filter(None, ("minecraft_jepa" if node.level else "", node.module)))
             yield from (f"{base}.{a.name}" for a in node.names)
@@ -52,13 +61,14 @@ def imported(text):
 
 def code(path):
     "Python source of a module or notebook, without IPython's own lines."
-    if path.suffix == ".py": return path.read_text()
-    return "\n".join(re.sub(r"^\s*[%!].*$", "", source(c), flags=re.M) for c in cells(path))
+    if path.suffix == ".py":
+        return path.read_text()
+    return "\n".join(re.sub(r"^\s*[%!].*$", "", source(c), flags=re.MULTILINE) for c in cells(path))
 
 
 @each(LIBRARY)
 def test_notebook_is_named_after_its_module(path):
-    assert re.search(r"^#\| default_exp (\w+)$", code(path), re.M)[1] == path.stem[3:]
+    assert re.search(r"^#\| default_exp (\w+)$", code(path), re.MULTILINE)[1] == path.stem[3:]
 
 
 def test_every_module_has_its_notebook():
@@ -67,7 +77,9 @@ def test_every_module_has_its_notebook():
 
 @each(MODULES)
 def test_module_imports_lower_numbers_only(path):
-    own = {name.split(".")[1] for name in imported(code(path)) if name.startswith("minecraft_jepa.")}
+    own = {
+        name.split(".")[1] for name in imported(code(path)) if name.startswith("minecraft_jepa.")
+    }
     assert not {m for m in own if NUMBERS.get(m, 99) >= NUMBERS.get(path.stem, 0)}
 
 
@@ -75,79 +87,142 @@ def test_module_imports_lower_numbers_only(path):
 def test_notebook_opens_with_title_and_claim(path):
     first = json.loads(path.read_text())["cells"][0]
     title, claim = [line for line in source(first).splitlines() if line][:2]
-    assert first["cell_type"] == "markdown" and re.match(r"# \w", title) and re.match(r"> \S+ ", claim)
+    assert (
+        first["cell_type"] == "markdown" and re.match(r"# \w", title) and re.match(r"> \S+ ", claim)
+    )
 
 
 @each(NOTEBOOKS)
 def test_notebook_holds_no_outputs(path):
-    dirty = [source(c)[:60] for c in cells(path) if c["outputs"] or c["execution_count"] is not None]
+    dirty = [
+        source(c)[:60] for c in cells(path) if c["outputs"] or c["execution_count"] is not None
+    ]
     assert not dirty, "run `make export`"
 
 
 @each(LIBRARY)
 def test_exported_cells_fit_a_screen(path):
-    exported = [source(c).splitlines() for c in cells(path) if re.search(r"^#\| *export", source(c), re.M)]
+    exported = [
+        source(c).splitlines()
+        for c in cells(path)
+        if re.search(r"^#\| *export", source(c), re.MULTILINE)
+    ]
     assert exported and not {cell[1]: len(cell) for cell in exported if len(cell) > 60}
 
 
 @each(MODULES)
 def test_public_names_are_explained(path):
-    public = [n for n in ast.parse(code(path)).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    public = [
+        n
+        for n in ast.parse(code(path)).body
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")
+    ]
     assert not [n.name for n in public if not ast.get_docstring(n)]
 
 
 @each(STUDY)
 def test_study_notebook_takes_the_agreed_parameters(path):
-    parameters, first, *_ = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])] + cells(path)[1:]
+    parameters, first, *_ = [
+        c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])
+    ] + cells(path)[1:]
     assert cells(path)[0] == parameters, "parameters come first"
-    assert [n.targets[0].id for n in ast.parse(source(parameters)).body] == ["preset_name", "data_dir", "out_dir", "weights", "steps", "seed", "device"]
-    assert "study_parameters(globals())" in source(first), "parameters are checked before anything else is defined"
+    assert [n.targets[0].id for n in ast.parse(source(parameters)).body] == [
+        "preset_name",
+        "data_dir",
+        "out_dir",
+        "weights",
+        "steps",
+        "seed",
+        "device",
+    ]
+    assert "study_parameters(globals())" in source(first), (
+        "parameters are checked before anything else is defined"
+    )
 
 
-def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.suffix in (".py", ".ipynb", ".toml") and not p.parent.name.startswith(".")}
+def files(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in Path(folder).rglob("*")
+        if p.suffix in (".py", ".ipynb", ".toml") and not p.parent.name.startswith(".")
+    }
 
 
 def test_export_and_clean_change_nothing(tmp_path):
     ignore = shutil.ignore_patterns("kernel-ipc-*", ".*", "__pycache__")
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=ignore)
-    for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
+    for name in ("settings.ini", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "minecraft_jepa").mkdir()
-    shutil.copy(ROOT / "minecraft_jepa/__init__.py", tmp_path / "minecraft_jepa")  # written by hand but for the version
-    clean = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # set, it makes nbdev_export do nothing
+    shutil.copy(
+        ROOT / "minecraft_jepa/__init__.py", tmp_path / "minecraft_jepa"
+    )  # written by hand but for the version
+    clean = {
+        k: v for k, v in os.environ.items() if k != "IN_TEST"
+    }  # set, it makes nbdev_export do nothing
     for tool in ("nbdev_export", "nbdev_clean"):
-        subprocess.run([Path(sys.executable).parent / tool], cwd=tmp_path, env=clean, check=True, stdin=subprocess.DEVNULL)
+        subprocess.run(
+            [Path(sys.executable).parent / tool],
+            cwd=tmp_path,
+            env=clean,
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
     made, committed = files(tmp_path), {}
-    for folder in ("nbs", "minecraft_jepa"): committed |= {f"{folder}/{k}": v for k, v in files(ROOT / folder).items()}
+    for folder in ("nbs", "minecraft_jepa"):
+        committed |= {f"{folder}/{k}": v for k, v in files(ROOT / folder).items()}
     committed["pyproject.toml"] = (ROOT / "pyproject.toml").read_bytes()
     changed = sorted(n for n in made | committed if made.get(n) != committed.get(n))
-    assert not changed, f"edit the notebook, not the module, and run `make export`: {', '.join(changed)}"
+    assert not changed, (
+        f"edit the notebook, not the module, and run `make export`: {', '.join(changed)}"
+    )
 
 
 def test_version_is_the_same_everywhere():
-    citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1]
+    citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
     assert minecraft_jepa.__version__ == SETTINGS["DEFAULT"]["version"] == citation
 
 
-def packages(requirements): return {re.match(r"[\w.-]+", r)[0].replace("_", "-").lower() for r in requirements}
+def packages(requirements):
+    return {re.match(r"[\w.-]+", r)[0].replace("_", "-").lower() for r in requirements}
 
 
 def needed(paths):
     "Packages, as pip names them, that files import and Python does not bring."
-    pip_name = {"PIL": "pillow", "skimage": "scikit-image", "IPython": "ipykernel", "Xlib": "python-xlib", "nbclient": "papermill", "nbformat": "papermill", "traitlets": "papermill"}
-    tops = {name.split(".")[0] for p in paths for name in imported(code(p))} - set(sys.stdlib_module_names) - {"minecraft_jepa"}
+    pip_name = {
+        "PIL": "pillow",
+        "skimage": "scikit-image",
+        "IPython": "ipykernel",
+        "Xlib": "python-xlib",
+        "nbclient": "papermill",
+        "nbformat": "papermill",
+        "traitlets": "papermill",
+    }
+    tops = (
+        {name.split(".")[0] for p in paths for name in imported(code(p))}
+        - set(sys.stdlib_module_names)
+        - {"minecraft_jepa"}
+    )
     tops -= {p.stem for p in (ROOT / "tests").glob("*.py")}  # what tests share
     return {pip_name.get(top, top).replace("_", "-").lower() for top in tops}
 
 
 def test_dependencies_are_those_imported():
-    runtime, dev = packages(PROJECT["dependencies"]), packages(PROJECT["optional-dependencies"]["dev"])
+    runtime, dev = (
+        packages(PROJECT["dependencies"]),
+        packages(PROJECT["optional-dependencies"]["dev"]),
+    )
     game = [p for p in MODULES if p.stem in ("luanti", "recorder")]
-    modules = [p for p in MODULES if p.stem != "study" and p not in game]  # the runner needs papermill, and is for a clone with `dev`
+    modules = [
+        p for p in MODULES if p.stem != "study" and p not in game
+    ]  # the runner needs papermill, and is for a clone with `dev`
     assert needed(game) - runtime == packages(PROJECT["optional-dependencies"]["luanti"])
     shown = {"ipykernel"}  # IPython shows a figure where a notebook runs, and nowhere else
     assert not needed(modules) - runtime - shown, "imported, not declared"
     assert not runtime - needed(modules), "declared, imported nowhere"
-    assert not needed([*NOTEBOOKS, *MODULES, *(ROOT / "tests").glob("*.py")]) - runtime - dev, "imported, not declared"
+    assert not needed([*NOTEBOOKS, *MODULES, *(ROOT / "tests").glob("*.py")]) - runtime - dev, (
+        "imported, not declared"
+    )
 
 
 FIGURES = sorted(p for p in (ROOT / "figures").glob("*") if p.suffix in (".png", ".gif"))
@@ -166,9 +241,12 @@ def test_no_file_names_a_private_folder():
     private = re.compile(r"(?<![\w.-])/(?:home|root|work|Users)/|\.\./shared\b")
     found = {}
     for p in tracked():
-        try: hit = private.search(p.read_text())
-        except UnicodeDecodeError: continue
-        if hit: found[str(p.relative_to(ROOT))] = hit[0]
+        try:
+            hit = private.search(p.read_text())
+        except UnicodeDecodeError:
+            continue
+        if hit:
+            found[str(p.relative_to(ROOT))] = hit[0]
     assert not found
 
 
@@ -181,32 +259,56 @@ def test_links_lead_to_files(path):
 
 @each([*ROOT.glob("*.md"), *ROOT.glob("data/*.md"), *NOTEBOOKS])
 def test_no_placeholder_is_left(path):
-    text = path.read_text() if path.suffix == ".md" else "\n".join(source(c) for c in cells(path, "markdown"))
+    text = (
+        path.read_text()
+        if path.suffix == ".md"
+        else "\n".join(source(c) for c in cells(path, "markdown"))
+    )
     assert not re.findall(r"@[A-Z_]+@|\b(?:COST|EXPECT|TODO|FIXME)\d?\b", text)
 
 
 @each(STUDY)
 def test_study_notebook_opens_with_a_command_for_the_root(path):
-    command = re.search(r"^papermill .*$", source(cells(path, "markdown")[0]), re.M)[0]
+    command = re.search(r"^papermill .*$", source(cells(path, "markdown")[0]), re.MULTILINE)[0]
     folder = f"nbs/{path.parent.name}"
-    assert f"--cwd {folder} {folder}/{path.name} _runs/{path.name}" in command, "its paths are relative to its own folder"
+    assert f"--cwd {folder} {folder}/{path.name} _runs/{path.name}" in command, (
+        "its paths are relative to its own folder"
+    )
 
 
 @pytest.fixture
 def make(tmp_path):
     "Runs make on a copy of the Makefile, with a Python that fails where `breaks` stands in what it is asked."
-    if not shutil.which("make"): pytest.skip("make is not installed")
-    for name in ("Makefile", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+
     def run(*words, breaks):
         python = tmp_path / "fake-python"
-        python.write_text(f'#!/bin/sh\ncase "$2" in *{breaks}*) exit 1;; esac\nexec "{sys.executable}" "$@"\n')
+        python.write_text(
+            f'#!/bin/sh\ncase "$2" in *{breaks}*) exit 1;; esac\nexec "{sys.executable}" "$@"\n'
+        )
         python.chmod(0o755)
         clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
-        return subprocess.run(["make", *words, f"PYTHON={python}"], cwd=tmp_path, env=clean, capture_output=True, text=True)
+        return subprocess.run(
+            ["make", *words, f"PYTHON={python}"],
+            cwd=tmp_path,
+            env=clean,
+            capture_output=True,
+            text=True,
+        )
+
     return run
 
 
-@pytest.mark.parametrize("breaks, remedy", [("version_info", "Python 3.11 or newer"), ("ensurepip", f"apt install python3.{sys.version_info.minor}-venv")])
+@pytest.mark.parametrize(
+    "breaks, remedy",
+    [
+        ("version_info", "Python 3.11 or newer"),
+        ("ensurepip", f"apt install python3.{sys.version_info.minor}-venv"),
+    ],
+)
 def test_make_names_the_remedy(make, tmp_path, breaks, remedy):
     done = make("study", breaks=breaks)
     assert done.returncode and remedy in done.stderr and not (tmp_path / ".venv").exists()
@@ -232,7 +334,8 @@ def test_pip_installs_where_uv_does_not(make, tmp_path, uv):
     folder.mkdir(parents=True)
     programs = {
         "pip": "exit 0",
-        "python": 'echo "python $*" >> calls; case "$*" in *uv) exit %d;; esac' % (uv == "is missing"),
+        "python": 'echo "python $*" >> calls; case "$*" in *uv) exit %d;; esac'
+        % (uv == "is missing"),
         "uv": 'echo "uv $*" >> calls; exit %d' % (uv == "fails"),
     }
     for name, body in programs.items():

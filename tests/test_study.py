@@ -1,4 +1,5 @@
 "The study end to end, in small: every notebook in order with two steps in a clone, and what the runner does when one fails."
+
 import fcntl
 import json
 import os
@@ -27,20 +28,43 @@ PARAMETERS = ("preset_name", "data_dir", "out_dir", "weights", "steps", "seed", 
 
 def of_sample(name, folder, called=None):
     "Copy one of the repository's recordings, perhaps under another name."
-    for suffix in (".mp4", ".jsonl"): shutil.copy(DATA / f"{name}{suffix}", folder / f"{called or name}{suffix}")
+    for suffix in (".mp4", ".jsonl"):
+        shutil.copy(DATA / f"{name}{suffix}", folder / f"{called or name}{suffix}")
 
 
 def made_up(folder, name, ticks, moving=True):
     "A recording of noise that moves by three pixels a tick, or of a black screen."
-    scene = np.random.default_rng(0).integers(0, 255, (12, 20, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1) * np.uint8(moving)
+    scene = np.random.default_rng(0).integers(0, 255, (12, 20, 3), dtype=np.uint8).repeat(
+        4, 0
+    ).repeat(4, 1) * np.uint8(moving)
     with av.open(str(folder / f"{name}.mp4"), "w") as video:
-        stream = video.add_stream("libx264", rate=20, options={"crf": "18", "preset": "ultrafast", "g": "20"})
+        stream = video.add_stream(
+            "libx264", rate=20, options={"crf": "18", "preset": "ultrafast", "g": "20"}
+        )
         stream.width, stream.height, stream.pix_fmt = 80, 48, "yuv420p"
-        for t in range(ticks): video.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(scene, 3 * t * moving, 1))))
+        for t in range(ticks):
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(scene, 3 * t * moving, 1))))
         video.mux(stream.encode())
-    mouse = {"x": 640.0, "y": 360.0, "dx": 0.0, "dy": 0.0, "dwheel": 0.0, "buttons": [], "newButtons": []}
-    line = {"mouse": mouse, "keyboard": {"keys": [], "newKeys": [], "chars": ""}, "isGuiOpen": False, "hotbar": 0, "yaw": 0.0, "pitch": 0.0,
-            "xpos": 0.0, "ypos": 64.0, "zpos": 0.0}
+    mouse = {
+        "x": 640.0,
+        "y": 360.0,
+        "dx": 0.0,
+        "dy": 0.0,
+        "dwheel": 0.0,
+        "buttons": [],
+        "newButtons": [],
+    }
+    line = {
+        "mouse": mouse,
+        "keyboard": {"keys": [], "newKeys": [], "chars": ""},
+        "isGuiOpen": False,
+        "hotbar": 0,
+        "yaw": 0.0,
+        "pitch": 0.0,
+        "xpos": 0.0,
+        "ypos": 64.0,
+        "zpos": 0.0,
+    }
     rows = [line | {"tick": t, "milli": 50 * t} for t in range(ticks)]
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
@@ -50,24 +74,39 @@ def sample(tmp_path_factory):
     "Three worlds to train on, two to validate, three to judge: all notebooks run on them, in less time."
     folder = tmp_path_factory.mktemp("sample")
     sides = json.loads((DATA / "split.json").read_text())
-    few = {"train": sides["train"][:3], "validation": sides["validation"][1:3], "test": sides["test"][:3]}
-    for name in sum(few.values(), []): of_sample(name, folder)
+    few = {
+        "train": sides["train"][:3],
+        "validation": sides["validation"][1:3],
+        "test": sides["test"][:3],
+    }
+    for name in sum(few.values(), []):
+        of_sample(name, folder)
     write_json(folder / "split.json", few)
     return folder
 
 
 def values(data, out, **changes):
-    return {"preset_name": "tiny", "data_dir": data, "out_dir": out, "weights": WEIGHTS, "steps": 2, "seed": 0, "device": "cpu"} | changes
+    return {
+        "preset_name": "tiny",
+        "data_dir": data,
+        "out_dir": out,
+        "weights": WEIGHTS,
+        "steps": 2,
+        "seed": 0,
+        "device": "cpu",
+    } | changes
 
 
-def nothing_but_numbers(name): pytest.fail(f"{name} in the numbers of a figure")
+def nothing_but_numbers(name):
+    pytest.fail(f"{name} in the numbers of a figure")
 
 
 def check_numbers(made):
     "Each picture whole and with its numbers, which are JSON."
     numbers = [p for p in made if p.suffix == ".json"]
     assert numbers
-    for p in numbers: assert json.loads(p.read_text(), parse_constant=nothing_but_numbers)
+    for p in numbers:
+        assert json.loads(p.read_text(), parse_constant=nothing_but_numbers)
     for p in made:
         if p.suffix in (".png", ".gif"):
             Image.open(p).verify()
@@ -77,9 +116,12 @@ def check_numbers(made):
 
 # The whole study, in a clone
 
+
 def git(folder, *words):
     who = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
-    return subprocess.run(["git", "-C", str(folder), *who, *words], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["git", "-C", str(folder), *who, *words], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def make_clone(folder):
@@ -89,7 +131,8 @@ def make_clone(folder):
         if name and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-        elif name: (folder / name).unlink(missing_ok=True)
+        elif name:
+            (folder / name).unlink(missing_ok=True)
     git(folder, "add", "-A")
     git(folder, "commit", "-q", "--allow-empty", "-m", "as it is here")
 
@@ -97,17 +140,33 @@ def make_clone(folder):
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, sample):
     "A clone, and what a study of two steps in it printed: run once, by whichever process of pytest-xdist comes first."
-    if not (ROOT / ".git").exists(): pytest.skip("no git repository, nothing to clone")
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git repository, nothing to clone")
     base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ: base = base.parent
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
     folder, said = base / "study-in-a-clone", base / "study-in-a-clone.txt"
     with open(base / "study-in-a-clone.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not said.is_file():
             shutil.rmtree(folder, ignore_errors=True)
             make_clone(folder)
-            words = [sys.executable, "-m", "minecraft_jepa.study", "--steps", "2", "--data", str(sample)]
-            done = subprocess.run(words, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True)
+            words = [
+                sys.executable,
+                "-m",
+                "minecraft_jepa.study",
+                "--steps",
+                "2",
+                "--data",
+                str(sample),
+            ]
+            done = subprocess.run(
+                words,
+                cwd=folder,
+                env=os.environ | {"PYTHONPATH": str(folder)},
+                capture_output=True,
+                text=True,
+            )
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
             said.write_text(done.stdout)
     return folder, said.read_text()
@@ -120,8 +179,22 @@ in_a_clone = pytest.mark.xdist_group("clone")
 def test_a_study_leaves_the_repository_as_it_was(clone):
     folder, _ = clone
     assert git(folder, "status", "--porcelain") == ""
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/test_{n}.py" for n in ("figures", "claims", "bench"))]
-    done = subprocess.run(words, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True)
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *(f"tests/test_{n}.py" for n in ("figures", "claims", "bench")),
+    ]
+    done = subprocess.run(
+        words,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
 
 
@@ -131,17 +204,39 @@ def test_every_notebook_leaves_its_numbers(clone):
     made = {p for p in (folder / "_runs/figures").rglob("*") if p.is_file()}
     check_numbers(made)
     names = {p.stem for p in made}
-    assert names >= {"data", "train", "evaluate", "actions", "knows", "rollout_1", "filmstrip", "sora", "luanti_lag", "claims", "compare", "study"}
+    assert names >= {
+        "data",
+        "train",
+        "evaluate",
+        "actions",
+        "knows",
+        "rollout_1",
+        "filmstrip",
+        "sora",
+        "luanti_lag",
+        "claims",
+        "compare",
+        "study",
+    }
 
 
 @in_a_clone
 def test_a_study_ends_with_yours_beside_the_shipped(clone):
     folder, said = clone
-    assert "yours beside the shipped weights" in said and "error over copying, 15 ticks" in said and "rollout_1.gif" in said
+    assert (
+        "yours beside the shipped weights" in said
+        and "error over copying, 15 ticks" in said
+        and "rollout_1.gif" in said
+    )
     assert "not comparable" in said  # three of the eight worlds
     found = json.loads((folder / "_runs/figures/compare.json").read_text())
     assert not found["comparable"] and found["about"]["yours"]["weights_identity"]["steps"] == 2
-    assert found["about"]["yours"]["weights_identity"]["sha256"] == json.loads((folder / "_runs/figures/claims.json").read_text())["weights_identity"]["sha256"]
+    assert (
+        found["about"]["yours"]["weights_identity"]["sha256"]
+        == json.loads((folder / "_runs/figures/claims.json").read_text())["weights_identity"][
+            "sha256"
+        ]
+    )
 
 
 @in_a_clone
@@ -152,11 +247,18 @@ def test_executed_notebooks_show_their_pictures_and_no_path_bar_or_warning(clone
         outputs = [o for c in executed.cells if c.cell_type == "code" for o in c.outputs]
         data = [o["data"] for o in outputs if "data" in o]
         assert any("image/png" in d or "image/gif" in d for d in data), notebook.stem
-        text = "".join(o["text"] for o in outputs if o.output_type == "stream") + "".join(d.get("text/plain", "") for d in data)
-        for unwanted in ("PosixPath", "\r", "UserWarning"): assert unwanted not in text, (notebook.stem, unwanted)
+        text = "".join(o["text"] for o in outputs if o.output_type == "stream") + "".join(
+            d.get("text/plain", "") for d in data
+        )
+        for unwanted in ("PosixPath", "\r", "UserWarning"):
+            assert unwanted not in text, (notebook.stem, unwanted)
 
 
-@pytest.mark.parametrize("notebook", [*(ROOT / "nbs/study" / f"{n}.ipynb" for n in HOURS), *study_notebooks(ROOT / "nbs/bench")], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "notebook",
+    [*(ROOT / "nbs/study" / f"{n}.ipynb" for n in HOURS), *study_notebooks(ROOT / "nbs/bench")],
+    ids=lambda p: p.stem,
+)
 def test_notebook_runs_and_leaves_its_numbers(notebook, sample, tmp_path):
     run_notebook(notebook, tmp_path / notebook.name, values(sample, tmp_path / "out"))
     check_numbers({p for p in (tmp_path / "out").rglob("*") if p.is_file()})
@@ -165,93 +267,201 @@ def test_notebook_runs_and_leaves_its_numbers(notebook, sample, tmp_path):
 @pytest.mark.parametrize("name", ["1_data", "9_claims"])
 def test_every_cell_can_be_run_twice(name, sample, tmp_path):
     (tmp_path / "out").mkdir()
-    for f in ("evaluate", "sora", "ablations"): shutil.copy(ROOT / f"figures/{f}.json", tmp_path / "out")
+    for f in ("evaluate", "sora", "ablations"):
+        shutil.copy(ROOT / f"figures/{f}.json", tmp_path / "out")
     notebook = nbformat.read(ROOT / f"nbs/study/{name}.ipynb", 4)
     code = [c for c in notebook.cells if c.cell_type == "code"]
     again = [nbformat.v4.new_code_cell(c.source) for c in code[1:]]
     notebook.cells = code[:1] + [cell for pair in zip(code[1:], again) for cell in pair]
     nbformat.write(notebook, tmp_path / "twice.ipynb")
-    run_notebook(tmp_path / "twice.ipynb", tmp_path / "copy.ipynb", values(sample, tmp_path / "out", weights=""))
+    run_notebook(
+        tmp_path / "twice.ipynb",
+        tmp_path / "copy.ipynb",
+        values(sample, tmp_path / "out", weights=""),
+    )
 
 
 # Parameters, and recordings that are few, short or still
 
-@pytest.mark.parametrize("wrong, told", [
-    ({"stpes": 3}, "unknown parameter 'stpes': did you mean 'steps'"), ({"preset_name": "tinny"}, "unknown preset 'tinny': did you mean 'tiny'"),
-    ({"data_dir": "nowhere"}, "no such folder"), ({"weights": "nowhere"}, "train first"), ({"preset_name": "small"}, "weights of another preset")])
+
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        ({"stpes": 3}, "unknown parameter 'stpes': did you mean 'steps'"),
+        ({"preset_name": "tinny"}, "unknown preset 'tinny': did you mean 'tiny'"),
+        ({"data_dir": "nowhere"}, "no such folder"),
+        ({"weights": "nowhere"}, "train first"),
+        ({"preset_name": "small"}, "weights of another preset"),
+    ],
+)
 def test_wrong_parameter_is_told_with_its_remedy(wrong, told, sample, tmp_path):
-    with pytest.raises(PapermillExecutionError) as stop: run_notebook(ROOT / "nbs/study/3_evaluate.ipynb", tmp_path / "copy.ipynb", values(sample, tmp_path / "out") | wrong)
+    with pytest.raises(PapermillExecutionError) as stop:
+        run_notebook(
+            ROOT / "nbs/study/3_evaluate.ipynb",
+            tmp_path / "copy.ipynb",
+            values(sample, tmp_path / "out") | wrong,
+        )
     assert told in str(stop.value)
 
 
-@pytest.mark.parametrize("pieces, judged", [(("321", "345"), False), (("321", "321", "322", "322"), True)], ids=["two recordings", "two worlds"])
+@pytest.mark.parametrize(
+    "pieces, judged",
+    [(("321", "345"), False), (("321", "321", "322", "322"), True)],
+    ids=["two recordings", "two worlds"],
+)
 def test_a_folder_of_few_worlds_is_judged_as_far_as_it_goes(pieces, judged, tmp_path, capsys):
     "No split.json; with fewer than three recordings nothing is left to learn probes from. One too short and one in which nothing moves are named."
     data = tmp_path / "data"
     data.mkdir()
-    for i, world in enumerate(pieces): of_sample(next(DATA.glob(f"world-{world}_*.mp4")).stem, data, f"world-{world}_{i}")
+    for i, world in enumerate(pieces):
+        of_sample(next(DATA.glob(f"world-{world}_*.mp4")).stem, data, f"world-{world}_{i}")
     if judged:
         made_up(data, "world-901_0", 26)
         made_up(data, "world-902_0", 60, moving=False)
         made_up(data, "world-903_0", 45)  # long enough for 15 ticks, not for 30 and 60
-    run_notebook(ROOT / "nbs/study/3_evaluate.ipynb", tmp_path / "copy.ipynb", values(data, tmp_path / "out", steps=1))
+    run_notebook(
+        ROOT / "nbs/study/3_evaluate.ipynb",
+        tmp_path / "copy.ipynb",
+        values(data, tmp_path / "out", steps=1),
+    )
     found = read_report(tmp_path / "out/evaluate.json")
-    assert len(found["recordings"]) == len(pieces) + judged and bool(found["probes"]["model"]) == bool(found["actions"]) == judged
-    assert [b["number"] is not None for b in found["bars"] if b["bar"].endswith("_r2")] == [judged] * 2
+    assert (
+        len(found["recordings"]) == len(pieces) + judged
+        and bool(found["probes"]["model"]) == bool(found["actions"]) == judged
+    )
+    assert [b["number"] is not None for b in found["bars"] if b["bar"].endswith("_r2")] == [
+        judged
+    ] * 2
     said = capsys.readouterr().out
-    assert "they were not made for each other" in said and found["weights_identity"]["preset"] == "tiny"
+    assert (
+        "they were not made for each other" in said
+        and found["weights_identity"]["preset"] == "tiny"
+    )
     if judged:
-        assert list(found["left_out"]) == ["world-901_0", "world-902_0"] and "too short for 30 60 ticks, and empty there: world-903_0" in said
-        assert "left out: world-901_0: too short" in said and "left out: world-902_0: nothing moves" in said
+        assert (
+            list(found["left_out"]) == ["world-901_0", "world-902_0"]
+            and "too short for 30 60 ticks, and empty there: world-903_0" in said
+        )
+        assert (
+            "left out: world-901_0: too short" in said
+            and "left out: world-902_0: nothing moves" in said
+        )
         short = found["by_recording"]["model"]["world-903_0"]
         assert None not in short[:15] and short[15:] == [None, None]
-        assert all(row["model"]["mean"] is not None for table in ("horizons", "share_of_copying", "ratio") for row in found[table].values() if "model" in row)
+        assert all(
+            row["model"]["mean"] is not None
+            for table in ("horizons", "share_of_copying", "ratio")
+            for row in found[table].values()
+            if "model" in row
+        )
 
 
 def test_recordings_without_movement_or_window_can_be_looked_at(tmp_path):
-    for i, ticks in enumerate((60, 60, 20)): made_up(tmp_path, f"world-91{i}_0", ticks, moving=False)
-    run_notebook(ROOT / "nbs/study/1_data.ipynb", tmp_path / "copy.ipynb", values(tmp_path, tmp_path / "out"))
+    for i, ticks in enumerate((60, 60, 20)):
+        made_up(tmp_path, f"world-91{i}_0", ticks, moving=False)
+    run_notebook(
+        ROOT / "nbs/study/1_data.ipynb", tmp_path / "copy.ipynb", values(tmp_path, tmp_path / "out")
+    )
     found = json.loads((tmp_path / "out/data.json").read_text(), parse_constant=nothing_but_numbers)
-    assert found["camera"]["largest_degrees"] == 0 and all(not any(c) for c in found["mean_change_of_a_pixel"].values())
+    assert found["camera"]["largest_degrees"] == 0 and all(
+        not any(c) for c in found["mean_change_of_a_pixel"].values()
+    )
 
 
 # The runner
 
+
 def toy(folder, name, source):
     "A notebook of one cell that takes the study's parameters."
-    parameters = nbformat.v4.new_code_cell("\n".join(f"{n} = None" for n in PARAMETERS), metadata={"tags": ["parameters"]})
-    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(source)]), folder / name)
+    parameters = nbformat.v4.new_code_cell(
+        "\n".join(f"{n} = None" for n in PARAMETERS), metadata={"tags": ["parameters"]}
+    )
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(source)]),
+        folder / name,
+    )
 
 
 def test_a_kernel_is_this_python_with_files_of_its_own(tmp_path, monkeypatch):
     "Whatever kernels are registered, and whatever starts with IPython; nothing lies beside the notebook."
-    kernels, startup = tmp_path / "jupyter/kernels/python3", tmp_path / "ipython/profile_default/startup"
-    for folder in (kernels, startup, tmp_path / "nbs"): folder.mkdir(parents=True)
-    (kernels / "kernel.json").write_text(json.dumps({"argv": ["/gone/python", "{connection_file}"], "display_name": "Python 3", "language": "python"}))
+    kernels, startup = (
+        tmp_path / "jupyter/kernels/python3",
+        tmp_path / "ipython/profile_default/startup",
+    )
+    for folder in (kernels, startup, tmp_path / "nbs"):
+        folder.mkdir(parents=True)
+    (kernels / "kernel.json").write_text(
+        json.dumps(
+            {
+                "argv": ["/gone/python", "{connection_file}"],
+                "display_name": "Python 3",
+                "language": "python",
+            }
+        )
+    )
     (startup / "00.py").write_text("from_startup = 1")
-    for name, value in (("JUPYTER_PATH", tmp_path / "jupyter"), ("IPYTHONDIR", tmp_path / "ipython"), ("PYTHONSTARTUP", startup / "00.py"), ("MPLBACKEND", "gtk4agg")):
+    for name, value in (
+        ("JUPYTER_PATH", tmp_path / "jupyter"),
+        ("IPYTHONDIR", tmp_path / "ipython"),
+        ("PYTHONSTARTUP", startup / "00.py"),
+        ("MPLBACKEND", "gtk4agg"),
+    ):
         monkeypatch.setenv(name, str(value))
-    toy(tmp_path / "nbs", "1_a.ipynb", "import json, os, sys\nfile = get_ipython().config.IPKernelApp.connection_file\n"
-        "print(json.dumps([sys.executable, os.listdir(), file, os.path.isfile(file), 'from_startup' in globals(), os.environ['MPLBACKEND']]))")
+    toy(
+        tmp_path / "nbs",
+        "1_a.ipynb",
+        "import json, os, sys\nfile = get_ipython().config.IPKernelApp.connection_file\n"
+        "print(json.dumps([sys.executable, os.listdir(), file, os.path.isfile(file), 'from_startup' in globals(), os.environ['MPLBACKEND']]))",
+    )
     run_notebook(tmp_path / "nbs/1_a.ipynb", tmp_path / "copy.ipynb", dict.fromkeys(PARAMETERS, 0))
-    python, beside, file, there, started, backend = json.loads(nbformat.read(tmp_path / "copy.ipynb", 4).cells[-1].outputs[0].text)
-    assert (python, beside, there, started, backend) == (sys.executable, ["1_a.ipynb"], True, False, "agg")
+    python, beside, file, there, started, backend = json.loads(
+        nbformat.read(tmp_path / "copy.ipynb", 4).cells[-1].outputs[0].text
+    )
+    assert (python, beside, there, started, backend) == (
+        sys.executable,
+        ["1_a.ipynb"],
+        True,
+        False,
+        "agg",
+    )
     assert not Path(file).parent.exists() and tmp_path / "nbs" not in Path(file).parents
 
 
 def test_a_progress_bar_leaves_one_line_in_the_executed_notebook(tmp_path):
-    toy(tmp_path, "1_a.ipynb", "import sys, time\nfor i in range(30): print(f'\\r{i}', end='', file=sys.stderr, flush=True)\nprint(file=sys.stderr)\nprint('done')")
+    toy(
+        tmp_path,
+        "1_a.ipynb",
+        "import sys, time\nfor i in range(30): print(f'\\r{i}', end='', file=sys.stderr, flush=True)\nprint(file=sys.stderr)\nprint('done')",
+    )
     run_notebook(tmp_path / "1_a.ipynb", tmp_path / "copy.ipynb", dict.fromkeys(PARAMETERS, 0))
-    assert sorted(o.text for o in nbformat.read(tmp_path / "copy.ipynb", 4).cells[-1].outputs) == ["29\n", "done\n"]
+    assert sorted(o.text for o in nbformat.read(tmp_path / "copy.ipynb", 4).cells[-1].outputs) == [
+        "29\n",
+        "done\n",
+    ]
 
 
 @pytest.mark.parametrize("lacking", ["papermill", "jupyter_client", "ipykernel"])
-def test_without_the_dev_extra_the_command_names_the_line_that_installs_it(lacking, monkeypatch, capsys, tmp_path):
+def test_without_the_dev_extra_the_command_names_the_line_that_installs_it(
+    lacking, monkeypatch, capsys, tmp_path
+):
     monkeypatch.setitem(sys.modules, lacking, None)
-    with pytest.raises(SystemExit) as stop: main(["--help"])
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
     assert stop.value.code == 0
     toy(tmp_path, "1_a.ipynb", "1")
-    assert main(["--notebooks", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "figures")]) == 1
+    assert (
+        main(
+            [
+                "--notebooks",
+                str(tmp_path),
+                "--runs",
+                str(tmp_path / "runs"),
+                "--out",
+                str(tmp_path / "figures"),
+            ]
+        )
+        == 1
+    )
     err = capsys.readouterr().err
     assert "pip install -e '.[dev]'" in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists()
@@ -261,25 +471,55 @@ def test_failure_ends_the_study(tmp_path, capfd):
     toy(tmp_path, "1_first.ipynb", "print('weights in', weights)")
     toy(tmp_path, "2_broken.ipynb", "print('so far')\nraise ValueError('no such recording')")
     toy(tmp_path, "3_after.ipynb", "print('never')")
-    words = ["--notebooks", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "figures")]
+    words = [
+        "--notebooks",
+        str(tmp_path),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "figures"),
+    ]
     assert main(words) == 1
     out, err = capfd.readouterr()
-    assert "[1/3] 1_first" in out and "weights in runs/weights/tiny" in out and "so far" in out and "never" not in out
+    assert (
+        "[1/3] 1_first" in out
+        and "weights in runs/weights/tiny" in out
+        and "so far" in out
+        and "never" not in out
+    )
     assert "ValueError: no such recording" in err and "line 2" in err
-    assert [p.name for p in sorted((tmp_path / "runs").iterdir())] == ["1_first.ipynb", "2_broken.ipynb"]
-    assert not (tmp_path / "figures/study.json").exists()  # half a study is no record of how long one takes
+    assert [p.name for p in sorted((tmp_path / "runs").iterdir())] == [
+        "1_first.ipynb",
+        "2_broken.ipynb",
+    ]
+    assert not (
+        tmp_path / "figures/study.json"
+    ).exists()  # half a study is no record of how long one takes
 
 
 def test_the_first_study_takes_its_time_left_from_the_shipped_record(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "run_notebook", lambda notebook, copy, parameters: None)
     for data, told in ((tmp_path, "no record"), (DATA, "left")):
-        study.run_study(data_dir=data, out_dir=tmp_path / "out", notebooks=ROOT / "nbs/study", runs=tmp_path / "runs")
+        study.run_study(
+            data_dir=data,
+            out_dir=tmp_path / "out",
+            notebooks=ROOT / "nbs/study",
+            runs=tmp_path / "runs",
+        )
         first = capsys.readouterr().out.splitlines()[0]
         assert told in first, first
         shutil.rmtree(tmp_path / "out")
 
 
-@pytest.mark.parametrize("words, named", [(["--stpes", "3"], "--stpes"), (["--preset", "tinny"], "tiny"), (["--notebooks", "nowhere"], "nowhere")])
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["--stpes", "3"], "--stpes"),
+        (["--preset", "tinny"], "tiny"),
+        (["--notebooks", "nowhere"], "nowhere"),
+    ],
+)
 def test_wrong_command_line_names_what_is_wrong(words, named, capsys):
-    with pytest.raises(SystemExit) as stop: main(words)
+    with pytest.raises(SystemExit) as stop:
+        main(words)
     assert stop.value.code == 2 and named in capsys.readouterr().err

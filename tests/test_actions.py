@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minecraft_jepa.actions import (
+from minecraft_jepa.data.actions import (
     ACTION_DIM,
     ACTION_NAMES,
     DEGREES_PER_PIXEL,
@@ -20,7 +20,8 @@ from minecraft_jepa.actions import (
     encode_actions,
     read_actions,
 )
-from minecraft_jepa.recordings import find_recordings, open_recording
+from minecraft_jepa.data.checks import find_recordings
+from minecraft_jepa.data.recordings import open_recording
 
 DATA = Path(__file__).parent.parent / "data"
 NAMES = {name: i for i, name in enumerate(ACTION_NAMES)}

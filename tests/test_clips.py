@@ -16,31 +16,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from minecraft_jepa.cli import main
 from soak import repeats
 
-from minecraft_jepa import clips as module
-from minecraft_jepa.clips import (
-    FORMAT,
-    Clip,
-    Clips,
-    ClipStore,
-    DecodingStopped,
-    StaleStore,
-    image_shift,
-    lag_correlation,
-    main,
-    runs_of,
-    sample_windows,
-    store_of,
-)
+from minecraft_jepa import utils
 from minecraft_jepa.config import preset
-from minecraft_jepa.recordings import (
-    Recording,
-    RecordingError,
-    check_folder,
-    open_recording,
-    split_recordings,
-)
+from minecraft_jepa.data import clip_store, clips
+from minecraft_jepa.data.alignment import image_shift, lag_correlation
+from minecraft_jepa.data.checks import check_folder
+from minecraft_jepa.data.clip_store import Clips, ClipStore, DecodingStopped, store_of
+from minecraft_jepa.data.clips import FORMAT, Clip, StaleStore, runs_of
+from minecraft_jepa.data.loader import sample_windows
+from minecraft_jepa.data.recordings import Recording, RecordingError, open_recording
+from minecraft_jepa.data.splits import split_recordings
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data"
@@ -403,7 +391,8 @@ def test_clip_is_read_without_a_video_library(folder, tmp_path):
     ClipStore.build(folder, FRAME, tmp_path / "store", progress=False)
     source = f"""
 import sys; sys.modules["av"] = None
-from minecraft_jepa.clips import ClipStore, sample_windows
+from minecraft_jepa.data.clip_store import ClipStore
+from minecraft_jepa.data.loader import sample_windows
 from minecraft_jepa.config import preset
 store = ClipStore.open({str(tmp_path / "store")!r}, preset("tiny").frame)
 print(next(sample_windows(store, store.names, 25, 2, 4, 0))[0].shape)
@@ -426,7 +415,8 @@ def test_memory_does_not_grow_with_the_recordings(folder, tmp_path):
     source = """
 import sys
 from pathlib import Path
-from minecraft_jepa.clips import ClipStore, sample_windows
+from minecraft_jepa.data.clip_store import ClipStore
+from minecraft_jepa.data.loader import sample_windows
 store = ClipStore.open(sys.argv[1])
 windows = sample_windows(store, store.names, 25, 2, 64, 0)
 for _ in range(60): next(windows)
@@ -655,7 +645,7 @@ def test_store_that_may_only_be_read_serves(tmp_path, monkeypatch):
     )
     first = build()
     assert (tmp_path / "store/split.json").stat().st_mode & 0o200
-    monkeypatch.setattr(module, "_locked", lambda _: pytest.fail("locked"))
+    monkeypatch.setattr(clip_store, "_locked", lambda _: pytest.fail("locked"))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     assert (
         build().folders == first.folders
@@ -689,7 +679,7 @@ def test_disk_that_refuses_is_named_with_a_remedy(tmp_path, monkeypatch, capsys,
     def refuse(path, *_):
         raise OSError(code, os.strerror(code), None if number == "ENOSPC" else str(path))
 
-    monkeypatch.setattr(module, "write_json", refuse)
+    monkeypatch.setattr(utils, "write_json", refuse)
     with pytest.raises(
         OSError, match=rf"{os.strerror(code)}; .*MINECRAFT_JEPA_CACHE.*'{tmp_path}/store"
     ):
@@ -712,14 +702,14 @@ def test_disk_that_knows_no_locks_is_told_and_used(tmp_path, monkeypatch, capsys
 def test_killed_decoding_process_is_told_and_the_build_goes_on(tmp_path, monkeypatch, capsys):
     for n in "abcd":
         pairs.make_pair(tmp_path / "v", n, 4)
-    real = module.decode_clip
+    real = clips.decode_clip
 
     def killed(path, *rest):
         if path.stem in "cd":
             os.kill(os.getpid(), 9)
         real(path, *rest)
 
-    monkeypatch.setattr(module, "decode_clip", killed)
+    monkeypatch.setattr(clips, "decode_clip", killed)
     words = [str(tmp_path / "v"), str(tmp_path / "store"), "--workers", "2"]
     with pytest.raises(SystemExit) as told:
         main(words)
@@ -732,7 +722,7 @@ def test_killed_decoding_process_is_told_and_the_build_goes_on(tmp_path, monkeyp
     with pytest.raises(DecodingStopped):
         ClipStore.build(tmp_path / "v", FRAME, tmp_path / "store", progress=False, workers=2)
     assert issubclass(DecodingStopped, OSError)  # training's command tells these in a line
-    monkeypatch.setattr(module, "decode_clip", real)
+    monkeypatch.setattr(clips, "decode_clip", real)
     main(words)
     assert ClipStore.open(tmp_path / "store").names == list("abcd")
 
@@ -805,9 +795,9 @@ def test_workers_are_as_many_as_cores_allowed(tmp_path, monkeypatch):
     for n in "abc":
         pairs.make_pair(tmp_path / "v", n, 4)
     asked = []
-    monkeypatch.setattr(module, "cores_allowed", lambda: 2)
+    monkeypatch.setattr(utils, "cores_allowed", lambda: 2)
     monkeypatch.setattr(
-        module,
+        clip_store,
         "_decode_all",
         lambda paths, frame, store_dir, workers, progress: asked.append(workers) or [],
     )

@@ -11,18 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from minecraft_jepa.study import study_parameters
 
-from minecraft_jepa import config as module
-from minecraft_jepa.config import (
-    Config,
-    cores_allowed,
-    load_config,
-    parse_changes,
-    preset,
-    seed_everything,
-    study_parameters,
-    whole_number,
-)
+from minecraft_jepa import utils
+from minecraft_jepa.config import Config, load_config, parse_changes, preset
+from minecraft_jepa.utils import cores_allowed, seed_everything, whole_number
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "name"}
@@ -229,11 +222,11 @@ def test_an_out_dir_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_cores_are_those_allowed(monkeypatch):
-    monkeypatch.setattr(module, "_quota", lambda: math.inf)
+    monkeypatch.setattr(utils, "_quota", lambda: math.inf)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
     assert cores_allowed() == 3
     for quota, allowed in ((0.5, 1), (1.5, 2), (2.0, 2), (64.0, 3)):
-        monkeypatch.setattr(module, "_quota", lambda: quota)
+        monkeypatch.setattr(utils, "_quota", lambda: quota)
         assert cores_allowed() == allowed
 
 

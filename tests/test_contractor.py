@@ -10,20 +10,16 @@ import pytest
 import torch
 from contractor import line, lines_of, name_of, with_mouse, write_pair
 
-from minecraft_jepa import download
-from minecraft_jepa.actions import ACTION_NAMES
-from minecraft_jepa.clips import ClipStore
 from minecraft_jepa.config import preset
-from minecraft_jepa.download import read_ledger, read_manifest
-from minecraft_jepa.jepa import WorldModel
-from minecraft_jepa.recordings import (
-    find_recordings,
-    open_recording,
-    parse_name,
-    read_checks,
-    split_recordings,
-)
-from minecraft_jepa.training import train_all
+from minecraft_jepa.data.actions import ACTION_NAMES
+from minecraft_jepa.data.checks import find_recordings, read_checks
+from minecraft_jepa.data.clip_store import ClipStore
+from minecraft_jepa.data.download import read_ledger
+from minecraft_jepa.data.manifest import read_manifest
+from minecraft_jepa.data.recordings import open_recording, parse_name
+from minecraft_jepa.data.splits import split_recordings
+from minecraft_jepa.model.world_model import WorldModel
+from minecraft_jepa.training.pipeline import train_all
 
 FRAMES = 64
 AT = {name: i for i, name in enumerate(ACTION_NAMES)}

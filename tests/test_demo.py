@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from minecraft_jepa.cli import main
 
-from minecraft_jepa.actions import NOOP
-from minecraft_jepa.demo import main, table_lines, walking
+from minecraft_jepa.data.actions import NOOP
+from minecraft_jepa.demo import table_lines, walking
 
 DATA = Path(__file__).parent.parent / "data"
 

@@ -25,24 +25,13 @@ import numpy as np
 import pytest
 from soak import repeats
 
-from minecraft_jepa import download
-from minecraft_jepa.download import (
-    DownloadError,
-    Entry,
-    choose,
-    fetch,
-    read_index,
-    read_ledger,
-    read_manifest,
-    write_manifest,
-)
-from minecraft_jepa.recordings import (
-    check_folder,
-    deal_sides,
-    find_recordings,
-    parse_name,
-    split_recordings,
-)
+from minecraft_jepa.data import download, transfer
+from minecraft_jepa.data.checks import check_folder, find_recordings
+from minecraft_jepa.data.download import fetch, read_ledger
+from minecraft_jepa.data.manifest import Entry, choose, read_index, read_manifest, write_manifest
+from minecraft_jepa.data.recordings import parse_name
+from minecraft_jepa.data.splits import deal_sides, split_recordings
+from minecraft_jepa.data.transfer import DownloadError
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data"
@@ -372,8 +361,8 @@ def test_server_that_never_recovers_is_given_up(server, tmp_path):
 
 
 def test_trickle_is_given_up(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "STALL", 0.5)
-    monkeypatch.setattr(download, "SLOWEST", 10**7)
+    monkeypatch.setattr(transfer, "STALL", 0.5)
+    monkeypatch.setattr(transfer, "SLOWEST", 10**7)
     entries = offer(server)
     server.rate = 50_000
     write_manifest(tmp_path, entries)
@@ -472,7 +461,7 @@ def test_links_are_not_followed_out_of_the_folder(server, tmp_path):
 
 NURSERY = """
 import os, sys, traceback
-from minecraft_jepa.download import fetch
+from minecraft_jepa.data.download import fetch
 for _ in sys.stdin:
     pid = os.fork()
     if not pid:
@@ -640,7 +629,7 @@ def listed(server, tmp_path, entries):
 def test_proxy_that_cannot_be_used_is_named(no_proxies, name, value):
     no_proxies.setenv(name, value)
     with pytest.raises(DownloadError) as e:
-        download._open_client()
+        transfer._open_client()
     assert str(e.value).startswith(
         f"{name}={value}: this proxy can't be used ("
     ) and "\n" not in str(e.value)
@@ -651,13 +640,13 @@ def test_socks_proxy_without_its_package_names_it(no_proxies, value):
     no_proxies.setitem(sys.modules, "socksio", None)
     no_proxies.setenv("ALL_PROXY", value)
     with pytest.raises(DownloadError, match=r"^ALL_PROXY=socks5.*pip install 'httpx\[socks\]'"):
-        download._open_client()
+        transfer._open_client()
 
 
 def test_no_password_of_a_proxy_is_shown(no_proxies):
     no_proxies.setenv("HTTPS_PROXY", "http://me:secret@proxy:port")
     with pytest.raises(DownloadError, match="HTTPS_PROXY=http://...@proxy:port") as e:
-        download._open_client()
+        transfer._open_client()
     assert "secret" not in str(e.value)
 
 
@@ -666,20 +655,20 @@ def test_no_proxy_that_cannot_be_read_is_named(no_proxies, value):
     no_proxies.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     no_proxies.setenv("NO_PROXY", value)
     with pytest.raises(DownloadError) as e:
-        download._open_client()
+        transfer._open_client()
     assert str(e.value).startswith(f"NO_PROXY={value}: can't be read")
 
 
 def test_proxy_that_is_never_asked_may_be_wrong(no_proxies):
     no_proxies.setenv("HTTP_PROXY", "http://proxy:port")
     no_proxies.setenv("NO_PROXY", "*")
-    download._open_client().close()
+    transfer._open_client().close()
 
 
 def test_certificates_that_are_not_there_are_named(no_proxies, tmp_path):
     no_proxies.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
     with pytest.raises(DownloadError, match="SSL_CERT_FILE=.*none.pem"):
-        download._open_client()
+        transfer._open_client()
 
 
 def test_fetch_and_index_name_the_proxy(no_proxies, server, tmp_path):

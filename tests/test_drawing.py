@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from minecraft_jepa import drawing
-from minecraft_jepa.actions import ACTION_NAMES, NOOP
+from minecraft_jepa.data.actions import ACTION_NAMES, NOOP
+from minecraft_jepa.viz import action_panel, plots, style, video
 
 HEIGHT, WIDTH = 96, 640
 NAMES = [n.removeprefix("key.keyboard.") for n in ACTION_NAMES]
@@ -29,7 +29,7 @@ def press(*names, dx=0.0, dy=0.0):
 
 
 def box(name):
-    return drawing.action_boxes(HEIGHT, WIDTH)[name]
+    return action_panel.action_boxes(HEIGHT, WIDTH)[name]
 
 
 def cut(picture, name):
@@ -41,7 +41,7 @@ def cut(picture, name):
 @settings(max_examples=15, deadline=None)
 def test_pressed_keys_change_their_own_pixels_only(names):
     idle, pressed = (
-        drawing.draw_action(a, HEIGHT, WIDTH).astype(int) for a in (NOOP, press(*names))
+        action_panel.draw_action(a, HEIGHT, WIDTH).astype(int) for a in (NOOP, press(*names))
     )
     for name in PRESSABLE:
         share = (cut(idle, name) != cut(pressed, name)).any(-1).mean()
@@ -57,7 +57,7 @@ def test_pressed_keys_change_their_own_pixels_only(names):
 def test_wheel_shows_which_way_it_turned():
     up, down = NOOP.copy(), NOOP.copy()
     up[NAMES.index("dwheel")], down[NAMES.index("dwheel")] = 1, -1
-    idle, up, down = (drawing.draw_action(a, HEIGHT, WIDTH) for a in (NOOP, up, down))
+    idle, up, down = (action_panel.draw_action(a, HEIGHT, WIDTH) for a in (NOOP, up, down))
     assert (cut(idle, "pick") != cut(up, "pick")).any() and (
         cut(up, "pick") != cut(down, "pick")
     ).any()
@@ -65,7 +65,7 @@ def test_wheel_shows_which_way_it_turned():
 
 def arrow(dx, dy):
     "Centre and area of the arrow, from the middle of the dial, in pixels."
-    dial = cut(drawing.draw_action(press(dx=dx, dy=dy), HEIGHT, WIDTH), "camera").astype(int)
+    dial = cut(action_panel.draw_action(press(dx=dx, dy=dy), HEIGHT, WIDTH), "camera").astype(int)
     y, x = np.nonzero(dial[..., 0] - dial[..., 2] > 100)
     return np.array([x.mean() - (dial.shape[1] - 1) / 2, y.mean() - (dial.shape[0] - 1) / 2]), len(
         x
@@ -85,18 +85,20 @@ def test_longer_turns_have_longer_arrows_up_to_the_rim():
     lengths = [np.linalg.norm(arrow(d, 0)[0]) for d in (0.5, 2, 8)]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1] / 2
     assert (
-        cut(drawing.draw_action(press(dx=10), HEIGHT, WIDTH), "camera")
-        == cut(drawing.draw_action(press(dx=90), HEIGHT, WIDTH), "camera")
+        cut(action_panel.draw_action(press(dx=10), HEIGHT, WIDTH), "camera")
+        == cut(action_panel.draw_action(press(dx=90), HEIGHT, WIDTH), "camera")
     ).all()
 
 
 def test_standing_still_has_no_arrow():
-    assert (cut(drawing.draw_action(NOOP, HEIGHT, WIDTH), "camera").astype(int)[..., 0] < 100).all()
+    assert (
+        cut(action_panel.draw_action(NOOP, HEIGHT, WIDTH), "camera").astype(int)[..., 0] < 100
+    ).all()
 
 
 @pytest.mark.parametrize("height,width", [(24, 120), (40, 160), (96, 320), (192, 1280)])
 def test_panel_has_the_size_asked_for(height, width):
-    assert drawing.draw_action(press(KEYS[0]), height, width).shape == (height, width, 3)
+    assert action_panel.draw_action(press(KEYS[0]), height, width).shape == (height, width, 3)
 
 
 @pytest.fixture
@@ -111,57 +113,56 @@ def actions():
 
 def test_panels_hold_the_frames_pixel_by_pixel_and_in_order(frames, actions):
     names = {"imagined": frames, "real": frames[::-1]}
-    for i, picture in enumerate(drawing.side_by_side(names, actions, scale=3)):
+    for i, picture in enumerate(video.side_by_side(names, actions, scale=3)):
         assert picture.shape[1] == 2 * 240 + 3 * 12
         for x, panel in ((12, frames), (12 + 240 + 12, frames[::-1])):
             assert (
-                picture[28 : 28 + 144, x : x + 240]
-                == drawing.enlarge(panel[i], 3).transpose(1, 2, 0)
+                picture[28 : 28 + 144, x : x + 240] == video.enlarge(panel[i], 3).transpose(1, 2, 0)
             ).all()
 
 
 def test_last_action_may_be_missing_and_keys_follow_the_tick(frames, actions):
     whole, short = (
-        drawing.side_by_side({"real": frames}, actions),
-        drawing.side_by_side({"real": frames}, actions[:-1]),
+        video.side_by_side({"real": frames}, actions),
+        video.side_by_side({"real": frames}, actions[:-1]),
     )
     assert (
         all((a == b).all() for a, b in zip(whole[:-1], short[:-1]))
         and (whole[-1] != short[-1]).any()
     )
     for picture, action in zip(whole, actions):
-        keys = drawing.draw_action(action, 96 * picture.shape[1] // 530, picture.shape[1])
+        keys = action_panel.draw_action(action, 96 * picture.shape[1] // 530, picture.shape[1])
         bottom = picture.shape[0] - 6  # half of the gap of 12 stands below the keys
         assert (picture[bottom - len(keys) : bottom] == keys).all()
 
 
 def test_captions_count_from_the_first_tick(monkeypatch, frames, actions):
     ticks = []
-    monkeypatch.setattr(drawing, "tick_caption", lambda tick: ticks.append(tick) or str(tick))
-    drawing.side_by_side({"real": frames}, actions, first=3)
+    monkeypatch.setattr(video, "tick_caption", lambda tick: ticks.append(tick) or str(tick))
+    video.side_by_side({"real": frames}, actions, first=3)
     assert ticks == [3, 4, 5, 6, 7]
 
 
 def test_given_frame_is_marked(frames, actions):
     amber = lambda picture: (picture[:28].astype(int)[..., 0] - picture[:28, :, 2] > 150).any()
-    marked = [amber(p) for p in drawing.side_by_side({"real": frames}, actions)]
+    marked = [amber(p) for p in video.side_by_side({"real": frames}, actions)]
     assert marked == [True] + [False] * 4
-    assert not any(amber(p) for p in drawing.side_by_side({"real": frames}, actions, first=1))
+    assert not any(amber(p) for p in video.side_by_side({"real": frames}, actions, first=1))
 
 
 def test_torch_frames_draw_as_arrays_do(frames, actions):
     torch = pytest.importorskip("torch")
     a, b = (
-        drawing.side_by_side({"real": frames}, actions),
-        drawing.side_by_side({"real": torch.from_numpy(frames)}, torch.from_numpy(actions)),
+        video.side_by_side({"real": frames}, actions),
+        video.side_by_side({"real": torch.from_numpy(frames)}, torch.from_numpy(actions)),
     )
     assert all((x == y).all() for x, y in zip(a, b))
 
 
 @pytest.mark.parametrize("fps,delay", [(20, 50), (10, 100), (30, 30)])
 def test_gif_comes_back(tmp_path, frames, actions, fps, delay):
-    pictures = drawing.side_by_side({"real": frames}, actions)
-    gif = Image.open(drawing.save_gif(pictures, tmp_path / "new" / "a.gif", fps=fps, hold=0.2))
+    pictures = video.side_by_side({"real": frames}, actions)
+    gif = Image.open(video.save_gif(pictures, tmp_path / "new" / "a.gif", fps=fps, hold=0.2))
     assert gif.n_frames == 5 and gif.info["loop"] == 0
     for i, picture in enumerate(pictures):
         gif.seek(i)
@@ -172,29 +173,29 @@ def test_gif_comes_back(tmp_path, frames, actions, fps, delay):
 
 
 def test_gif_is_the_same_bytes_every_time(tmp_path, frames, actions):
-    pictures = drawing.side_by_side({"real": frames}, actions)
-    a, b = (drawing.save_gif(pictures, tmp_path / n).read_bytes() for n in ("a.gif", "b.gif"))
+    pictures = video.side_by_side({"real": frames}, actions)
+    a, b = (video.save_gif(pictures, tmp_path / n).read_bytes() for n in ("a.gif", "b.gif"))
     assert a == b
 
 
 def test_a_failed_gif_leaves_the_old_one(tmp_path):
-    path = drawing.save_gif([np.zeros((8, 8, 3), np.uint8)], tmp_path / "a.gif")
+    path = video.save_gif([np.zeros((8, 8, 3), np.uint8)], tmp_path / "a.gif")
     old = path.read_bytes()
     with pytest.raises(ValueError, match="frame 1 is uint8 .9, 8, 3."):
-        drawing.save_gif([np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8)], path)
+        video.save_gif([np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8)], path)
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_figure_without_its_numbers_is_not_saved(tmp_path):
     fig, _ = drawing.plt.subplots()
     with pytest.raises(TypeError):
-        drawing.save_figure(fig, tmp_path, "a", {"loss": object()})
+        style.save_figure(fig, tmp_path, "a", {"loss": object()})
     assert list(tmp_path.iterdir()) == []
     drawing.plt.close(fig)
 
 
 def test_filmstrip_and_its_numbers(tmp_path, frames):
-    fig = drawing.filmstrip(
+    fig = plots.filmstrip(
         {"imagined": frames, "real": frames}, (0, 2, 4), {"imagined": ["", "30.1 dB", "25.0 dB"]}
     )
     texts = [t.get_text() for t in fig.texts]
@@ -203,7 +204,7 @@ def test_filmstrip_and_its_numbers(tmp_path, frames):
         "t+2\n0.10 s",
         "t+4\n0.20 s",
     ]
-    path = drawing.save_figure(fig, tmp_path, "strip", {"psnr": np.array([30.1, np.nan])})
+    path = style.save_figure(fig, tmp_path, "strip", {"psnr": np.array([30.1, np.nan])})
     assert json.loads(path.with_suffix(".json").read_text()) == {"psnr": [30.1, None]}
     assert "Software" not in Image.open(path).info
 
@@ -211,26 +212,26 @@ def test_filmstrip_and_its_numbers(tmp_path, frames):
 @pytest.mark.parametrize(
     "call,message",
     [
-        (lambda f, a: drawing.side_by_side({"real": f}, a[:2]), "5 frames"),
+        (lambda f, a: video.side_by_side({"real": f}, a[:2]), "5 frames"),
         (
-            lambda f, a: drawing.side_by_side({"real": f, "imagined": f[:3]}, a),
+            lambda f, a: video.side_by_side({"real": f, "imagined": f[:3]}, a),
             "imagined .3, 3, 48, 80.",
         ),
         (
-            lambda f, a: drawing.side_by_side({"imagined": f.astype(np.float32)}, a),
+            lambda f, a: video.side_by_side({"imagined": f.astype(np.float32)}, a),
             "imagined: expected uint8",
         ),
         (
-            lambda f, a: drawing.side_by_side({"imagined": f.transpose(0, 2, 3, 1)}, a),
+            lambda f, a: video.side_by_side({"imagined": f.transpose(0, 2, 3, 1)}, a),
             "imagined: expected uint8 frames .k, 3, h, w.",
         ),
-        (lambda f, a: drawing.draw_action(a, 96, 640), "expected .28,., found .5, 28."),
-        (lambda f, a: drawing.filmstrip({"real": f}, (5,)), "frames 0 to 4"),
+        (lambda f, a: action_panel.draw_action(a, 96, 640), "expected .28,., found .5, 28."),
+        (lambda f, a: plots.filmstrip({"real": f}, (5,)), "frames 0 to 4"),
         (
-            lambda f, a: drawing.horizon_plot(None, [1, 2], {"model": [{"mean": 1}]}),
+            lambda f, a: plots.horizon_plot(None, [1, 2], {"model": [{"mean": 1}]}),
             "model: 1 points for 2 horizons",
         ),
-        (lambda f, a: drawing.curves_plot(None, [{"step": 1}], ["loss"]), "it has step"),
+        (lambda f, a: plots.curves_plot(None, [{"step": 1}], ["loss"]), "it has step"),
     ],
 )
 def test_errors_say_what_does_not_fit(frames, actions, call, message):
@@ -243,17 +244,17 @@ def test_errors_say_what_does_not_fit(frames, actions, call, message):
 
 def figures(folder):
     "Bytes of a figure of axes, and of one that the library makes by itself, without `style` before it."
-    made = drawing.save_figure(
-        drawing.filmstrip({"real": np.full((3, 3, 48, 80), 90, np.uint8)}, ticks=(0, 2)),
+    made = style.save_figure(
+        plots.filmstrip({"real": np.full((3, 3, 48, 80), 90, np.uint8)}, ticks=(0, 2)),
         folder,
         "strip",
         {},
     )
-    drawing.style()
+    style.style()
     fig, ax = drawing.plt.subplots()
     ax.set_title("a title, 50 % & more_of_it")
-    drawing.horizon_plot(ax, [1, 2, 4], {"model": [{"mean": 1.0, "interval": [0.5, 1.5]}] * 3})
-    return made.read_bytes(), drawing.save_figure(fig, folder, "axes", {}).read_bytes()
+    plots.horizon_plot(ax, [1, 2, 4], {"model": [{"mean": 1.0, "interval": [0.5, 1.5]}] * 3})
+    return made.read_bytes(), style.save_figure(fig, folder, "axes", {}).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -288,7 +289,7 @@ def test_a_users_matplotlibrc_neither_stops_nor_changes_a_figure(rc, tmp_path):
 
 def test_a_figure_of_the_library_leaves_the_sessions_settings(frames):
     with matplotlib.rc_context({"axes.titlesize": 33}):
-        drawing.plt.close(drawing.filmstrip({"real": frames}, ticks=(0,)))
+        drawing.plt.close(plots.filmstrip({"real": frames}, ticks=(0,)))
         assert matplotlib.rcParams["axes.titlesize"] == 33
 
 
@@ -299,13 +300,13 @@ def test_a_figure_is_shown_once_where_it_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: shell)
     monkeypatch.setattr(IPython.display, "display", shown.append)
     fig, _ = drawing.plt.subplots()
-    path = drawing.save_figure(fig, tmp_path, "a", {})
+    path = style.save_figure(fig, tmp_path, "a", {})
     assert [s.data for s in shown] == [
         path.read_bytes()
     ] and fig.number not in drawing.plt.get_fignums()
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: None)  # a script
     fig, _ = drawing.plt.subplots()
-    drawing.save_figure(fig, tmp_path, "a", {})
+    style.save_figure(fig, tmp_path, "a", {})
     assert len(shown) == 1
 
 
@@ -335,13 +336,13 @@ def test_a_figure_is_shown_once_where_it_is_made(tmp_path, monkeypatch):
 def test_times_that_a_gif_cannot_have_are_told(how, told, tmp_path):
     pictures = [np.full((8, 8, 3), i, np.uint8) for i in (0, 200)]
     with pytest.raises(ValueError) as stop:
-        drawing.save_gif(pictures, tmp_path / "a.gif", **how)
+        video.save_gif(pictures, tmp_path / "a.gif", **how)
     assert told in str(stop.value) and "a.gif" in str(stop.value) and list(tmp_path.iterdir()) == []
 
 
 def test_equal_pictures_that_stand_too_long_are_told(tmp_path):
     with pytest.raises(ValueError, match="equal pictures stand for more than 655 seconds"):
-        drawing.save_gif([np.zeros((8, 8, 3), np.uint8)] * 8, tmp_path / "a.gif", fps=0.01)
+        video.save_gif([np.zeros((8, 8, 3), np.uint8)] * 8, tmp_path / "a.gif", fps=0.01)
 
 
 def test_longest_times_and_a_single_picture(tmp_path):
@@ -352,5 +353,5 @@ def test_longest_times_and_a_single_picture(tmp_path):
         ([one, two], {"fps": 100 / 65535, "hold": 0}, [655350] * 2),
         ([one, two], {"fps": np.float32(10), "hold": np.int64(1)}, [100, 1100]),
     ):
-        gif = Image.open(drawing.save_gif(pictures, tmp_path / "a.gif", **how))
+        gif = Image.open(video.save_gif(pictures, tmp_path / "a.gif", **how))
         assert [gif.seek(i) or gif.info["duration"] for i in range(gif.n_frames)] == times

@@ -11,47 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minecraft_jepa import evaluation
-from minecraft_jepa.actions import NOOP
-from minecraft_jepa.baselines import copy_errors, fit_copies, paired_table, ticks_better
 from minecraft_jepa.config import preset
-from minecraft_jepa.drawing import compare_plot
-from minecraft_jepa.evaluation import (
-    SCHEMA,
-    Remembers,
-    bars,
-    beside,
+from minecraft_jepa.data.actions import NOOP
+from minecraft_jepa.evaluation import pixels
+from minecraft_jepa.evaluation.action_decoding import ActionReader, read_back, reading_scores
+from minecraft_jepa.evaluation.baselines import copy_errors, fit_copies, paired_table, ticks_better
+from minecraft_jepa.evaluation.horizon import (
     by_horizon,
-    compare,
-    evaluation_windows,
     horizon_errors,
     interval,
     latent_futures,
-    left_out,
-    pixel_scores,
-    psnr,
     ratio,
-    read_report,
-    ssim,
-    usable,
 )
-from minecraft_jepa.jepa import collapse_alarm, collapse_metrics
-from minecraft_jepa.layers import rows_alike
-from minecraft_jepa.probing import (
-    ActionReader,
-    drift,
-    future_leak,
-    pixels_compare,
-    pixels_of,
-    probe,
-    rank_of_truth,
-    read_back,
-    reading_scores,
-    retrieval,
-    ridge,
-    ridges,
-    sensitivity,
-)
+from minecraft_jepa.evaluation.pixels import pixel_scores, psnr, ssim
+from minecraft_jepa.evaluation.probes import pixels_compare, pixels_of, probe, ridge, ridges
+from minecraft_jepa.evaluation.report import SCHEMA, bars, beside, compare, read_report
+from minecraft_jepa.evaluation.retrieval import rank_of_truth, retrieval
+from minecraft_jepa.evaluation.rollouts import drift, future_leak, sensitivity
+from minecraft_jepa.evaluation.windows import Remembers, evaluation_windows, left_out, usable
+from minecraft_jepa.model.collapse import collapse_alarm, collapse_metrics
+from minecraft_jepa.model.inverse_dynamics import rows_alike
+from minecraft_jepa.viz.plots import compare_plot
 
 CONFIG, GRID, HORIZONS, DEGREES = preset("tiny"), (6, 10), [1, 2, 4, 8, 15], 5.0
 
@@ -560,11 +540,11 @@ def test_learned_metrics_where_their_networks_are(tmp_path, monkeypatch):
     )
     torch.manual_seed(0)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(evaluation, "_is_what_it_says", lambda path: True)
+    monkeypatch.setattr(pixels, "_is_what_it_says", lambda path: True)
     (tmp_path / "checkpoints").mkdir()
     torch.save(
         torchvision.models.alexnet(weights=None).state_dict(),
-        tmp_path / "checkpoints" / evaluation.LEARNED["lpips"],
+        tmp_path / "checkpoints" / pixels.LEARNED["lpips"],
     )
     with monkeypatch.context() as m:
         m.setattr(
@@ -573,9 +553,9 @@ def test_learned_metrics_where_their_networks_are(tmp_path, monkeypatch):
         m.setattr(inception, "load_state_dict_from_url", lambda *a, **k: None)
         torch.save(
             inception.FeatureExtractorInceptionV3("x", ["2048"]).state_dict(),
-            tmp_path / "checkpoints" / evaluation.LEARNED["fid"],
+            tmp_path / "checkpoints" / pixels.LEARNED["fid"],
         )
-    found, lacking = evaluation.learned_metrics()
+    found, lacking = pixels.learned_metrics()
     assert set(found) == {"lpips", "fid"} and set(lacking) == {"fvd"}
     a, b = (
         torch.randint(0, 256, (4, 3, 48, 80), dtype=torch.uint8),

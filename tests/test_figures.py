@@ -7,8 +7,8 @@ from pathlib import Path
 import imageio.v3 as imageio
 import pytest
 
-from minecraft_jepa.evaluation import bars
-from minecraft_jepa.recordings import split_recordings
+from minecraft_jepa.data.splits import split_recordings
+from minecraft_jepa.evaluation.report import bars
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,8 +90,8 @@ def test_table_in_the_readme_is_that_of_the_run(evaluate):
 
 def test_shipped_weights_are_what_their_card_says():
     "They load as float16, were not trained on the worlds they are judged on, and the figures are those of the evaluation beside them."
-    from minecraft_jepa.jepa import WorldModel
-    from minecraft_jepa.recordings import group_of
+    from minecraft_jepa.data.recordings import group_of
+    from minecraft_jepa.model.world_model import WorldModel
 
     folder = ROOT / "data/weights/tiny"
     WorldModel.from_pretrained(folder)

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from minecraft_jepa.config import preset
-from minecraft_jepa.dit import DiT, RegressionHead
-from minecraft_jepa.jepa import WorldModel
-from minecraft_jepa.training import descend, make_optimizer
+from minecraft_jepa.model.decoders import DiT, RegressionHead
+from minecraft_jepa.model.world_model import WorldModel
+from minecraft_jepa.training.optim import descend, make_optimizer
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "data" / "weights" / "tiny"

@@ -13,18 +13,13 @@ import numpy as np
 import pytest
 from soak import repeats
 
-from minecraft_jepa import luanti, recorder
-from minecraft_jepa.actions import KEYS, NOOP, encode_actions
-from minecraft_jepa.luanti import (
-    LuantiEnv,
-    LuantiError,
-    ahead,
-    find_programs,
-    read_code,
-    read_state,
-    to_input,
-)
-from minecraft_jepa.recordings import check_recording, find_recordings, open_recording
+from minecraft_jepa.data.actions import KEYS, NOOP, encode_actions
+from minecraft_jepa.data.checks import check_recording, find_recordings
+from minecraft_jepa.data.recordings import open_recording
+from minecraft_jepa.game import client, luanti, recorder
+from minecraft_jepa.game.client import ahead, read_code, read_state
+from minecraft_jepa.game.env import LuantiEnv, to_input
+from minecraft_jepa.game.luanti import LuantiError, find_programs
 
 ROOT = Path(__file__).parent.parent
 try:
@@ -125,7 +120,7 @@ def test_lines_come_back_as_the_actions_of_the_game():
 
 def test_killed_writer_leaves_no_half_pair(tmp_path):
     process = python(
-        "import sys, numpy as np; from minecraft_jepa.recorder import PairWriter\nwith PairWriter(sys.argv[1], 'w', 64, 36) as pair:\n  for t in range(10**6):\n    pair.write(np.zeros((36, 64, 3), np.uint8), {}); print(t, flush=True)",
+        "import sys, numpy as np; from minecraft_jepa.game.recorder import PairWriter\nwith PairWriter(sys.argv[1], 'w', 64, 36) as pair:\n  for t in range(10**6):\n    pair.write(np.zeros((36, 64, 3), np.uint8), {}); print(t, flush=True)",
         tmp_path,
     )
     for _ in range(50):
@@ -153,7 +148,7 @@ def test_env_refuses(words, told):
 )
 def test_game_refuses(words, told):
     with pytest.raises(ValueError, match=told):
-        luanti.Game(**words)
+        client.Game(**words)
 
 
 def test_without_the_game_the_error_tells_how_to_get_it(monkeypatch, tmp_path, capsys):
@@ -513,7 +508,7 @@ def test_lost_game_is_told_and_started_again(env, how):
 
 @needs_game
 def test_two_at_once_share_nothing_and_listen_here_only(env):
-    other = luanti.Game(world=12, width=160, height=90)
+    other = client.Game(world=12, width=160, height=90)
     try:
         ports = []
         for game in (env.game, other):
@@ -539,7 +534,7 @@ def test_two_at_once_share_nothing_and_listen_here_only(env):
 @pytest.mark.parametrize("victim", ["parent", "guard"])
 def test_nothing_outlives_its_parent(victim):
     process = python(
-        "import time, json; from minecraft_jepa.luanti import Game\ng = Game(width=128, height=72)\nprint(json.dumps([g.pids, g.home, g.guard.pid]), flush=True)\ntime.sleep(1000)"
+        "import time, json; from minecraft_jepa.game.client import Game\ng = Game(width=128, height=72)\nprint(json.dumps([g.pids, g.home, g.guard.pid]), flush=True)\ntime.sleep(1000)"
     )
     pids, home, guard = json.loads(process.stdout.readline())
     os.kill(process.pid if victim == "parent" else guard, signal.SIGKILL)
@@ -577,7 +572,7 @@ def test_runs_without_root(tmp_path):
         ).returncode
     ):
         pytest.skip(f"no setpriv, or {sys.executable} is not for other users")
-    code = "import os; from minecraft_jepa.luanti import Game\ng = Game(width=128, height=72); print(os.getuid(), g.wait(g.latest + 3)['frame'], flush=True); g.close()"
+    code = "import os; from minecraft_jepa.game.client import Game\ng = Game(width=128, height=72); print(os.getuid(), g.wait(g.latest + 3)['frame'], flush=True); g.close()"
     process = subprocess.Popen(
         [*drop, code],
         stdout=subprocess.PIPE,
@@ -615,7 +610,7 @@ def test_recording_is_read_by_the_reader(tmp_path):
 @needs_game
 def test_killed_recording_leaves_nothing_that_looks_whole(tmp_path):
     process = python(
-        "import sys; from minecraft_jepa.recorder import main; main([sys.argv[1], '--seeds', '4', '--minutes', '5', '--width', '128', '--height', '72'])",
+        "import sys; from minecraft_jepa.cli import main; main([sys.argv[1], '--seeds', '4', '--minutes', '5', '--width', '128', '--height', '72'])",
         tmp_path,
     )
     try:

@@ -13,18 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from minecraft_jepa.config import PRESETS, preset
-from minecraft_jepa.dit import DiT, RegressionHead, patchify, unpatchify
-from minecraft_jepa.ema import ema_update, frozen_copy, momentum_at
-from minecraft_jepa.jepa import (
-    InverseDynamics,
-    WorldModel,
-    collapse_alarm,
-    collapse_metrics,
-    rankme,
-    sigreg,
-    vicreg,
-)
-from minecraft_jepa.layers import Attention, count_parameters, layer_norm, rotary_grid, rotate
+from minecraft_jepa.model.collapse import collapse_alarm, collapse_metrics, rankme, sigreg, vicreg
+from minecraft_jepa.model.decoders import DiT, RegressionHead, patchify, unpatchify
+from minecraft_jepa.model.ema import ema_update, frozen_copy, momentum_at
+from minecraft_jepa.model.inverse_dynamics import InverseDynamics
+from minecraft_jepa.model.layers import Attention, layer_norm, rotary_grid, rotate
+from minecraft_jepa.model.world_model import WorldModel
+from minecraft_jepa.utils import count_parameters
 
 SMALLEST = dict(
     height=16,

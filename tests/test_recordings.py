@@ -16,20 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from soak import repeats
 
-from minecraft_jepa import recordings
-from minecraft_jepa.actions import NOOP
-from minecraft_jepa.recordings import (
-    SIDES,
-    RecordingError,
-    cache_root,
-    check_folder,
-    check_recording,
-    find_recordings,
-    group_of,
-    open_recording,
-    read_checks,
-    split_recordings,
-)
+from minecraft_jepa import utils
+from minecraft_jepa.data import recordings
+from minecraft_jepa.data.actions import NOOP
+from minecraft_jepa.data.checks import check_folder, check_recording, find_recordings, read_checks
+from minecraft_jepa.data.recordings import RecordingError, group_of, open_recording
+from minecraft_jepa.data.splits import SIDES, split_recordings
+from minecraft_jepa.utils import cache_root
 
 DATA = Path(__file__).parent.parent / "data"
 NAMES = [p.stem for p in find_recordings(DATA)]
@@ -319,7 +312,7 @@ import faulthandler, sys; from pathlib import Path
 sys.path[:0] = [sys.argv[1]]; faulthandler.enable()
 import numpy as np
 from pairs import mutated
-from minecraft_jepa.recordings import RecordingError, open_recording
+from minecraft_jepa.data.recordings import RecordingError, open_recording
 path, random = Path(sys.argv[2]), np.random.default_rng(int(sys.argv[3]))
 whole, told = path.read_bytes(), 0
 for i in range(int(sys.argv[4])):
@@ -902,14 +895,14 @@ def test_folder_that_may_only_be_read_keeps_its_checks_in_the_cache(
 ):
     monkeypatch.setenv("MINECRAFT_JEPA_CACHE", str(tmp_path_factory.mktemp("cache")))
     toy.with_name("lone.mp4").write_bytes(b"")
-    real = recordings.write_json
+    real = utils.write_json
 
     def refuse(path, value):
         if path.parent == toy.parent:
             raise PermissionError(13, "Permission denied", str(path))
         real(path, value)
 
-    monkeypatch.setattr(recordings, "write_json", refuse)
+    monkeypatch.setattr(utils, "write_json", refuse)
     for _ in range(2):
         assert [r["used"] for r in check_folder(toy.parent, progress=False)] == [False, True]
     assert find_recordings(toy.parent) == [toy] and not (toy.parent / "checked.json").exists()

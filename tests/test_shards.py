@@ -17,19 +17,12 @@ from hypothesis import strategies as st
 from soak import repeats
 from torch.utils.data import DataLoader
 
-from minecraft_jepa import shards
-from minecraft_jepa.clips import ClipStore, runs_of
 from minecraft_jepa.config import preset
-from minecraft_jepa.shards import (
-    ShardError,
-    ShardWindows,
-    cut_segments,
-    draw_windows,
-    every,
-    some_windows,
-    starts_in,
-    write_shards,
-)
+from minecraft_jepa.data import shard_reader, shards
+from minecraft_jepa.data.clip_store import ClipStore
+from minecraft_jepa.data.clips import runs_of
+from minecraft_jepa.data.shard_reader import ShardWindows, draw_windows, every, some_windows
+from minecraft_jepa.data.shards import ShardError, cut_segments, starts_in, write_shards
 
 DATA = Path(__file__).parent.parent / "data"
 NAMES = ["world-303_0880", "world-319_1320", "world-321_0740"]
@@ -149,9 +142,9 @@ def test_goes_on_in_mid_epoch(written, workers, stop):
 
 def test_going_on_fetches_only_what_is_needed(written, monkeypatch):
     fetched = []
-    real = shards._Segments.fetch
+    real = shard_reader._Segments.fetch
     monkeypatch.setattr(
-        shards._Segments, "fetch", lambda self, i, *a: fetched.append(i) or real(self, i, *a)
+        shard_reader._Segments, "fetch", lambda self, i, *a: fetched.append(i) or real(self, i, *a)
     )
     reader = windows(written)
     last = reader.batches()[0] - 1

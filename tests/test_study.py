@@ -12,13 +12,14 @@ import av
 import nbformat
 import numpy as np
 import pytest
+from minecraft_jepa.cli import main
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
 from minecraft_jepa import study
-from minecraft_jepa.config import write_json
-from minecraft_jepa.evaluation import read_report
-from minecraft_jepa.study import HOURS, main, run_notebook, study_notebooks
+from minecraft_jepa.evaluation.report import read_report
+from minecraft_jepa.study import HOURS, run_notebook, study_notebooks
+from minecraft_jepa.utils import write_json
 
 ROOT = Path(__file__).parent.parent
 DATA, WEIGHTS = ROOT / "data", ROOT / "data/weights/tiny"

@@ -21,20 +21,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from soak import repeats
 
-from minecraft_jepa import training
-from minecraft_jepa.clips import ClipStore
 from minecraft_jepa.config import preset
-from minecraft_jepa.jepa import WorldModel
-from minecraft_jepa.recordings import split_recordings
-from minecraft_jepa.shards import ShardWindows, deal_evenly, write_shards
-from minecraft_jepa.training import (
-    CollapseError,
-    error_over_copying,
-    find_checkpoint,
-    lighten,
-    train_decoders,
-    train_world_model,
-)
+from minecraft_jepa.data import loader, shards
+from minecraft_jepa.data.clip_store import ClipStore
+from minecraft_jepa.data.shard_reader import ShardWindows, deal_evenly
+from minecraft_jepa.data.shards import write_shards
+from minecraft_jepa.data.splits import split_recordings
+from minecraft_jepa.model.world_model import WorldModel
+from minecraft_jepa.training import checkpoints, distributed, memory, optim, trainer
+from minecraft_jepa.training import train_world_model as world_model_training
+from minecraft_jepa.training.checkpoints import find_checkpoint
+from minecraft_jepa.training.distributed import lighten
+from minecraft_jepa.training.train_decoders import train_decoders
+from minecraft_jepa.training.train_world_model import error_over_copying, train_world_model
+from minecraft_jepa.training.trainer import CollapseError
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data"
@@ -63,7 +63,7 @@ TINY = SMALL | dict(
     rank_alarm=0.0,
     std_alarm=0.0,
 )
-training._LOOK = 16  # fewer windows to validate on
+loader._LOOK = 16  # fewer windows to validate on
 
 # Processes are forked from one that has imported torch: a start costs tenths of a second.
 FORKS = multiprocessing.get_context("forkserver")
@@ -108,17 +108,17 @@ def in_a_process(call, said, environment, kill_at):
     os.dup2(descriptor, 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    real, count = training.descend, itertools.count(1)
+    real, count = optim.descend, itertools.count(1)
 
     def descend(*words):
         if next(count) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*words)
 
-    training.descend = descend
+    optim.descend = descend
     for function, *words in call:
         function(*words)
-    training.leave_processes()
+    distributed.leave_processes()
 
 
 def run(*calls, said, processes=1, kill_at=None):
@@ -481,9 +481,9 @@ def test_error_in_the_reader_reaches_the_loop(store, monkeypatch):
         yield from ()
         raise OSError("the disk is gone")
 
-    real = training._windows
+    real = loader._windows
     monkeypatch.setattr(
-        training,
+        loader,
         "_windows",
         lambda data, names, *a: broken() if names == TRAIN else real(data, names, *a),
     )
@@ -503,7 +503,7 @@ def test_batch_that_cannot_be_cut_is_refused(store):
     with pytest.raises(
         ValueError, match="batch=8 can't be cut into 3 processes x 1 parts; choose a multiple of 3"
     ):
-        training._check_parts("batch=8", 8, preset("tiny").train, Three)
+        trainer._check_parts("batch=8", 8, preset("tiny").train, Three)
 
 
 def measure_step(light, out):
@@ -520,14 +520,14 @@ def measure_step(light, out):
     torch.ones(512, 512) @ torch.ones(512, 512)
     before = now("VmRSS")
     model = lighten(WorldModel(config).train(), config.train, "cpu")
-    optimizer = training.make_optimizer({model: 1.0}, 1e-4, 0.0)
+    optimizer = optim.make_optimizer({model: 1.0}, 1e-4, 0.0)
     for _ in range(2):
         model(
             torch.randint(0, 255, (6, 5, 3, 128, 224), dtype=torch.uint8), torch.randn(6, 28, 28)
         )["loss"].backward()
         optimizer.step()
     Path(out).write_text(
-        json.dumps([now("VmHWM") - before, training.plan_memory(config, "cpu")["total"]])
+        json.dumps([now("VmHWM") - before, memory.plan_memory(config, "cpu")["total"]])
     )
 
 
@@ -547,22 +547,22 @@ def test_memory_plan_is_what_a_step_takes(tmp_path):
 
 def test_run_that_does_not_fit_is_told_what_would():
     with pytest.raises(
-        training.MemoryPlanError,
+        memory.MemoryPlanError,
         match=r"small with batch=64 needs .*, the device has 3.0 GiB; checkpoint_activations=(True|False), accumulate=\d+ needs",
     ):
-        training.check_memory(preset("small", floor=0), "cuda", 3 * 2**30)
+        memory.check_memory(preset("small", floor=0), "cuda", 3 * 2**30)
     with pytest.raises(
-        training.MemoryPlanError, match=r"checkpoint_activations=(True|False), batch=\d+ needs"
+        memory.MemoryPlanError, match=r"checkpoint_activations=(True|False), batch=\d+ needs"
     ):
-        training.check_memory(preset("small"), "cuda", 3 * 2**30)  # a floor sees the whole batch
-    with pytest.raises(training.MemoryPlanError, match="smaller preset"):
-        training.check_memory(preset("small"), "cuda", 2**28)
+        memory.check_memory(preset("small"), "cuda", 3 * 2**30)  # a floor sees the whole batch
+    with pytest.raises(memory.MemoryPlanError, match="smaller preset"):
+        memory.check_memory(preset("small"), "cuda", 2**28)
     assert (
-        training.check_memory(preset("paper"), "cuda", 12 * 2**30)["total"] < 0.9 * 12 * 2**30
+        memory.check_memory(preset("paper"), "cuda", 12 * 2**30)["total"] < 0.9 * 12 * 2**30
     )  # the seed's card
     alone, shared = (
-        training.plan_memory(preset("small"), "cuda"),
-        training.plan_memory(preset("small"), "cuda", processes=4, sharded=True),
+        memory.plan_memory(preset("small"), "cuda"),
+        memory.plan_memory(preset("small"), "cuda", processes=4, sharded=True),
     )
     assert (
         shared["optimizer"] == alone["optimizer"] // 4
@@ -688,9 +688,9 @@ def test_several_processes_that_end_up_as_one_are_told(monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="can't be shared: start them with torchrun"):
-        training.make_accelerator("cpu")
+        distributed.make_accelerator("cpu")
     monkeypatch.delenv("MASTER_ADDR")
-    assert training.make_accelerator("cpu").num_processes == 1
+    assert distributed.make_accelerator("cpu").num_processes == 1
 
 
 def test_whole_numbers_of_any_type_train(store):
@@ -713,7 +713,7 @@ def test_whole_numbers_of_any_type_train(store):
 
 def spoil(monkeypatch, at, value=float("inf")):
     "One element of a gradient, in the backward passes `at`."
-    real, count = training._backward, itertools.count(1)
+    real, count = trainer._backward, itertools.count(1)
 
     def backward(engine, model, *words):
         numbers = real(engine, model, *words)
@@ -721,7 +721,7 @@ def spoil(monkeypatch, at, value=float("inf")):
             next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = value
         return numbers
 
-    monkeypatch.setattr(training, "_backward", backward)
+    monkeypatch.setattr(trainer, "_backward", backward)
 
 
 def finite(folder):
@@ -737,12 +737,12 @@ def finite(folder):
 def test_a_gradient_that_is_not_finite_changes_nothing(store, tmp_path, monkeypatch, value):
     net = torch.nn.Linear(2, 2)
     optimizer, before = (
-        training.make_optimizer({net: 1.0}, 0.1, 0.1),
+        optim.make_optimizer({net: 1.0}, 0.1, 0.1),
         [p.detach().clone() for p in net.parameters()],
     )
     net(torch.ones(1, 2)).sum().backward()
     net.weight.grad[0, 0] = value
-    assert not math.isfinite(training.descend(0.5, optimizer, 0.1, 1.0))
+    assert not math.isfinite(optim.descend(0.5, optimizer, 0.1, 1.0))
     assert (
         all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
         and not optimizer.state
@@ -782,13 +782,13 @@ def test_steps_in_a_row_that_are_not_finite_end_the_run_and_it_can_go_on(
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(store, tmp_path, monkeypatch):
-    real, count = training._backward, itertools.count(1)
+    real, count = trainer._backward, itertools.count(1)
 
     def backward(*words):
         numbers = real(*words)
         return numbers | {"loss": math.nan} if next(count) == 2 else numbers
 
-    monkeypatch.setattr(training, "_backward", backward)
+    monkeypatch.setattr(trainer, "_backward", backward)
     _, history = train_world_model(
         preset("tiny", **TINY, steps=4, evaluate_every=4), store, TRAIN, HELD_OUT, folder=tmp_path
     )
@@ -804,15 +804,15 @@ def test_no_checkpoint_holds_a_number_that_is_not_finite(tmp_path):
     with torch.no_grad():
         net.weight[0, 0] = math.inf
     with pytest.raises(FloatingPointError, match="step 3: a weight is not finite"):
-        training.save_checkpoint(
-            tmp_path, 3, net, training.make_optimizer({net: 1.0}, 1.0, 0.0), {}
+        checkpoints.save_checkpoint(
+            tmp_path, 3, net, optim.make_optimizer({net: 1.0}, 1.0, 0.0), {}
         )
     assert not any(tmp_path.iterdir())
 
 
 def stopped(store, folder, config, at, monkeypatch, minutes=None):
     "A training that is interrupted in a step."
-    real, count = training.descend, itertools.count(1)
+    real, count = optim.descend, itertools.count(1)
 
     def descend(*words):
         if next(count) == at:
@@ -820,7 +820,7 @@ def stopped(store, folder, config, at, monkeypatch, minutes=None):
         return real(*words)
 
     with monkeypatch.context() as m:
-        m.setattr(training, "descend", descend)
+        m.setattr(optim, "descend", descend)
         with pytest.raises(KeyboardInterrupt):
             train_world_model(config, store, TRAIN, HELD_OUT, folder=folder, minutes=minutes)
 
@@ -850,8 +850,8 @@ def test_a_checkpoint_that_is_not_sound_is_passed_over(store, tmp_path, monkeypa
 
 
 def test_the_same_run_started_twice_is_told(store, few, tmp_path, monkeypatch):
-    hold = training._Hold(tmp_path / "out")
-    with pytest.raises(training.InUseError, match="a run is at work here already .process"):
+    hold = checkpoints._Hold(tmp_path / "out")
+    with pytest.raises(checkpoints.InUseError, match="a run is at work here already .process"):
         train_world_model(preset("tiny", **TINY), store, TRAIN, HELD_OUT, folder=tmp_path / "out")
     refused(
         command(few, tmp_path / "out"), f"a run is at work here already .process {os.getpid()} on "
@@ -864,41 +864,41 @@ def test_the_same_run_started_twice_is_told(store, few, tmp_path, monkeypatch):
 
 
 def test_the_same_run_started_twice_is_told_on_a_disk_without_locks(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_flock", lambda file: None)
-    hold = training._Hold(tmp_path)
-    with pytest.raises(training.InUseError):
-        training._Hold(tmp_path)
+    monkeypatch.setattr(checkpoints, "_flock", lambda file: None)
+    hold = checkpoints._Hold(tmp_path)
+    with pytest.raises(checkpoints.InUseError):
+        checkpoints._Hold(tmp_path)
     hold.release()
-    mine = training._this_process()
+    mine = checkpoints._this_process()
     gone = FORKS.Process(target=int)
     gone.start(), gone.join()
     (tmp_path / ".running").write_text(
         json.dumps(mine | {"pid": gone.pid})
     )  # killed, and left its mark
-    training._Hold(tmp_path).release()
+    checkpoints._Hold(tmp_path).release()
     (tmp_path / ".running").write_text(
         json.dumps(mine | {"started": "1"})
     )  # its number is another process's now
-    training._Hold(tmp_path).release()
+    checkpoints._Hold(tmp_path).release()
 
 
 def test_a_run_on_another_machine_is_told_while_its_mark_moves(tmp_path, monkeypatch):
-    monkeypatch.setattr(training._Hold, "beat", 0.1)
-    monkeypatch.setattr(training._Hold, "watch", 20.0)
-    real = training._this_process
+    monkeypatch.setattr(checkpoints._Hold, "beat", 0.1)
+    monkeypatch.setattr(checkpoints._Hold, "watch", 20.0)
+    real = checkpoints._this_process
     monkeypatch.setattr(
-        training, "_flock", lambda file: True
+        checkpoints, "_flock", lambda file: True
     )  # a lock that holds on one machine alone
     with monkeypatch.context() as m:
         m.setattr(
-            training, "_this_process", lambda: real() | {"host": "elsewhere", "boot": "another"}
+            checkpoints, "_this_process", lambda: real() | {"host": "elsewhere", "boot": "another"}
         )
-        hold = training._Hold(tmp_path)
-    with pytest.raises(training.InUseError, match="on elsewhere"):
-        training._Hold(tmp_path)
+        hold = checkpoints._Hold(tmp_path)
+    with pytest.raises(checkpoints.InUseError, match="on elsewhere"):
+        checkpoints._Hold(tmp_path)
     hold.stop.set(), hold.thread.join()
-    monkeypatch.setattr(training._Hold, "watch", 0.6)
-    training._Hold(tmp_path).release()  # it moves no longer
+    monkeypatch.setattr(checkpoints._Hold, "watch", 0.6)
+    checkpoints._Hold(tmp_path).release()  # it moves no longer
 
 
 def interrupt(monkeypatch, name):
@@ -1045,9 +1045,9 @@ def test_time_is_counted_over_a_kill(store, tmp_path, monkeypatch):
     before = json.loads((tmp_path / "world_model_checkpoints/spent.json").read_text())["seconds"]
     assert 0 < before < rows[0]["elapsed"] and [r["step"] for r in rows] == [1, 2, 3]
     assert [r["elapsed"] for r in rows] == sorted(r["elapsed"] for r in rows)
-    used, asked = [], training._Clock.fits
+    used, asked = [], trainer._Clock.fits
     monkeypatch.setattr(
-        training._Clock,
+        trainer._Clock,
         "fits",
         lambda self, *words: used.append(self.spent()) or asked(self, *words),
     )
@@ -1058,19 +1058,19 @@ def test_time_is_counted_over_a_kill(store, tmp_path, monkeypatch):
 
 
 def test_the_learning_rate_does_not_jump_when_the_end_is_moved():
-    schedule, rates = training.Schedule(1000, 1000), []
+    schedule, rates = optim.Schedule(1000, 1000), []
     ends = {50: 200, 60: 150, 70: 5000, 400: 420}
     for step in range(10_000):
         if step >= schedule.steps:
             break
-        rates.append(training.lr_at(schedule.position(step), schedule.plan, 1.0, 0.05))
+        rates.append(optim.lr_at(schedule.position(step), schedule.plan, 1.0, 0.05))
         if step + 1 in ends:
             schedule.move(step + 1, ends[step + 1])
     assert len(rates) == 420 and rates[-1] < 0.02
     assert all(
         b > 0.9 * a and b < 1.1 * a + 0.02 for a, b in zip(rates, rates[1:-15])
     )  # each is the next of the one before
-    whole = training.Schedule(7, 7)
+    whole = optim.Schedule(7, 7)
     assert [whole.position(s) for s in range(7)] == list(
         range(7)
     )  # a run without a time limit has its own steps
@@ -1079,15 +1079,15 @@ def test_the_learning_rate_does_not_jump_when_the_end_is_moved():
 @pytest.mark.parametrize("folder", [True, False])
 def test_the_best_model_is_given_with_a_folder_and_without(store, tmp_path, monkeypatch, folder):
     monkeypatch.setattr(
-        training, "error_over_copying", lambda row: row["step"]
+        world_model_training, "error_over_copying", lambda row: row["step"]
     )  # the first evaluation is the best
     config = preset("tiny", **TINY, steps=4, evaluate_every=2, lr=0.1)
     model, history = train_world_model(
         config, store, TRAIN, HELD_OUT, folder=tmp_path if folder else None
     )
-    errors = training.validate(model, *training._to_look_at(store, HELD_OUT, 5, 8, 16, 0))[0][
-        "model"
-    ]
+    errors = world_model_training.validate(
+        model, *loader._to_look_at(store, HELD_OUT, 5, 8, 16, 0)
+    )[0]["model"]
     assert np.allclose(errors, history[1]["model"], rtol=1e-3) and not np.allclose(
         errors, history[3]["model"], rtol=1e-2
     )
@@ -1142,7 +1142,7 @@ def test_a_broken_tensorboard_does_not_end_a_training(store, tmp_path, monkeypat
 def test_few_windows_to_validate_on_serve_from_shards_as_from_a_store(shards, store):
     "Fewer than are looked at: from a store some are drawn twice."
     few = ShardWindows(shards, 25, 16, 128, 0, HELD_OUT, even=False, rank=0, world=1)
-    frames, actions = training._to_look_at(shards, HELD_OUT, 25, 8, 5000, 0)
+    frames, actions = loader._to_look_at(shards, HELD_OUT, 25, 8, 5000, 0)
     assert len(frames) == len(actions) == 5000 > sum(map(len, few.starts))
 
 
@@ -1150,9 +1150,9 @@ def test_few_windows_to_validate_on_serve_from_shards_as_from_a_store(shards, st
 def test_the_position_in_shards_is_carried_through_epochs(shards, world):
     "At any step the reader gives what it gives without a stop."
     words = lambda step, rank: (shards, TRAIN, 25, 2, 40 * world, 0, step, rank, world)
-    whole = [x[1] for x in itertools.islice(training._windows(*words(0, world - 1)), 14)]
+    whole = [x[1] for x in itertools.islice(loader._windows(*words(0, world - 1)), 14)]
     for step in (1, 3, 6, 9, 13):
-        assert torch.equal(next(training._windows(*words(step, world - 1)))[1], whole[step])
+        assert torch.equal(next(loader._windows(*words(step, world - 1)))[1], whole[step])
 
 
 def test_eight_ranks_see_nearly_every_window_in_an_epoch():
@@ -1170,9 +1170,9 @@ def test_eight_ranks_see_nearly_every_window_in_an_epoch():
 
 def test_an_epoch_without_a_batch_is_an_error(shards):
     with pytest.raises(
-        training.ShardError, match="no batch of 5000 for each of 2 readers; take a smaller batch"
+        shards.ShardError, match="no batch of 5000 for each of 2 readers; take a smaller batch"
     ):
-        next(training._windows(shards, TRAIN, 25, 2, 10_000, 0, 0, 0, 2))
+        next(loader._windows(shards, TRAIN, 25, 2, 10_000, 0, 0, 0, 2))
 
 
 def test_every_parameter_that_learns_has_a_task(store):
@@ -1198,7 +1198,7 @@ def test_every_parameter_that_learns_has_a_task(store):
 
         config = preset("tiny", **TINY, **changes)
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(training, "fit", look)
+            m.setattr(trainer, "fit", look)
             with pytest.raises(KeyboardInterrupt):
                 train_world_model(config, store, TRAIN, HELD_OUT)
             with pytest.raises(KeyboardInterrupt):
@@ -1207,4 +1207,4 @@ def test_every_parameter_that_learns_has_a_task(store):
 
 
 def test_gradients_of_several_processes_are_kept_once():
-    assert training.make_accelerator("cpu").ddp_handler.gradient_as_bucket_view
+    assert distributed.make_accelerator("cpu").ddp_handler.gradient_as_bucket_view

@@ -1,0 +1,1 @@
+"""Recordings in VPT format: read, checked, split, downloaded, decoded into clips and shards, loaded."""

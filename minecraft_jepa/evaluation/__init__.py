@@ -1,0 +1,1 @@
+"""Latent error, retrieval, probes, rollouts, pixels, and the report."""

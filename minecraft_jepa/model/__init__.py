@@ -1,0 +1,1 @@
+"""Networks and losses: encoder, conditioner, predictor, world model, decoders."""

@@ -1,0 +1,1 @@
+"""The training loop, its checkpoints, memory plan and tasks."""

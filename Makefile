@@ -59,7 +59,7 @@ lowest: .venv/installed
 
 export: .venv/installed
 	$(BIN)/nbdev_export
-	$(BIN)/jupyter nbconvert --log-level WARN --clear-output --inplace nbs/*.ipynb nbs/study/*.ipynb nbs/bench/*.ipynb
+	$(BIN)/jupyter nbconvert --log-level WARN --clear-output --inplace nbs/*.ipynb nbs/*/*.ipynb
 	$(BIN)/nbdev_clean
 
 # uv takes one minute where pip takes five; where it can't be had, pip does it

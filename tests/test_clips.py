@@ -1,5 +1,7 @@
 "The clip store: windows, teleports, sampling, atomic building, and frames in step with actions."
 
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -19,9 +21,8 @@ from hypothesis import strategies as st
 from minecraft_jepa.cli import main
 from soak import repeats
 
-from minecraft_jepa import utils
 from minecraft_jepa.config import preset
-from minecraft_jepa.data import clip_store, clips
+from minecraft_jepa.data import clip_store
 from minecraft_jepa.data.alignment import image_shift, lag_correlation
 from minecraft_jepa.data.checks import check_folder
 from minecraft_jepa.data.clip_store import Clips, ClipStore, DecodingStopped, store_of
@@ -652,7 +653,7 @@ def test_store_that_may_only_be_read_serves(tmp_path, monkeypatch):
         and {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
     )
     monkeypatch.setattr(
-        module.shutil,
+        shutil,
         "copyfile",
         lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")),
     )
@@ -674,12 +675,12 @@ def test_clips_may_be_read_by_others(tmp_path):
 @pytest.mark.parametrize("number", ["EACCES", "EROFS", "ENOSPC", "ENOTDIR"])
 def test_disk_that_refuses_is_named_with_a_remedy(tmp_path, monkeypatch, capsys, number):
     pairs.make_pair(tmp_path / "v", "toy", 4)
-    code = getattr(module.errno, number)
+    code = getattr(errno, number)
 
     def refuse(path, *_):
         raise OSError(code, os.strerror(code), None if number == "ENOSPC" else str(path))
 
-    monkeypatch.setattr(utils, "write_json", refuse)
+    monkeypatch.setattr(clip_store, "write_json", refuse)
     with pytest.raises(
         OSError, match=rf"{os.strerror(code)}; .*MINECRAFT_JEPA_CACHE.*'{tmp_path}/store"
     ):
@@ -691,9 +692,9 @@ def test_disk_that_refuses_is_named_with_a_remedy(tmp_path, monkeypatch, capsys,
 @pytest.mark.parametrize("number", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
 def test_disk_that_knows_no_locks_is_told_and_used(tmp_path, monkeypatch, capsys, number):
     def flock(*_):
-        raise OSError(getattr(module.errno, number), os.strerror(getattr(module.errno, number)))
+        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
 
-    monkeypatch.setattr(module.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     (tmp_path / "store/.other.part-1").mkdir(parents=True)  # perhaps another process at work
     assert small(tmp_path).names == ["toy"] and (tmp_path / "store/.other.part-1").is_dir()
     assert f"{tmp_path}/store: this disk does not lock files" in capsys.readouterr().err
@@ -702,14 +703,14 @@ def test_disk_that_knows_no_locks_is_told_and_used(tmp_path, monkeypatch, capsys
 def test_killed_decoding_process_is_told_and_the_build_goes_on(tmp_path, monkeypatch, capsys):
     for n in "abcd":
         pairs.make_pair(tmp_path / "v", n, 4)
-    real = clips.decode_clip
+    real = clip_store.decode_clip
 
     def killed(path, *rest):
         if path.stem in "cd":
             os.kill(os.getpid(), 9)
         real(path, *rest)
 
-    monkeypatch.setattr(clips, "decode_clip", killed)
+    monkeypatch.setattr(clip_store, "decode_clip", killed)
     words = [str(tmp_path / "v"), str(tmp_path / "store"), "--workers", "2"]
     with pytest.raises(SystemExit) as told:
         main(words)
@@ -722,7 +723,7 @@ def test_killed_decoding_process_is_told_and_the_build_goes_on(tmp_path, monkeyp
     with pytest.raises(DecodingStopped):
         ClipStore.build(tmp_path / "v", FRAME, tmp_path / "store", progress=False, workers=2)
     assert issubclass(DecodingStopped, OSError)  # training's command tells these in a line
-    monkeypatch.setattr(clips, "decode_clip", real)
+    monkeypatch.setattr(clip_store, "decode_clip", real)
     main(words)
     assert ClipStore.open(tmp_path / "store").names == list("abcd")
 
@@ -795,7 +796,7 @@ def test_workers_are_as_many_as_cores_allowed(tmp_path, monkeypatch):
     for n in "abc":
         pairs.make_pair(tmp_path / "v", n, 4)
     asked = []
-    monkeypatch.setattr(utils, "cores_allowed", lambda: 2)
+    monkeypatch.setattr(clip_store, "cores_allowed", lambda: 2)
     monkeypatch.setattr(
         clip_store,
         "_decode_all",

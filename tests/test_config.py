@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from minecraft_jepa.study import study_parameters
 
 from minecraft_jepa import utils
 from minecraft_jepa.config import Config, load_config, parse_changes, preset
+from minecraft_jepa.study import study_parameters
 from minecraft_jepa.utils import cores_allowed, seed_everything, whole_number
 
 ROOT = Path(__file__).parent.parent

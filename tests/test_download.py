@@ -3,6 +3,7 @@
 import base64
 import bz2
 import errno
+import fcntl
 import gzip
 import hashlib
 import json
@@ -376,7 +377,7 @@ def test_trickle_is_given_up(server, tmp_path, monkeypatch):
 def test_full_disk_is_told_first(server, tmp_path, monkeypatch):
     write_manifest(tmp_path, offer(server))
     monkeypatch.setattr(
-        download.shutil,
+        shutil,
         "disk_usage",
         lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6),
     )
@@ -395,7 +396,7 @@ def test_disk_without_locks_is_no_hindrance(server, tmp_path, monkeypatch, capsy
     def flock(*words):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(download.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     entries = offer(server)
     write_manifest(tmp_path, entries)
     get(tmp_path)

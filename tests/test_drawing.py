@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -187,11 +188,11 @@ def test_a_failed_gif_leaves_the_old_one(tmp_path):
 
 
 def test_a_figure_without_its_numbers_is_not_saved(tmp_path):
-    fig, _ = drawing.plt.subplots()
+    fig, _ = plt.subplots()
     with pytest.raises(TypeError):
         style.save_figure(fig, tmp_path, "a", {"loss": object()})
     assert list(tmp_path.iterdir()) == []
-    drawing.plt.close(fig)
+    plt.close(fig)
 
 
 def test_filmstrip_and_its_numbers(tmp_path, frames):
@@ -251,7 +252,7 @@ def figures(folder):
         {},
     )
     style.style()
-    fig, ax = drawing.plt.subplots()
+    fig, ax = plt.subplots()
     ax.set_title("a title, 50 % & more_of_it")
     plots.horizon_plot(ax, [1, 2, 4], {"model": [{"mean": 1.0, "interval": [0.5, 1.5]}] * 3})
     return made.read_bytes(), style.save_figure(fig, folder, "axes", {}).read_bytes()
@@ -289,7 +290,7 @@ def test_a_users_matplotlibrc_neither_stops_nor_changes_a_figure(rc, tmp_path):
 
 def test_a_figure_of_the_library_leaves_the_sessions_settings(frames):
     with matplotlib.rc_context({"axes.titlesize": 33}):
-        drawing.plt.close(plots.filmstrip({"real": frames}, ticks=(0,)))
+        plt.close(plots.filmstrip({"real": frames}, ticks=(0,)))
         assert matplotlib.rcParams["axes.titlesize"] == 33
 
 
@@ -299,13 +300,11 @@ def test_a_figure_is_shown_once_where_it_is_made(tmp_path, monkeypatch):
     shown, shell = [], SimpleNamespace(kernel=None)
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: shell)
     monkeypatch.setattr(IPython.display, "display", shown.append)
-    fig, _ = drawing.plt.subplots()
+    fig, _ = plt.subplots()
     path = style.save_figure(fig, tmp_path, "a", {})
-    assert [s.data for s in shown] == [
-        path.read_bytes()
-    ] and fig.number not in drawing.plt.get_fignums()
+    assert [s.data for s in shown] == [path.read_bytes()] and fig.number not in plt.get_fignums()
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: None)  # a script
-    fig, _ = drawing.plt.subplots()
+    fig, _ = plt.subplots()
     style.save_figure(fig, tmp_path, "a", {})
     assert len(shown) == 1
 

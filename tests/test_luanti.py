@@ -152,7 +152,7 @@ def test_game_refuses(words, told):
 
 
 def test_without_the_game_the_error_tells_how_to_get_it(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(luanti.shutil, "which", lambda name, path: None)
+    monkeypatch.setattr(shutil, "which", lambda name, path: None)
     with pytest.raises(
         LuantiError,
         match="minetest and Xvfb not found: sudo apt-get install --no-install-recommends minetest xvfb",
@@ -188,7 +188,7 @@ def test_without_a_package_the_command_says_one_line():
 
 
 def test_without_the_game_nothing_is_asked_of_what_is_there_already(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(luanti.shutil, "which", lambda name, path: None)
+    monkeypatch.setattr(shutil, "which", lambda name, path: None)
     for suffix in (".mp4", ".jsonl"):
         (tmp_path / f"world-1{suffix}").touch()
     assert recorder.main([str(tmp_path), "--seeds", "1"]) == 0
@@ -247,11 +247,11 @@ def test_game_is_found_under_either_name(monkeypatch, tmp_path, name):
     for program in (name, "Xvfb"):
         (tmp_path / program).write_text("#!/bin/sh\n")
         (tmp_path / program).chmod(0o755)
-    monkeypatch.setattr(luanti.os, "defpath", "")
+    monkeypatch.setattr(os, "defpath", "")
     monkeypatch.setenv("PATH", str(tmp_path))
     which = shutil.which
     monkeypatch.setattr(
-        luanti.shutil, "which", lambda n, path: which(n, path=path.removesuffix(":/usr/games"))
+        shutil, "which", lambda n, path: which(n, path=path.removesuffix(":/usr/games"))
     )
     assert find_programs() == {"minetest": str(tmp_path / name), "Xvfb": str(tmp_path / "Xvfb")}
 
@@ -263,7 +263,7 @@ def test_missing_game_in_the_program_is_told(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\necho 'ERROR[Main]: Could not find or load game: minetest'\n")
     program.chmod(0o755)
     monkeypatch.setattr(
-        luanti, "find_programs", lambda: find_programs() | {"minetest": str(program)}
+        client, "find_programs", lambda: find_programs() | {"minetest": str(program)}
     )
     with pytest.raises(
         LuantiError, match="the game that is played in it is missing: sudo apt-get install"

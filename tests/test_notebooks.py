@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+STUDY = ("study", "bench")  # run by papermill
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if p.parent.name not in STUDY)
 
 
 def run(notebook, output, cache):
@@ -32,11 +33,11 @@ def run(notebook, output, cache):
 @pytest.fixture(scope="session")
 def processes():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nbdev.test", "minecraft_jepa.training"])
+    context.set_forkserver_preload(["nbdev.test", "minecraft_jepa.training.pipeline"])
     return context
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT / "nbs")))
 def test_notebook_runs(notebook, processes, tmp_path):
     output = tmp_path / "output.txt"
     process = processes.Process(target=run, args=(notebook, output, str(tmp_path / "cache")))

@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from soak import repeats
 
-from minecraft_jepa import utils
-from minecraft_jepa.data import recordings
+from minecraft_jepa.data import checks, recordings
 from minecraft_jepa.data.actions import NOOP
 from minecraft_jepa.data.checks import check_folder, check_recording, find_recordings, read_checks
 from minecraft_jepa.data.recordings import RecordingError, group_of, open_recording
@@ -895,14 +894,14 @@ def test_folder_that_may_only_be_read_keeps_its_checks_in_the_cache(
 ):
     monkeypatch.setenv("MINECRAFT_JEPA_CACHE", str(tmp_path_factory.mktemp("cache")))
     toy.with_name("lone.mp4").write_bytes(b"")
-    real = utils.write_json
+    real = checks.write_json
 
     def refuse(path, value):
         if path.parent == toy.parent:
             raise PermissionError(13, "Permission denied", str(path))
         real(path, value)
 
-    monkeypatch.setattr(utils, "write_json", refuse)
+    monkeypatch.setattr(checks, "write_json", refuse)
     for _ in range(2):
         assert [r["used"] for r in check_folder(toy.parent, progress=False)] == [False, True]
     assert find_recordings(toy.parent) == [toy] and not (toy.parent / "checked.json").exists()

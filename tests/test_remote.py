@@ -10,10 +10,10 @@ import tarfile
 import pytest
 from contractor import lines_of, name_of, write_pair
 
-from minecraft_jepa import utils
+from minecraft_jepa.data import checks
 from minecraft_jepa.data.checks import CHECKED, check_folder, find_recordings, read_checks
 from minecraft_jepa.data.splits import split_recordings
-from minecraft_jepa.training import distributed, pipeline, remote
+from minecraft_jepa.training import remote
 from minecraft_jepa.training.remote import MIB, bring, cut_weights, pack, unpack, write_card
 
 
@@ -71,7 +71,7 @@ def test_checks_kept_in_the_cache_travel_too(made, tmp_path, monkeypatch):
     here = tmp_path / "here"
     shutil.copytree(folder, here)
     (here / CHECKED).unlink()
-    write, refused = utils.write_json, []
+    write, refused = checks.write_json, []
 
     def refuse(path, value):
         if path == here / CHECKED:
@@ -79,7 +79,7 @@ def test_checks_kept_in_the_cache_travel_too(made, tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
         write(path, value)
 
-    monkeypatch.setattr(utils, "write_json", refuse)
+    monkeypatch.setattr(checks, "write_json", refuse)
     check_folder(here, progress=False)
     assert refused and not (here / CHECKED).exists()
     unpack(pack(here, tmp_path / "parts")[0].parent, tmp_path / "there")
@@ -236,8 +236,8 @@ def test_nothing_newer_than_the_first_python_3_11_is_used(made, tmp_path, monkey
 
 def test_recordings_of_other_parts_are_not_trained_on_too(made, tmp_path, monkeypatch):
     folder, names = made
-    monkeypatch.setattr(pipeline, "train_all", lambda *words: {})
-    monkeypatch.setattr(distributed, "make_accelerator", lambda *words: None)
+    monkeypatch.setattr(remote, "train_all", lambda *words: {})
+    monkeypatch.setattr(remote, "make_accelerator", lambda *words: None)
     pack(folder, tmp_path / "parts")
     remote.train(tmp_path / "parts", tmp_path / "run", None)
     remote.train(tmp_path / "parts", tmp_path / "run", None)  # again after a stop

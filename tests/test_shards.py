@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections import Counter
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -262,7 +263,7 @@ def test_over_http(written, all_windows, ranges):
 
 def test_failing_network_is_tried_again_then_told(written, all_windows, monkeypatch):
     pytest.importorskip("aiohttp")
-    monkeypatch.setattr(shards.time, "sleep", lambda s: None)
+    monkeypatch.setattr(time, "sleep", lambda s: None)
     web = Web(written)
     web.failures = 3
     assert (

@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 from soak import repeats
 
 from minecraft_jepa.config import preset
-from minecraft_jepa.data import loader, shards
+from minecraft_jepa.data import loader
 from minecraft_jepa.data.clip_store import ClipStore
 from minecraft_jepa.data.shard_reader import ShardWindows, deal_evenly
 from minecraft_jepa.data.shards import write_shards
 from minecraft_jepa.data.splits import split_recordings
 from minecraft_jepa.model.world_model import WorldModel
-from minecraft_jepa.training import checkpoints, distributed, memory, optim, trainer
+from minecraft_jepa.training import checkpoints, distributed, memory, optim, pipeline, trainer
+from minecraft_jepa.training import train_decoders as decoder_training
 from minecraft_jepa.training import train_world_model as world_model_training
 from minecraft_jepa.training.checkpoints import find_checkpoint
 from minecraft_jepa.training.distributed import lighten
@@ -483,7 +484,7 @@ def test_error_in_the_reader_reaches_the_loop(store, monkeypatch):
 
     real = loader._windows
     monkeypatch.setattr(
-        loader,
+        world_model_training,
         "_windows",
         lambda data, names, *a: broken() if names == TRAIN else real(data, names, *a),
     )
@@ -820,7 +821,7 @@ def stopped(store, folder, config, at, monkeypatch, minutes=None):
         return real(*words)
 
     with monkeypatch.context() as m:
-        m.setattr(optim, "descend", descend)
+        m.setattr(trainer, "descend", descend)
         with pytest.raises(KeyboardInterrupt):
             train_world_model(config, store, TRAIN, HELD_OUT, folder=folder, minutes=minutes)
 
@@ -901,19 +902,19 @@ def test_a_run_on_another_machine_is_told_while_its_mark_moves(tmp_path, monkeyp
     checkpoints._Hold(tmp_path).release()  # it moves no longer
 
 
-def interrupt(monkeypatch, name):
-    "A function of the module that is stopped when it is called."
+def interrupt(monkeypatch, module, name):
+    "A function of a module is stopped when it is called."
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, name, stop)
+    monkeypatch.setattr(module, name, stop)
 
 
 def test_a_run_goes_on_with_the_recordings_it_began_with(few, tmp_path, monkeypatch, capsys):
     out, words = tmp_path / "out", command(few, tmp_path / "out")
     with monkeypatch.context() as m:
-        interrupt(m, "_train_decoders")
+        interrupt(m, pipeline, "_train_decoders")
         with pytest.raises(SystemExit, match="stopped; the same command goes on"):
             training.main(words)
     assert (out / "world_model.done").is_file() and not (out / "training.json").exists()
@@ -944,7 +945,7 @@ def test_another_seed_or_recipe_in_the_same_folder_is_refused_by_name(
             spoil(m, {3, 4, 5, 6, 7, 8})
             words = command(few, out, steps=9)
         if when == "half done":
-            interrupt(m, "_train_decoders")
+            interrupt(m, pipeline, "_train_decoders")
         if when.startswith("all done"):
             training.main(words)
         else:
@@ -1012,10 +1013,10 @@ def test_killed_between_the_last_step_and_the_final_files_no_step_is_done_again(
         preset("tiny", **TINY, steps=2, evaluate_every=2), store, TRAIN, HELD_OUT
     )
     with monkeypatch.context() as m:
-        interrupt(m, "_save_on_main")
+        interrupt(m, world_model_training, "_save_on_main")
         with pytest.raises(KeyboardInterrupt):
             train_decoders(model, store, TRAIN, steps=5, folder=tmp_path)
-    interrupt(monkeypatch, "descend")  # no step is taken any more
+    interrupt(monkeypatch, trainer, "descend")  # no step is taken any more
     _, _, history = train_decoders(model, store, TRAIN, steps=5, folder=tmp_path)
     assert (
         len(history) == 5
@@ -1198,7 +1199,8 @@ def test_every_parameter_that_learns_has_a_task(store):
 
         config = preset("tiny", **TINY, **changes)
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(trainer, "fit", look)
+            m.setattr(world_model_training, "fit", look)
+            m.setattr(decoder_training, "fit", look)
             with pytest.raises(KeyboardInterrupt):
                 train_world_model(config, store, TRAIN, HELD_OUT)
             with pytest.raises(KeyboardInterrupt):

@@ -8,7 +8,7 @@ __all__ = ['PresetName', 'Device', 'Biome', 'COMMANDS', 'WrongUse', 'DownloadCom
            'DemoCommand', 'EvaluateCommand', 'StudyCommand', 'read_seeds', 'RecordCommand', 'usage', 'read_command',
            'main']
 
-# %% ../nbs/90_cli.ipynb #d86e5e2e
+# %% ../nbs/90_cli.ipynb #0ca2818d
 import contextlib
 import inspect
 import io
@@ -41,7 +41,7 @@ from minecraft_jepa.config import (
 )
 from .utils import _unknown
 
-# %% ../nbs/90_cli.ipynb #d9b32bfd
+# %% ../nbs/90_cli.ipynb #42759206
 class WrongUse(Exception):
     """A command line that can be read and can't be meant; the exit status is 2."""
 
@@ -71,7 +71,7 @@ def _own_words(words):
     except ImportError as e:
         raise ImportError(f"{e}: {words}") from e
 
-# %% ../nbs/90_cli.ipynb #b3a933c1
+# %% ../nbs/90_cli.ipynb #e4c4365a
 @dataclass
 class DownloadCommand:
     """Fetch recordings that an index lists; go on with what is left.
@@ -79,7 +79,7 @@ class DownloadCommand:
     For example: minecraft-jepa download vpt --index all_10xx_Jun_29 --hours 50
     """
 
-    folder: Positional[Path]  # to fill, or to go on with
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]  # to fill, or to go on with
     # file, URL, or a snapshot such as all_10xx_Jun_29; may be repeated. Without it: what the
     # folder's manifest lists
     index: UseAppendAction[tuple[str, ...]] = ()
@@ -118,7 +118,7 @@ class DownloadCommand:
             f"{self.folder}: not one of {len(names)} recordings can be used: {reason}"
         )
 
-# %% ../nbs/90_cli.ipynb #37aafbb0
+# %% ../nbs/90_cli.ipynb #dfd7be91
 @dataclass
 class StoreCommand:
     """Decode recordings into a clip store, once.
@@ -126,8 +126,9 @@ class StoreCommand:
     For example: minecraft-jepa store vpt STORE --preset small
     """
 
-    recordings: Positional[Path]  # folder of NAME.mp4 + NAME.jsonl
-    store: Positional[Path]  # folder to make, or to go on with
+    # folder of NAME.mp4 + NAME.jsonl
+    recordings: Annotated[Positional[Path], arg(metavar="RECORDINGS")]
+    store: Annotated[Positional[Path], arg(metavar="STORE")]  # folder to make, or to go on with
     preset: PresetName = "tiny"  # whose size of frames
     height: int | None = None  # in place of the preset's
     width: int | None = None  # in place of the preset's
@@ -164,8 +165,9 @@ class ShardsCommand:
     For example: minecraft-jepa shards STORE s3://bucket/shards
     """
 
-    store: Positional[Path]  # clip store
-    url: Positional[str]  # folder to write: a path, s3://..., or whatever fsspec writes to
+    store: Annotated[Positional[Path], arg(metavar="STORE")]  # clip store
+    # folder to write: a path, s3://..., or whatever fsspec writes to
+    url: Annotated[Positional[str], arg(metavar="URL")]
     length: int = 200  # windows that begin in a segment: ten seconds
     per_shard: int = 100  # segments in a tar
     history: int = 25  # longest action history, in ticks
@@ -195,7 +197,7 @@ class ShardsCommand:
         size = sum(shard["bytes"] for shard in about["shards"])
         print(f"{self.url}: {len(about['shards'])} tars, {size / 2**20:.1f} MiB")
 
-# %% ../nbs/90_cli.ipynb #acd606b3
+# %% ../nbs/90_cli.ipynb #84a65f1c
 _SECTIONS = [f.name for f in fields(Config) if f.name != "name"]
 
 
@@ -259,7 +261,7 @@ class TrainCommand:
             print(json.dumps({key: report[key] for key in keys}))
         leave_processes()
 
-# %% ../nbs/90_cli.ipynb #ba91d82b
+# %% ../nbs/90_cli.ipynb #1adc3afb
 @dataclass
 class RemotePackCommand:
     """Put recordings into parts that can be sent to another machine.
@@ -267,8 +269,9 @@ class RemotePackCommand:
     For example: minecraft-jepa remote pack RECORDINGS PARTS --wheel 3.12
     """
 
-    recordings: Positional[Path]  # folder of NAME.mp4 + NAME.jsonl
-    parts: Positional[Path]  # folder to write
+    # folder of NAME.mp4 + NAME.jsonl
+    recordings: Annotated[Positional[Path], arg(metavar="RECORDINGS")]
+    parts: Annotated[Positional[Path], arg(metavar="PARTS")]  # folder to write
     limit: float = 60  # MiB of a part
     wheel: str | None = None  # Python version there, e.g. 3.12, to bring the video library for
 
@@ -287,7 +290,7 @@ class RemoteTrainCommand:
     For example: minecraft-jepa remote train PARTS RUN --preset small --minutes 20
     """
 
-    parts: Positional[Path]  # folder that `remote pack` wrote
+    parts: Annotated[Positional[Path], arg(metavar="PARTS")]  # folder that `remote pack` wrote
     folder: Annotated[Positional[Path], arg(metavar="RUN")]  # to train in; weights in RUN/parts
     preset: PresetName = "small"  # size of frames, networks and training
     minutes: float = 20  # stop cleanly after these
@@ -309,8 +312,8 @@ class RemoteBringCommand:
     For example: minecraft-jepa remote bring RUN/parts data/weights/small
     """
 
-    parts: Positional[Path]  # folder of the parts
-    target: Positional[Path]  # folder of weights to fill
+    parts: Annotated[Positional[Path], arg(metavar="PARTS")]  # folder of the parts
+    target: Annotated[Positional[Path], arg(metavar="TARGET")]  # folder of weights to fill
 
     def run(self):
         """Bring them, and say so."""
@@ -322,7 +325,7 @@ class RemoteBringCommand:
             "what belonged to others that stood there is gone"
         )
 
-# %% ../nbs/90_cli.ipynb #76b4c37a
+# %% ../nbs/90_cli.ipynb #3cde1572
 @dataclass
 class ImagineCommand:
     """Imagine a future from one frame of a recording, and draw it as a GIF.
@@ -330,7 +333,8 @@ class ImagineCommand:
     For example: minecraft-jepa imagine data/world-321_0740.mp4 --tick 100 --hold left
     """
 
-    recording: Positional[Path]  # NAME.mp4, with NAME.jsonl beside it
+    # NAME.mp4, with NAME.jsonl beside it
+    recording: Annotated[Positional[Path], arg(metavar="RECORDING")]
     tick: int | None = None  # of the frame that is given; by default where forward is held most
     ticks: int = 20  # to imagine; 20 are a second
     # do this all the time in place of the recording's actions: a key such as forward, left,
@@ -395,7 +399,7 @@ class ImagineCommand:
             raise WrongUse(_unknown("action to hold", self.hold, known))
         future[:] = future.new_tensor(held_actions(self.hold, len(future)))
 
-# %% ../nbs/90_cli.ipynb #7ec194b1
+# %% ../nbs/90_cli.ipynb #c9cd2b85
 @dataclass
 class DemoCommand:
     """One second imagined by the shipped weights, beside the real one.
@@ -415,7 +419,7 @@ class DemoCommand:
 
         demo(str(self.data), str(self.weights), str(self.out), seed=self.seed)
 
-# %% ../nbs/90_cli.ipynb #a29bfd15
+# %% ../nbs/90_cli.ipynb #0ea3ca09
 def _failures():
     """What ends a notebook: an error in a cell, or a kernel that died."""
     import importlib
@@ -473,7 +477,7 @@ class EvaluateCommand:
         print(f"{self.out / 'evaluate.json'}: the numbers; figures beside it, all of it in {copy}")
         return 0
 
-# %% ../nbs/90_cli.ipynb #6877d7c2
+# %% ../nbs/90_cli.ipynb #87bb43bd
 @dataclass
 class StudyCommand:
     """Run the study's notebooks in order: training, evaluation, figures.
@@ -520,7 +524,7 @@ class StudyCommand:
             return 1
         return 0
 
-# %% ../nbs/90_cli.ipynb #b1821a60
+# %% ../nbs/90_cli.ipynb #549ba12a
 def read_seeds(
     text,  # such as '301-324' or '7,9,20-22'
 ) -> list[int]:
@@ -540,7 +544,7 @@ def read_seeds(
         )
     return seeds
 
-# %% ../nbs/90_cli.ipynb #1ff846d8
+# %% ../nbs/90_cli.ipynb #6ad4a39d
 Biome = Literal[
     "coniferous_forest",
     "deciduous_forest",
@@ -564,7 +568,8 @@ class RecordCommand:
     For example: minecraft-jepa record recordings --minutes 1.6 --seeds 301-348
     """
 
-    out: Positional[Path]  # folder for world-SEED.mp4 and .jsonl; those already there are kept
+    # folder for world-SEED.mp4 and .jsonl; those already there are kept
+    out: Annotated[Positional[Path], arg(metavar="OUT")]
     minutes: float = 3  # of each world
     seeds: str = "301-324"  # of the worlds: numbers and ranges, with commas between them
     biome: Biome | None = None  # where play begins; by default the seed chooses
@@ -606,7 +611,7 @@ class RecordCommand:
                 return True
         return False
 
-# %% ../nbs/90_cli.ipynb #6aa1e4c8
+# %% ../nbs/90_cli.ipynb #1d663912
 COMMANDS = {
     "download": DownloadCommand,
     "store": StoreCommand,
@@ -646,7 +651,7 @@ def usage(
 def _summary(command):
     return inspect.getdoc(command).splitlines()[0]
 
-# %% ../nbs/90_cli.ipynb #d9834b9e
+# %% ../nbs/90_cli.ipynb #c0c5dbce
 def _whole(words):
     """A whole number as people write it: 1000, 1_000, 1e3."""
     (text,) = words
@@ -687,8 +692,10 @@ def _on_one_line(box):
             parts.append([])
         else:
             parts[-1].append(line)
-    told = [" ".join(" ".join(part).split()) for part in parts if part]
-    return "; ".join(told).replace("For full helptext, run", "see").replace("run: ", "")
+    sections = [" ".join(" ".join(part).split()) for part in parts if part]
+    text = "; ".join(s for s in sections if not s.startswith("Argument helptext"))
+    text = re.sub(r"^Error parsing (\w+): (?=\1\.)", "", text)  # the config names the field
+    return re.sub(r"For full helptext, (?:run|see):?", "see", text)
 
 
 def _option_of(word):
@@ -697,10 +704,12 @@ def _option_of(word):
     leaves = [(s, f.name) for s in _SECTIONS for f in fields(getattr(PRESETS["tiny"], s))]
     for section, leaf in leaves:
         if equals and name in (leaf, f"{section}_{leaf}"):
-            return f"--{section}.{leaf} {value}".replace("_", "-")
+            option = f"--{section}.{leaf}".replace("_", "-")
+            is_flag = isinstance(getattr(getattr(PRESETS["tiny"], section), leaf), bool)
+            return option if is_flag else f"{option} {value}"
     return ""
 
-# %% ../nbs/90_cli.ipynb #e9e80f53
+# %% ../nbs/90_cli.ipynb #b1e764d1
 def read_command(
     name,  # in COMMANDS
     words,  # of the command line, after the name
@@ -740,7 +749,7 @@ def _preset_in(words):
             asked = word.partition("=")[2]
     return asked if asked in PRESETS else "tiny"
 
-# %% ../nbs/90_cli.ipynb #c9ede003
+# %% ../nbs/90_cli.ipynb #48922da3
 def _split_words(words):
     """(name of the command, the words after it). WrongUse names what is no command."""
     if not words:
@@ -779,7 +788,7 @@ def _complain(program, text, status):
     print(f"{program}: {text}", file=sys.stderr, flush=True)
     return status
 
-# %% ../nbs/90_cli.ipynb #63c26c6d
+# %% ../nbs/90_cli.ipynb #2acd37e3
 def main(
     argv=None,  # words of the command line; None: those of this process
 ) -> int:

@@ -17,7 +17,6 @@ import random
 import re
 from pathlib import Path
 
-
 # %% ../nbs/00_utils.ipynb #e83d2e3f
 def whole_number(
     value,  # of any whole type: int, NumPy's, a tensor of one element

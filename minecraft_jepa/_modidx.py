@@ -8,7 +8,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'minecraft_jepa.cli.EvaluateCommand': ('cli.html#evaluatecommand', 'minecraft_jepa/cli.py'),
                                     'minecraft_jepa.cli.EvaluateCommand.run': ('cli.html#evaluatecommand.run', 'minecraft_jepa/cli.py'),
                                     'minecraft_jepa.cli.ImagineCommand': ('cli.html#imaginecommand', 'minecraft_jepa/cli.py'),
-                                    'minecraft_jepa.cli.ImagineCommand._act': ('cli.html#imaginecommand._act', 'minecraft_jepa/cli.py'),
+                                    'minecraft_jepa.cli.ImagineCommand._held': ('cli.html#imaginecommand._held', 'minecraft_jepa/cli.py'),
                                     'minecraft_jepa.cli.ImagineCommand._imagine': ( 'cli.html#imaginecommand._imagine',
                                                                                     'minecraft_jepa/cli.py'),
                                     'minecraft_jepa.cli.ImagineCommand.run': ('cli.html#imaginecommand.run', 'minecraft_jepa/cli.py'),

@@ -8,7 +8,7 @@ __all__ = ['PresetName', 'Device', 'Biome', 'COMMANDS', 'WrongUse', 'DownloadCom
            'DemoCommand', 'EvaluateCommand', 'StudyCommand', 'read_seeds', 'RecordCommand', 'usage', 'read_command',
            'main']
 
-# %% ../nbs/90_cli.ipynb #0ca2818d
+# %% ../nbs/90_cli.ipynb #c7f0bcad
 import contextlib
 import inspect
 import io
@@ -41,7 +41,7 @@ from minecraft_jepa.config import (
 )
 from .utils import _unknown
 
-# %% ../nbs/90_cli.ipynb #42759206
+# %% ../nbs/90_cli.ipynb #a70c4574
 class WrongUse(Exception):
     """A command line that can be read and can't be meant; the exit status is 2."""
 
@@ -71,7 +71,7 @@ def _own_words(words):
     except ImportError as e:
         raise ImportError(f"{e}: {words}") from e
 
-# %% ../nbs/90_cli.ipynb #e4c4365a
+# %% ../nbs/90_cli.ipynb #00e4cdf1
 @dataclass
 class DownloadCommand:
     """Fetch recordings that an index lists; go on with what is left.
@@ -118,7 +118,7 @@ class DownloadCommand:
             f"{self.folder}: not one of {len(names)} recordings can be used: {reason}"
         )
 
-# %% ../nbs/90_cli.ipynb #dfd7be91
+# %% ../nbs/90_cli.ipynb #3d0ee831
 @dataclass
 class StoreCommand:
     """Decode recordings into a clip store, once.
@@ -197,7 +197,7 @@ class ShardsCommand:
         size = sum(shard["bytes"] for shard in about["shards"])
         print(f"{self.url}: {len(about['shards'])} tars, {size / 2**20:.1f} MiB")
 
-# %% ../nbs/90_cli.ipynb #84a65f1c
+# %% ../nbs/90_cli.ipynb #36516825
 _SECTIONS = [f.name for f in fields(Config) if f.name != "name"]
 
 
@@ -261,7 +261,7 @@ class TrainCommand:
             print(json.dumps({key: report[key] for key in keys}))
         leave_processes()
 
-# %% ../nbs/90_cli.ipynb #1adc3afb
+# %% ../nbs/90_cli.ipynb #0aaadcfa
 @dataclass
 class RemotePackCommand:
     """Put recordings into parts that can be sent to another machine.
@@ -325,7 +325,7 @@ class RemoteBringCommand:
             "what belonged to others that stood there is gone"
         )
 
-# %% ../nbs/90_cli.ipynb #3cde1572
+# %% ../nbs/90_cli.ipynb #4ee5a4ca
 @dataclass
 class ImagineCommand:
     """Imagine a future from one frame of a recording, and draw it as a GIF.
@@ -337,8 +337,8 @@ class ImagineCommand:
     recording: Annotated[Positional[Path], arg(metavar="RECORDING")]
     tick: int | None = None  # of the frame that is given; by default where forward is held most
     ticks: int = 20  # to imagine; 20 are a second
-    # do this all the time in place of the recording's actions: a key such as forward, left,
-    # right, up or down to turn, or nothing
+    # do this all the time in place of the recording's actions: a key such as w or space, left,
+    # right, up or down to turn five degrees a tick, or nothing
     hold: str | None = None
     weights: Path = Path("data/weights/tiny")  # folder that a training wrote
     out: Path = Path("_runs/imagine.gif")  # to write
@@ -376,7 +376,7 @@ class ImagineCommand:
         store = ClipStore.build(self.recording.parent, model.config.frame, names=[name])
         tick = walking(store, name, history, ticks) if self.tick is None else self.tick
         frames, actions = store.window(name, tick, history, ticks)
-        self._act(actions[history - 1 :])
+        actions = self._held(actions, history)
         print(f"{name}, tick {tick}: one frame is given, {ticks} ticks are imagined")
         steps = {} if self.steps is None else {"steps": self.steps}
         decoders = {
@@ -387,19 +387,23 @@ class ImagineCommand:
         real = panels.pop("real").cpu()
         return panels | ({} if self.hold else {"real": real}), actions[history - 1 :]
 
-    def _act(self, future):
-        """Put what is to be held in place of the recording's actions, (ticks, 28)."""
+    def _held(self, actions, history):
+        """The actions, (history - 1 + ticks, 28), with what is to be held in place of the future."""
         if self.hold is None:
-            return
+            return actions
+        import torch
+
         from minecraft_jepa.data.actions import ACTION_NAMES
         from minecraft_jepa.evaluation.rollouts import held_actions
 
         known = ["nothing", "left", "right", "up", "down", *ACTION_NAMES]
         if self.hold not in known:
             raise WrongUse(_unknown("action to hold", self.hold, known))
-        future[:] = future.new_tensor(held_actions(self.hold, len(future)))
+        past = actions[: history - 1]
+        held = torch.from_numpy(held_actions(self.hold, len(actions) - len(past)))
+        return torch.cat([past, held.to(past.dtype)])
 
-# %% ../nbs/90_cli.ipynb #c9cd2b85
+# %% ../nbs/90_cli.ipynb #6c6b9e1a
 @dataclass
 class DemoCommand:
     """One second imagined by the shipped weights, beside the real one.
@@ -419,7 +423,7 @@ class DemoCommand:
 
         demo(str(self.data), str(self.weights), str(self.out), seed=self.seed)
 
-# %% ../nbs/90_cli.ipynb #0ea3ca09
+# %% ../nbs/90_cli.ipynb #3fdf718d
 def _failures():
     """What ends a notebook: an error in a cell, or a kernel that died."""
     import importlib
@@ -477,7 +481,7 @@ class EvaluateCommand:
         print(f"{self.out / 'evaluate.json'}: the numbers; figures beside it, all of it in {copy}")
         return 0
 
-# %% ../nbs/90_cli.ipynb #87bb43bd
+# %% ../nbs/90_cli.ipynb #bf61205e
 @dataclass
 class StudyCommand:
     """Run the study's notebooks in order: training, evaluation, figures.
@@ -524,7 +528,7 @@ class StudyCommand:
             return 1
         return 0
 
-# %% ../nbs/90_cli.ipynb #549ba12a
+# %% ../nbs/90_cli.ipynb #1b70f882
 def read_seeds(
     text,  # such as '301-324' or '7,9,20-22'
 ) -> list[int]:
@@ -544,7 +548,7 @@ def read_seeds(
         )
     return seeds
 
-# %% ../nbs/90_cli.ipynb #6ad4a39d
+# %% ../nbs/90_cli.ipynb #65bc1f6c
 Biome = Literal[
     "coniferous_forest",
     "deciduous_forest",
@@ -611,7 +615,7 @@ class RecordCommand:
                 return True
         return False
 
-# %% ../nbs/90_cli.ipynb #1d663912
+# %% ../nbs/90_cli.ipynb #a4dd32b1
 COMMANDS = {
     "download": DownloadCommand,
     "store": StoreCommand,
@@ -651,7 +655,7 @@ def usage(
 def _summary(command):
     return inspect.getdoc(command).splitlines()[0]
 
-# %% ../nbs/90_cli.ipynb #c0c5dbce
+# %% ../nbs/90_cli.ipynb #da726ef6
 def _whole(words):
     """A whole number as people write it: 1000, 1_000, 1e3."""
     (text,) = words
@@ -709,7 +713,7 @@ def _option_of(word):
             return option if is_flag else f"{option} {value}"
     return ""
 
-# %% ../nbs/90_cli.ipynb #b1e764d1
+# %% ../nbs/90_cli.ipynb #59db885a
 def read_command(
     name,  # in COMMANDS
     words,  # of the command line, after the name
@@ -749,7 +753,7 @@ def _preset_in(words):
             asked = word.partition("=")[2]
     return asked if asked in PRESETS else "tiny"
 
-# %% ../nbs/90_cli.ipynb #48922da3
+# %% ../nbs/90_cli.ipynb #2ea5d0e5
 def _split_words(words):
     """(name of the command, the words after it). WrongUse names what is no command."""
     if not words:
@@ -788,7 +792,7 @@ def _complain(program, text, status):
     print(f"{program}: {text}", file=sys.stderr, flush=True)
     return status
 
-# %% ../nbs/90_cli.ipynb #2acd37e3
+# %% ../nbs/90_cli.ipynb #b716eb93
 def main(
     argv=None,  # words of the command line; None: those of this process
 ) -> int:

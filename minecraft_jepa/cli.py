@@ -8,7 +8,7 @@ __all__ = ['PresetName', 'Device', 'Biome', 'COMMANDS', 'WrongUse', 'DownloadCom
            'DemoCommand', 'EvaluateCommand', 'StudyCommand', 'read_seeds', 'RecordCommand', 'usage', 'read_command',
            'main']
 
-# %% ../nbs/90_cli.ipynb #c7f0bcad
+# %% ../nbs/90_cli.ipynb #ff7cc0b8
 import contextlib
 import inspect
 import io
@@ -41,7 +41,7 @@ from minecraft_jepa.config import (
 )
 from .utils import _unknown
 
-# %% ../nbs/90_cli.ipynb #a70c4574
+# %% ../nbs/90_cli.ipynb #e38acad0
 class WrongUse(Exception):
     """A command line that can be read and can't be meant; the exit status is 2."""
 
@@ -71,7 +71,7 @@ def _own_words(words):
     except ImportError as e:
         raise ImportError(f"{e}: {words}") from e
 
-# %% ../nbs/90_cli.ipynb #00e4cdf1
+# %% ../nbs/90_cli.ipynb #ad4b250a
 @dataclass
 class DownloadCommand:
     """Fetch recordings that an index lists; go on with what is left.
@@ -118,7 +118,7 @@ class DownloadCommand:
             f"{self.folder}: not one of {len(names)} recordings can be used: {reason}"
         )
 
-# %% ../nbs/90_cli.ipynb #3d0ee831
+# %% ../nbs/90_cli.ipynb #5096b165
 @dataclass
 class StoreCommand:
     """Decode recordings into a clip store, once.
@@ -197,7 +197,7 @@ class ShardsCommand:
         size = sum(shard["bytes"] for shard in about["shards"])
         print(f"{self.url}: {len(about['shards'])} tars, {size / 2**20:.1f} MiB")
 
-# %% ../nbs/90_cli.ipynb #36516825
+# %% ../nbs/90_cli.ipynb #6a8d8859
 _SECTIONS = [f.name for f in fields(Config) if f.name != "name"]
 
 
@@ -261,7 +261,7 @@ class TrainCommand:
             print(json.dumps({key: report[key] for key in keys}))
         leave_processes()
 
-# %% ../nbs/90_cli.ipynb #0aaadcfa
+# %% ../nbs/90_cli.ipynb #6ff6c6d1
 @dataclass
 class RemotePackCommand:
     """Put recordings into parts that can be sent to another machine.
@@ -325,7 +325,7 @@ class RemoteBringCommand:
             "what belonged to others that stood there is gone"
         )
 
-# %% ../nbs/90_cli.ipynb #4ee5a4ca
+# %% ../nbs/90_cli.ipynb #014151c4
 @dataclass
 class ImagineCommand:
     """Imagine a future from one frame of a recording, and draw it as a GIF.
@@ -375,7 +375,10 @@ class ImagineCommand:
         history, name = model.config.conditioner.ticks, self.recording.stem
         store = ClipStore.build(self.recording.parent, model.config.frame, names=[name])
         tick = walking(store, name, history, ticks) if self.tick is None else self.tick
-        frames, actions = store.window(name, tick, history, ticks)
+        try:
+            frames, actions = store.window(name, tick, history, ticks)
+        except IndexError as e:
+            raise WrongUse(str(e)) from None
         actions = self._held(actions, history)
         print(f"{name}, tick {tick}: one frame is given, {ticks} ticks are imagined")
         steps = {} if self.steps is None else {"steps": self.steps}
@@ -388,7 +391,7 @@ class ImagineCommand:
         return panels | ({} if self.hold else {"real": real}), actions[history - 1 :]
 
     def _held(self, actions, history):
-        """The actions, (history - 1 + ticks, 28), with what is to be held in place of the future."""
+        """The actions, (history - 1 + ticks, 28); those to come are what is to be held."""
         if self.hold is None:
             return actions
         import torch
@@ -403,7 +406,7 @@ class ImagineCommand:
         held = torch.from_numpy(held_actions(self.hold, len(actions) - len(past)))
         return torch.cat([past, held.to(past.dtype)])
 
-# %% ../nbs/90_cli.ipynb #6c6b9e1a
+# %% ../nbs/90_cli.ipynb #cb454c95
 @dataclass
 class DemoCommand:
     """One second imagined by the shipped weights, beside the real one.
@@ -423,7 +426,7 @@ class DemoCommand:
 
         demo(str(self.data), str(self.weights), str(self.out), seed=self.seed)
 
-# %% ../nbs/90_cli.ipynb #3fdf718d
+# %% ../nbs/90_cli.ipynb #9a5fc64e
 def _failures():
     """What ends a notebook: an error in a cell, or a kernel that died."""
     import importlib
@@ -481,7 +484,7 @@ class EvaluateCommand:
         print(f"{self.out / 'evaluate.json'}: the numbers; figures beside it, all of it in {copy}")
         return 0
 
-# %% ../nbs/90_cli.ipynb #bf61205e
+# %% ../nbs/90_cli.ipynb #ebffea27
 @dataclass
 class StudyCommand:
     """Run the study's notebooks in order: training, evaluation, figures.
@@ -528,7 +531,7 @@ class StudyCommand:
             return 1
         return 0
 
-# %% ../nbs/90_cli.ipynb #1b70f882
+# %% ../nbs/90_cli.ipynb #19eb95c4
 def read_seeds(
     text,  # such as '301-324' or '7,9,20-22'
 ) -> list[int]:
@@ -548,7 +551,7 @@ def read_seeds(
         )
     return seeds
 
-# %% ../nbs/90_cli.ipynb #65bc1f6c
+# %% ../nbs/90_cli.ipynb #ae59dfeb
 Biome = Literal[
     "coniferous_forest",
     "deciduous_forest",
@@ -615,7 +618,7 @@ class RecordCommand:
                 return True
         return False
 
-# %% ../nbs/90_cli.ipynb #a4dd32b1
+# %% ../nbs/90_cli.ipynb #7f7e69a3
 COMMANDS = {
     "download": DownloadCommand,
     "store": StoreCommand,
@@ -655,7 +658,7 @@ def usage(
 def _summary(command):
     return inspect.getdoc(command).splitlines()[0]
 
-# %% ../nbs/90_cli.ipynb #da726ef6
+# %% ../nbs/90_cli.ipynb #c73a840b
 def _whole(words):
     """A whole number as people write it: 1000, 1_000, 1e3."""
     (text,) = words
@@ -663,7 +666,7 @@ def _whole(words):
         return int(text)
     except ValueError:
         number = float(text)
-    if number != int(number):
+    if not number.is_integer():
         raise ValueError(f"{text} is not a whole number")
     return int(number)
 
@@ -713,7 +716,7 @@ def _option_of(word):
             return option if is_flag else f"{option} {value}"
     return ""
 
-# %% ../nbs/90_cli.ipynb #59db885a
+# %% ../nbs/90_cli.ipynb #7ea66b34
 def read_command(
     name,  # in COMMANDS
     words,  # of the command line, after the name
@@ -753,7 +756,7 @@ def _preset_in(words):
             asked = word.partition("=")[2]
     return asked if asked in PRESETS else "tiny"
 
-# %% ../nbs/90_cli.ipynb #2ea5d0e5
+# %% ../nbs/90_cli.ipynb #efb4bf82
 def _split_words(words):
     """(name of the command, the words after it). WrongUse names what is no command."""
     if not words:
@@ -792,7 +795,7 @@ def _complain(program, text, status):
     print(f"{program}: {text}", file=sys.stderr, flush=True)
     return status
 
-# %% ../nbs/90_cli.ipynb #b716eb93
+# %% ../nbs/90_cli.ipynb #ab05867f
 def main(
     argv=None,  # words of the command line; None: those of this process
 ) -> int:

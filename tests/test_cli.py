@@ -1,4 +1,4 @@
-"""The command `minecraft-jepa`: its help, its words, its exit status, one line for what is wrong."""
+"""The command `minecraft-jepa`: its help, its words, its exit status, a line for what is wrong."""
 
 import inspect
 import json
@@ -325,5 +325,5 @@ def test_a_future_is_drawn_as_a_gif(tmp_path, capsys):
     assert "PSNR" not in capsys.readouterr().out  # what was recorded is another future
     assert (tmp_path / "held.gif").read_bytes() != (tmp_path / "real.gif").read_bytes()
     refused(capsys, [*words, *held, "lfet"], "did you mean 'left'", 2)
-    refused(capsys, [*words, *out, "--tick", "5"], "no window at tick 5")
+    refused(capsys, [*words, *out, "--tick", "5"], "no window at tick 5", 2)
     refused(capsys, [*words, *out, "--ticks", "0"], "ticks=0 must be at least 1")

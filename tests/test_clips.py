@@ -243,7 +243,9 @@ def test_changed_source_is_refused_and_decoded_anew(folder, tmp_path, suffix, ch
         match=f"{SHORT} has changed since.*minecraft-jepa store {folder} {tmp_path}/store --preset tiny",
     ):
         ClipStore.open(tmp_path / "store", FRAME, folder)
-    assert main(["store", str(folder), str(tmp_path / "store"), "--preset", "tiny"]) == 0  # the command it names
+    assert (
+        main(["store", str(folder), str(tmp_path / "store"), "--preset", "tiny"]) == 0
+    )  # the command it names
     assert not np.array_equal(ClipStore.open(tmp_path / "store", FRAME, folder)[SHORT].actions, old)
     assert clips(tmp_path / "store") == [SHORT]
 

@@ -7,6 +7,7 @@ import numpy as np
 from minecraft_jepa.data.actions import NOOP
 from minecraft_jepa.demo import table_lines, walking
 
+
 def test_the_moment_is_the_walk_with_the_least_turn():
     actions = np.tile(NOOP, (100, 1))
     actions[20:90, 0] = 1  # forward

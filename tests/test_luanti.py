@@ -185,9 +185,7 @@ def test_without_a_package_the_command_says_one_line():
     done = python(code, stderr=subprocess.PIPE)
     told = done.communicate()[1]
     assert done.returncode == 1 and told.count("\n") == 1
-    assert told.startswith(
-        "minecraft-jepa record: gymnasium is needed to play Luanti: pip install"
-    )
+    assert told.startswith("minecraft-jepa record: gymnasium is needed to play Luanti: pip install")
 
 
 def test_without_the_game_nothing_is_asked_of_what_is_there_already(monkeypatch, tmp_path, capsys):

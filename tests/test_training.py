@@ -828,13 +828,12 @@ def test_a_checkpoint_that_is_not_sound_is_passed_over(store, tmp_path, monkeypa
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-def test_the_same_run_started_twice_is_told(store, few, tmp_path, monkeypatch):
+def test_the_same_run_started_twice_is_told(store, few, tmp_path, capsys):
     hold = checkpoints._Hold(tmp_path / "out")
     with pytest.raises(checkpoints.InUseError, match="a run is at work here already .process"):
         train_world_model(preset("tiny", **TINY), store, TRAIN, HELD_OUT, folder=tmp_path / "out")
-    refused(
-        command(few, tmp_path / "out"), f"a run is at work here already .process {os.getpid()} on "
-    )
+    words = command(few, tmp_path / "out")
+    refused(capsys, words, f"a run is at work here already .process {os.getpid()} on ")
     hold.release()
     train_world_model(
         preset("tiny", **TINY), store, TRAIN, HELD_OUT, steps=1, folder=tmp_path / "out"
@@ -1007,7 +1006,9 @@ def test_the_same_command_after_a_collapse_alarm_says_so_and_goes_on_only_when_t
     words = command(few, tmp_path / "out", rank_alarm=2.0, steps=6)
     refused(capsys, words, "step 2: the latent is collapsing")
     refused(
-        capsys, words, "was stopped at step 2: the latent is collapsing.*To go on all the same: --go-on"
+        capsys,
+        words,
+        "was stopped at step 2: the latent is collapsing.*To go on all the same: --go-on",
     )
     assert main([*words, "--go-on"]) == 0
     assert json.loads((tmp_path / "out/training.json").read_text())["steps"] == 6

@@ -818,6 +818,9 @@ def main(
         return _complain(program, "stopped; the same command goes on from here", 1)
     except SystemExit as e:  # tyro has printed the help
         return e.code or 0
+    except BrokenPipeError:  # who read what is printed has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as e:
         if not _is_told(e):
             raise

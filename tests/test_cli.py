@@ -222,6 +222,15 @@ def test_a_full_memory_is_told_with_a_remedy(capsys, monkeypatch):
     refused(capsys, FEW, "out of memory.*--train.checkpoint-activations", 1)
 
 
+def test_a_reader_that_leaves_early_is_no_fault():
+    source = (
+        "import os, subprocess, sys; r, w = os.pipe(); os.close(r); "
+        "words = [sys.executable, '-m', 'minecraft_jepa', 'train', '--help']; "
+        "print(subprocess.run(words, stdout=w, stderr=subprocess.PIPE).stderr.decode())"
+    )
+    assert in_a_process(source=source).stdout.strip() == ""
+
+
 def test_a_fault_of_the_code_keeps_its_traceback(monkeypatch):
     def fail(self):
         raise KeyError("typo")

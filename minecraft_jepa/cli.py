@@ -157,7 +157,7 @@ class StoreCommand:
             f"{size / 2**20:.0f} MiB"
         )
 
-
+# %% ../nbs/90_cli.ipynb #1c6b9567
 @dataclass
 class ShardsCommand:
     """Write a clip store as WebDataset tars that are streamed from a disk, S3 or the web.
@@ -200,7 +200,7 @@ class ShardsCommand:
 # %% ../nbs/90_cli.ipynb #6a8d8859
 _SECTIONS = [f.name for f in fields(Config) if f.name != "name"]
 
-
+# %% ../nbs/90_cli.ipynb #01a8b1ba
 @dataclass
 class TrainCommand:
     """Train world model and decoders; go on where a killed run stood.
@@ -282,7 +282,7 @@ class RemotePackCommand:
         for part in pack(self.recordings, self.parts, int(self.limit * MIB), self.wheel):
             print(f"{part}  {part.stat().st_size / MIB:.1f} MiB")
 
-
+# %% ../nbs/90_cli.ipynb #c46e5bb0
 @dataclass
 class RemoteTrainCommand:
     """Train from parts, within a time; the weights come in parts too.
@@ -325,6 +325,53 @@ class RemoteBringCommand:
             "what belonged to others that stood there is gone"
         )
 
+# %% ../nbs/90_cli.ipynb #cdc7ade7
+def _held(hold, actions, history):
+    """The actions, (history - 1 + ticks, 28); those to come are what is to be held."""
+    if hold is None:
+        return actions
+    import torch
+
+    from minecraft_jepa.data.actions import ACTION_NAMES
+    from minecraft_jepa.evaluation.rollouts import held_actions
+
+    known = ["nothing", "left", "right", "up", "down", *ACTION_NAMES]
+    if hold not in known:
+        raise WrongUse(_unknown("action to hold", hold, known))
+    past = actions[: history - 1]
+    held = torch.from_numpy(held_actions(hold, len(actions) - len(past)))
+    return torch.cat([past, held.to(past.dtype)])
+
+
+def _imagine(command):
+    """{caption: frames (1 + ticks, 3, H, W) uint8} of an ImagineCommand, and the actions shown."""
+    from minecraft_jepa.data.clip_store import ClipStore
+    from minecraft_jepa.demo import imagined, walking
+    from minecraft_jepa.model.decoders import DiT, RegressionHead
+    from minecraft_jepa.model.world_model import WorldModel
+    from minecraft_jepa.utils import check_device, whole_number
+
+    ticks, device = whole_number(command.ticks, "ticks", 1), check_device(_device(command.device))
+    networks = (WorldModel, DiT, RegressionHead)
+    model, dit, head = (net.from_pretrained(command.weights).to(device) for net in networks)
+    history, name = model.config.conditioner.ticks, command.recording.stem
+    store = ClipStore.build(command.recording.parent, model.config.frame, names=[name])
+    tick = walking(store, name, history, ticks) if command.tick is None else command.tick
+    try:
+        frames, actions = store.window(name, tick, history, ticks)
+    except IndexError as e:
+        raise WrongUse(str(e)) from None
+    actions = _held(command.hold, actions, history)
+    print(f"{name}, tick {tick}: one frame is given, {ticks} ticks are imagined")
+    steps = {} if command.steps is None else {"steps": command.steps}
+    decoders = {
+        "imagined (diffusion)": lambda z: dit.decode(z, seed=command.seed, **steps).cpu(),
+        "imagined (preview)": lambda z: head.decode(z).cpu(),
+    }
+    panels = imagined(model, decoders, frames.to(device), actions.to(device))
+    real = panels.pop("real").cpu()
+    return panels | ({"real": real} if command.hold is None else {}), actions[history - 1 :]
+
 # %% ../nbs/90_cli.ipynb #014151c4
 @dataclass
 class ImagineCommand:
@@ -354,57 +401,12 @@ class ImagineCommand:
         from minecraft_jepa.evaluation.pixels import psnr
         from minecraft_jepa.viz.video import save_gif, side_by_side
 
-        panels, actions = self._imagine()
+        panels, actions = _imagine(self)
         path = save_gif(side_by_side(panels, actions), self.out)
         if "real" in panels:
             values = psnr(panels["imagined (diffusion)"][1:], panels["real"][1:])
             print(f"PSNR of the last frame: {float(values[-1]):.1f} dB")
         print(path)
-
-    def _imagine(self):
-        """Caption -> frames, and the actions that they show."""
-        from minecraft_jepa.data.clip_store import ClipStore
-        from minecraft_jepa.demo import imagined, walking
-        from minecraft_jepa.model.decoders import DiT, RegressionHead
-        from minecraft_jepa.model.world_model import WorldModel
-        from minecraft_jepa.utils import check_device, whole_number
-
-        ticks, device = whole_number(self.ticks, "ticks", 1), check_device(_device(self.device))
-        networks = (WorldModel, DiT, RegressionHead)
-        model, dit, head = (net.from_pretrained(self.weights).to(device) for net in networks)
-        history, name = model.config.conditioner.ticks, self.recording.stem
-        store = ClipStore.build(self.recording.parent, model.config.frame, names=[name])
-        tick = walking(store, name, history, ticks) if self.tick is None else self.tick
-        try:
-            frames, actions = store.window(name, tick, history, ticks)
-        except IndexError as e:
-            raise WrongUse(str(e)) from None
-        actions = self._held(actions, history)
-        print(f"{name}, tick {tick}: one frame is given, {ticks} ticks are imagined")
-        steps = {} if self.steps is None else {"steps": self.steps}
-        decoders = {
-            "imagined (diffusion)": lambda z: dit.decode(z, seed=self.seed, **steps).cpu(),
-            "imagined (preview)": lambda z: head.decode(z).cpu(),
-        }
-        panels = imagined(model, decoders, frames.to(device), actions.to(device))
-        real = panels.pop("real").cpu()
-        return panels | ({} if self.hold else {"real": real}), actions[history - 1 :]
-
-    def _held(self, actions, history):
-        """The actions, (history - 1 + ticks, 28); those to come are what is to be held."""
-        if self.hold is None:
-            return actions
-        import torch
-
-        from minecraft_jepa.data.actions import ACTION_NAMES
-        from minecraft_jepa.evaluation.rollouts import held_actions
-
-        known = ["nothing", "left", "right", "up", "down", *ACTION_NAMES]
-        if self.hold not in known:
-            raise WrongUse(_unknown("action to hold", self.hold, known))
-        past = actions[: history - 1]
-        held = torch.from_numpy(held_actions(self.hold, len(actions) - len(past)))
-        return torch.cat([past, held.to(past.dtype)])
 
 # %% ../nbs/90_cli.ipynb #cb454c95
 @dataclass
@@ -567,7 +569,7 @@ Biome = Literal[
     "cold_desert",
 ]
 
-
+# %% ../nbs/90_cli.ipynb #530c3f55
 @dataclass
 class RecordCommand:
     """Record Luanti in VPT format, one recording a world, in real time.

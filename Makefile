@@ -20,7 +20,7 @@ KNOWN = PRESET STEPS SEED DEVICE DATA OUT PYTHON
 $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(if $(filter $v,$(KNOWN) MAKEFLAGS -%),,$(error unknown variable $v; known: $(KNOWN)))))
 
 BIN = .venv/bin
-STUDY = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m minecraft_jepa.study
+STUDY = OMP_WAIT_POLICY=PASSIVE $(BIN)/minecraft-jepa study
 SETTINGS = --preset '$(PRESET)' --steps '$(STEPS)' --seed '$(SEED)' --device '$(DEVICE)' \
 	--data '$(DATA)' --out '$(OUT)'
 # One test process a core, each with one thread that does not spin
@@ -32,7 +32,7 @@ help:
 	@grep '^# make' Makefile | cut -c3-
 
 demo: .venv/installed
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m minecraft_jepa.demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/minecraft-jepa demo
 
 study: .venv/installed
 	$(STUDY) $(SETTINGS)

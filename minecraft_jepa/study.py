@@ -406,16 +406,3 @@ def run_study(
         f"done in {clock(time.monotonic() - start)}: figures in {out_dir}, executed notebooks in {runs}"
     )
     return took
-
-# %% ../nbs/80_study.ipynb #4d8ede5c
-def _failures():
-    """What ends a notebook: an error in a cell, or a kernel that died."""
-    _papermill()
-    of_papermill = importlib.import_module("papermill.exceptions").PapermillExecutionError
-    return of_papermill, importlib.import_module("nbclient.exceptions").DeadKernelError
-
-
-def _fail(text):
-    """Say it on stderr; the exit status."""
-    print(text, file=sys.stderr)
-    return 1

@@ -17,9 +17,6 @@ import random
 import re
 from pathlib import Path
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 # %% ../nbs/00_utils.ipynb #e83d2e3f
 def whole_number(
     value,  # of any whole type: int, NumPy's, a tensor of one element
@@ -211,6 +208,9 @@ def count_flops(
     call,  # function without arguments
 ):
     """Floating-point operations of the matrix products in one `call`. Source: torch.utils.flop_counter."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call()
     return counter.get_total_flops()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from contractor import line, lines_of, name_of, with_mouse, write_pair
 
+from minecraft_jepa.cli import main
 from minecraft_jepa.config import preset
 from minecraft_jepa.data.actions import ACTION_NAMES
 from minecraft_jepa.data.checks import find_recordings, read_checks
@@ -127,7 +128,7 @@ def fetched(tmp_path_factory):
     server.files["/minecraft-rl/snapshots/made-up.json"] = BOM + json.dumps(index).encode()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     vpt = folder / "vpt"
-    download.main([str(vpt), "--index", f"{base}snapshots/made-up.json"])  # ends with 0
+    assert main(["download", str(vpt), "--index", f"{base}snapshots/made-up.json"]) == 0
     server.shutdown()
     server.server_close()
     return vpt

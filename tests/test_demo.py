@@ -1,16 +1,11 @@
 "The first picture: what stops it is told in one line."
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
-from minecraft_jepa.cli import main
 
 from minecraft_jepa.data.actions import NOOP
 from minecraft_jepa.demo import table_lines, walking
-
-DATA = Path(__file__).parent.parent / "data"
 
 
 def test_the_moment_is_the_walk_with_the_least_turn():
@@ -25,27 +20,6 @@ def test_the_moment_is_the_walk_with_the_least_turn():
     )(store)
     t = walking(found, "a", 10, 20)
     assert 50 <= t <= 70
-
-
-@pytest.mark.parametrize(
-    "words, named",
-    [
-        (["--data", "nowhere"], "nowhere: no such folder"),
-        (["--weights", "nowhere"], "nowhere: no such folder"),
-        (["--sed", "1"], "--sed"),
-    ],
-)
-def test_wrong_command_line_names_what_is_wrong(words, named, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--data", str(DATA), "--weights", str(DATA / "weights/tiny"), *words])
-    assert stop.value.code == 2 and named in capsys.readouterr().err
-
-
-def test_weights_that_do_not_say_what_they_saw_are_told(tmp_path, capsys):
-    assert (
-        main(["--data", str(DATA), "--weights", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
-    )
-    assert "training.json" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_an_error_of_nothing_has_a_table_too():

@@ -24,8 +24,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import refused
 from soak import repeats
 
+from minecraft_jepa.cli import main
 from minecraft_jepa.data import download, transfer
 from minecraft_jepa.data.checks import check_folder, find_recordings
 from minecraft_jepa.data.download import fetch, read_ledger
@@ -524,12 +526,12 @@ def test_killed_at_random_it_ends_with_every_byte(server, tmp_path):
     )
 
 
-def test_command_line_from_index_to_split(server, tmp_path):
+def test_command_line_from_index_to_split(server, tmp_path, capsys):
     entries = offer(server, 6)
     server.files["/snapshots/toy.json"] = json.dumps(
         {"basedir": server.base, "relpaths": [path_of(e)[1:] for e in entries]}
     ).encode()
-    words = [sys.executable, "-m", "minecraft_jepa.download", str(tmp_path / "vpt")]
+    words = [sys.executable, "-m", "minecraft_jepa", "download", str(tmp_path / "vpt")]
     done = subprocess.run(
         [*words, "--index", f"{server.base}snapshots/toy.json", "--hours", "0.4", "--seed", "3"],
         cwd=ROOT,
@@ -542,8 +544,8 @@ def test_command_line_from_index_to_split(server, tmp_path):
     )
     split = split_recordings(tmp_path / "vpt")
     assert sum(map(len, split.values())) == 5 and all(split.values())
-    with pytest.raises(SystemExit, match="HTTP 404; known snapshots"):
-        download.main([str(tmp_path / "vpt"), "--index", f"{server.base}snapshots/none.json"])
+    words = ["download", tmp_path / "vpt", "--index", f"{server.base}snapshots/none.json"]
+    refused(capsys, words, "HTTP 404; known snapshots")
 
 
 @cache
@@ -672,7 +674,7 @@ def test_certificates_that_are_not_there_are_named(no_proxies, tmp_path):
         transfer._open_client()
 
 
-def test_fetch_and_index_name_the_proxy(no_proxies, server, tmp_path):
+def test_fetch_and_index_name_the_proxy(no_proxies, server, tmp_path, capsys):
     entries = offer(server)
     write_manifest(tmp_path, entries)
     no_proxies.setenv("all_proxy", "socks://127.0.0.1:9")
@@ -680,8 +682,7 @@ def test_fetch_and_index_name_the_proxy(no_proxies, server, tmp_path):
         with pytest.raises(DownloadError, match="^all_proxy=socks://"):
             call()
     assert not server.asked
-    with pytest.raises(SystemExit, match="^python -m minecraft_jepa.download: all_proxy="):
-        download.main([str(tmp_path)])
+    refused(capsys, ["download", tmp_path], "^minecraft-jepa download: all_proxy=")
 
 
 BAD_ADDRESSES = [
@@ -777,35 +778,36 @@ def test_every_file_refused_is_no_success(server, tmp_path, capsys, fault, why):
     entries = offer(server)
     for path in server.files:
         server.faults[path] = fault
-    with pytest.raises(SystemExit) as e:
-        download.main([str(tmp_path / "v"), "--index", str(listed(server, tmp_path, entries))])
-    assert (
-        e.value.code
-        == f"python -m minecraft_jepa.download: {tmp_path / 'v'}: not one of 3 recordings can be used: {why}"
+    words = ["download", str(tmp_path / "v"), "--index", str(listed(server, tmp_path, entries))]
+    assert main(words) == 1
+    said = capsys.readouterr()
+    told = said.err.splitlines()[-1]
+    assert told == (
+        f"minecraft-jepa download: {tmp_path / 'v'}: not one of 3 recordings can be used: {why}"
     )
     assert {(r["status"], r["why"]) for r in read_ledger(tmp_path / "v").values()} == {
         ("failed", why)
     }
-    assert f"  6 failed: {why} (" in capsys.readouterr().out
+    assert f"  6 failed: {why} (" in said.out
 
 
-def test_every_file_missing_is_no_success(server, tmp_path):
+def test_every_file_missing_is_no_success(server, tmp_path, capsys):
     entries = offer(server)
     index = listed(server, tmp_path, entries)
     server.files.clear()
-    with pytest.raises(SystemExit, match="not one of 3 recordings can be used: HTTP 404"):
-        download.main([str(tmp_path / "v"), "--index", str(index)])
+    assert main(["download", str(tmp_path / "v"), "--index", str(index)]) == 1
+    assert "not one of 3 recordings can be used: HTTP 404" in capsys.readouterr().err
 
 
-def test_every_file_broken_is_no_success(server, tmp_path):
+def test_every_file_broken_is_no_success(server, tmp_path, capsys):
     entries = offer(server)
     for path in server.files:
         if path.endswith(".mp4"):
             server.files[path] = b"<html>log in</html>"
-    with pytest.raises(
-        SystemExit, match="not one of 3 recordings can be used: NAME.mp4: not a readable video"
-    ):
-        download.main([str(tmp_path / "v"), "--index", str(listed(server, tmp_path, entries))])
+    words = ["download", str(tmp_path / "v"), "--index", str(listed(server, tmp_path, entries))]
+    assert main(words) == 1
+    why = "not one of 3 recordings can be used: NAME.mp4: not a readable video"
+    assert why in capsys.readouterr().err
 
 
 def test_some_files_refused_are_named_the_most_frequent_reason_first(server, tmp_path, capsys):
@@ -813,7 +815,8 @@ def test_some_files_refused_are_named_the_most_frequent_reason_first(server, tmp
     for e in entries[:2]:
         server.faults[path_of(e)] = (403, "Blocked", b"", {})
     server.faults[path_of(entries[2])] = 401
-    download.main([str(tmp_path / "v"), "--index", str(listed(server, tmp_path, entries))])
+    words = ["download", str(tmp_path / "v"), "--index", str(listed(server, tmp_path, entries))]
+    assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-3].endswith("7 files done, 3 files failed; ledger.ndjson has a row for each")
     assert (

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import refused
 from soak import repeats
 
+from minecraft_jepa.cli import main
 from minecraft_jepa.data.actions import KEYS, NOOP, encode_actions
 from minecraft_jepa.data.checks import check_recording, find_recordings
 from minecraft_jepa.data.recordings import open_recording
@@ -158,17 +160,15 @@ def test_without_the_game_the_error_tells_how_to_get_it(monkeypatch, tmp_path, c
         match="minetest and Xvfb not found: sudo apt-get install --no-install-recommends minetest xvfb",
     ):
         LuantiEnv().reset(seed=0)
-    assert (
-        recorder.main([str(tmp_path), "--seeds", "1", "--minutes", "0.1"]) == 1
-        and "sudo apt-get install" in capsys.readouterr().err
-    )
+    words = ["record", tmp_path, "--seeds", "1", "--minutes", "0.1"]
+    refused(capsys, words, "sudo apt-get install")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("package", ["gymnasium", "Xlib"])
 def test_without_a_package_the_error_tells_how_to_get_it(package):
     done = python(
-        f"import sys; sys.modules['{package}'] = None\ntry: import minecraft_jepa.recorder\nexcept ImportError as e: print(e)"
+        f"import sys; sys.modules['{package}'] = None\ntry: import minecraft_jepa.game.recorder\nexcept ImportError as e: print(e)"
     )
     told = done.communicate()[0]
     assert (
@@ -178,21 +178,22 @@ def test_without_a_package_the_error_tells_how_to_get_it(package):
 
 
 def test_without_a_package_the_command_says_one_line():
-    code = "import runpy, sys; sys.modules['gymnasium'] = None; sys.argv = ['recorder', '--help']; runpy.run_module('minecraft_jepa.recorder', run_name='__main__', alter_sys=True)"
+    code = (
+        "import sys; sys.modules['gymnasium'] = None; from minecraft_jepa.cli import main; "
+        "sys.exit(main(['record', 'nowhere', '--seeds', '1']))"
+    )
     done = python(code, stderr=subprocess.PIPE)
     told = done.communicate()[1]
     assert done.returncode == 1 and told.count("\n") == 1
-    assert told.startswith(
-        "python -m minecraft_jepa.recorder: gymnasium is needed to play Luanti: pip install"
-    )
+    assert told.startswith("minecraft-jepa record: gymnasium is needed to play Luanti: pip install")
 
 
 def test_without_the_game_nothing_is_asked_of_what_is_there_already(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(shutil, "which", lambda name, path: None)
     for suffix in (".mp4", ".jsonl"):
         (tmp_path / f"world-1{suffix}").touch()
-    assert recorder.main([str(tmp_path), "--seeds", "1"]) == 0
-    assert recorder.main([str(tmp_path), "--seeds", "1-9"]) == 1
+    assert main(["record", str(tmp_path), "--seeds", "1"]) == 0
+    assert main(["record", str(tmp_path), "--seeds", "1-9"]) == 1
     assert capsys.readouterr().err.count("sudo apt-get install") == 1  # not once for each world
 
 
@@ -610,7 +611,8 @@ def test_recording_is_read_by_the_reader(tmp_path):
 @needs_game
 def test_killed_recording_leaves_nothing_that_looks_whole(tmp_path):
     process = python(
-        "import sys; from minecraft_jepa.cli import main; main([sys.argv[1], '--seeds', '4', '--minutes', '5', '--width', '128', '--height', '72'])",
+        "import sys; from minecraft_jepa.cli import main; main(['record', sys.argv[1], "
+        "'--seeds', '4', '--minutes', '5', '--width', '128', '--height', '72'])",
         tmp_path,
     )
     try:

@@ -37,7 +37,9 @@ def processes():
     return context
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT / "nbs")))
+@pytest.mark.parametrize(
+    "notebook", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT / "nbs"))
+)
 def test_notebook_runs(notebook, processes, tmp_path):
     output = tmp_path / "output.txt"
     process = processes.Process(target=run, args=(notebook, output, str(tmp_path / "cache")))

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -41,16 +42,16 @@ for module in sys.argv[2:]:
 
 
 def test_without_extras_a_module_is_imported_or_says_what_to_install():
-    modules = sorted(p.stem for p in (ROOT / "minecraft_jepa").glob("[a-z]*.py"))
+    package = ROOT / "minecraft_jepa"
+    paths = [p.relative_to(package).with_suffix("") for p in package.rglob("[a-z]*.py")]
+    modules = sorted(".".join(path.parts) for path in paths)
     words = [sys.executable, "-c", ALONE, " ".join(EXTRAS), *modules]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     stopped = [line.split(" ", 1) for line in done.stdout.splitlines()]
-    assert (
-        {"luanti", "recorder"}
-        <= {module for module, _ in stopped}
-        <= {"luanti", "recorder", "study"}
-    )
+    game = {m for m in modules if m.startswith("game.")}
+    assert "game.luanti" in game
+    assert game <= {module for module, _ in stopped} <= game | {"study"}
     for module, why in stopped:
         assert "pip install" in why, f"{module}: {why}"
 
@@ -70,3 +71,42 @@ def test_unpacked_source_has_no_tests_without_their_data(tmp_path):
         names = {n.partition("/")[2] for n in tar.getnames()}
     assert not [n for n in names if "test" in n]
     assert {f"minecraft_jepa/{p.name}" for p in (ROOT / "minecraft_jepa").glob("*.py")} <= names
+
+
+def test_wheel_holds_every_sub_package_and_the_command(tmp_path):
+    """What pip installs: the modules of all folders, and `minecraft-jepa`."""
+    pytest.importorskip("setuptools", "77")
+    copy = tmp_path / "copy"
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "minecraft_jepa", copy / "minecraft_jepa", ignore=ignore)
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    code = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=copy, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next((copy / "dist").glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+        (entry_points,) = [n for n in names if n.endswith("entry_points.txt")]
+        commands = wheel.read(entry_points).decode()
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "minecraft_jepa").rglob("*.py")}
+    assert "minecraft_jepa/training/trainer.py" in modules
+    assert modules <= names
+    assert "minecraft-jepa = minecraft_jepa.cli:main" in commands
+    assert not [n for n in names if n.startswith(("tests/", "nbs/", "data/"))]
+
+
+def test_the_installed_command_is_the_one_of_the_package():
+    """`minecraft-jepa` beside this Python, and `python -m minecraft_jepa`, say the same."""
+    script = Path(sys.executable).parent / "minecraft-jepa"
+    if not script.is_file():
+        pytest.skip("the package is not installed")
+    said = []
+    for program in ([script], [sys.executable, "-m", "minecraft_jepa"]):
+        done = subprocess.run(
+            [*program, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said[0] == said[1]
+    assert "minecraft-jepa COMMAND" in said[0]

@@ -358,18 +358,3 @@ def test_no_folder_of_something_else_is_emptied_for_parts(tmp_path):
     (run / "parts/parts.json").unlink()  # a kill came before it
     cut_weights(run, run / "parts", MIB)
     bring(run / "parts", tmp_path / "weights")
-
-
-def test_command_line_tells_faults_in_a_line(tmp_path):
-    (tmp_path / "part-000.tar").write_bytes(b"no tar")
-    for words in (
-        ["pack", tmp_path, tmp_path / "out"],
-        ["train", tmp_path, tmp_path / "run"],
-        ["bring", tmp_path, tmp_path / "weights"],
-    ):
-        with pytest.raises(SystemExit) as e:
-            remote.main([str(w) for w in words])
-        assert (
-            str(e.value.code).startswith("python -m minecraft_jepa.remote: ")
-            and "\n" not in e.value.code
-        )

@@ -6,7 +6,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import socket
@@ -18,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import refused
 from safetensors.torch import load_file, save_file
 from soak import repeats
 
+from minecraft_jepa.cli import _option_of, main
 from minecraft_jepa.config import preset
 from minecraft_jepa.data import loader
 from minecraft_jepa.data.clip_store import ClipStore
@@ -68,7 +69,7 @@ loader._LOOK = 16  # fewer windows to validate on
 
 # Processes are forked from one that has imported torch: a start costs tenths of a second.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["minecraft_jepa.training", "pytest"])
+FORKS.set_forkserver_preload(["minecraft_jepa.training.pipeline", "pytest"])
 
 
 @pytest.fixture(scope="module")
@@ -583,34 +584,18 @@ def few(store, tmp_path):
 
 
 def command(data, out, *more, **changes):
-    "Words of the command line."
+    "Words of the command line; `changes` are settings by their short names."
     settings = (
         TINY | {"steps": 4, "decoder_steps": 3, "evaluate_every": 2, "save_every": 2} | changes
     )
-    return [
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        "--device",
-        "cpu",
-        *more,
-        *(f"{k}={v}" for k, v in settings.items()),
-    ]
-
-
-def refused(words, match):
-    "The command ends with one line."
-    with pytest.raises(SystemExit) as e:
-        training.main(words)
-    assert isinstance(e.value.code, str) and "\n" not in e.value.code
-    assert re.search(match, e.value.code), e.value.code
+    options = [word for k, v in settings.items() for word in _option_of(f"{k}={v}").split()]
+    return ["train", "--data", str(data), "--out", str(out), "--device", "cpu", *more, *options]
 
 
 def test_command_line_trains_and_goes_on(few, tmp_path, capsys):
     words = command(few, tmp_path / "run")
     done = subprocess.run(
-        [sys.executable, "-m", "minecraft_jepa.training", *words],
+        [sys.executable, "-m", "minecraft_jepa", *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -621,9 +606,9 @@ def test_command_line_trains_and_goes_on(few, tmp_path, capsys):
     assert (told["train"], told["validation"]) == (TRAIN, HELD_OUT) and set(
         weights(tmp_path / "run")
     ) == {"dit.safetensors", "head.safetensors", "world_model.safetensors"}
-    training.main(words)
+    assert main(words) == 0
     assert "trained already" in capsys.readouterr().out
-    refused([*words, "stpes=4"], "did you mean 'steps'")
+    refused(capsys, [*words, "--train.stpes", "4"], "stpes.*meant: --train.steps", 2)
 
 
 def test_best_is_not_the_one_whose_latents_are_all_alike():
@@ -635,47 +620,40 @@ def test_best_is_not_the_one_whose_latents_are_all_alike():
 
 
 @pytest.mark.parametrize(
-    "more,said",
+    ("more", "said", "status"),
     [
-        (["lr=nan"], "train.lr=nan must be a finite"),
-        (["batch", "64"], "'batch'"),
-        (["--seed", "-1"], "seed=-1"),
-        (["--minutes", "0"], "minutes=0.0 must be"),
-        (["--minutes", "nan"], "minutes=nan"),
-        (["decoder_batch=3", "accumulate=2"], "multiple of 2"),
-        (["--start", "/nonexistent"], "/nonexistent: no such folder"),
+        (["--train.lr", "nan"], "train: train.lr=nan must be a finite", 2),
+        (["batch", "64"], "batch", 2),
+        (["--seed", "-1"], "seed=-1", 1),
+        (["--minutes", "0"], "minutes=0.0 must be", 1),
+        (["--minutes", "nan"], "minutes=nan", 1),
+        (["--train.decoder-batch", "3", "--train.accumulate", "2"], "multiple of 2", 2),
+        (["--start", "/nonexistent"], "/nonexistent: no such folder", 1),
     ],
 )
-def test_what_cannot_be_is_told_in_a_line(few, tmp_path, more, said):
-    options = more if more[0].startswith("--") else []
-    words = [
-        "--data",
-        str(few),
-        "--out",
-        str(tmp_path / "out"),
-        "--device",
-        "cpu",
-        *options,
-        *([] if options else more),
-    ]
-    refused(words, said)
+def test_what_cannot_be_is_told_in_a_line(few, tmp_path, capsys, more, said, status):
+    words = ["train", "--data", few, "--out", tmp_path / "out", "--device", "cpu", *more]
+    refused(capsys, words, said, status)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))
 
 
-def test_a_folder_that_cannot_be_written_is_told_in_a_line(few, tmp_path):
+def test_a_folder_that_cannot_be_written_is_told_in_a_line(few, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file/in"):
-        refused(command(few, out), "can't be written .*give another folder")
-    refused(command("/nonexistent", tmp_path / "out"), "/nonexistent")
+        refused(capsys, command(few, out), "can't be written .*give another folder")
+    refused(capsys, command("/nonexistent", tmp_path / "out"), "/nonexistent")
     assert not (tmp_path / "out").exists()
 
 
-def test_cuda_without_a_gpu_is_told_as_the_notebooks_tell_it(store, few, tmp_path, monkeypatch):
+def test_cuda_without_a_gpu_is_told_as_the_notebooks_tell_it(
+    store, few, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device='cuda', but torch sees no GPU here"):
         train_world_model(preset("tiny"), store, TRAIN, HELD_OUT, device="cuda")
     refused(
-        ["--data", str(few), "--out", str(tmp_path / "out"), "--device", "cuda"],
+        capsys,
+        ["train", "--data", few, "--out", tmp_path / "out", "--device", "cuda"],
         "torch sees no GPU here: take --device cpu",
     )
 
@@ -850,13 +828,12 @@ def test_a_checkpoint_that_is_not_sound_is_passed_over(store, tmp_path, monkeypa
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-def test_the_same_run_started_twice_is_told(store, few, tmp_path, monkeypatch):
+def test_the_same_run_started_twice_is_told(store, few, tmp_path, capsys):
     hold = checkpoints._Hold(tmp_path / "out")
     with pytest.raises(checkpoints.InUseError, match="a run is at work here already .process"):
         train_world_model(preset("tiny", **TINY), store, TRAIN, HELD_OUT, folder=tmp_path / "out")
-    refused(
-        command(few, tmp_path / "out"), f"a run is at work here already .process {os.getpid()} on "
-    )
+    words = command(few, tmp_path / "out")
+    refused(capsys, words, f"a run is at work here already .process {os.getpid()} on ")
     hold.release()
     train_world_model(
         preset("tiny", **TINY), store, TRAIN, HELD_OUT, steps=1, folder=tmp_path / "out"
@@ -915,8 +892,8 @@ def test_a_run_goes_on_with_the_recordings_it_began_with(few, tmp_path, monkeypa
     out, words = tmp_path / "out", command(few, tmp_path / "out")
     with monkeypatch.context() as m:
         interrupt(m, pipeline, "_train_decoders")
-        with pytest.raises(SystemExit, match="stopped; the same command goes on"):
-            training.main(words)
+        assert main(words) == 1
+        assert "stopped; the same command goes on" in capsys.readouterr().err
     assert (out / "world_model.done").is_file() and not (out / "training.json").exists()
     shutil.copytree(
         few / TRAIN[0], few / "later"
@@ -927,7 +904,7 @@ def test_a_run_goes_on_with_the_recordings_it_began_with(few, tmp_path, monkeypa
     (few / "split.json").write_text(
         json.dumps({"train": ["later"], "validation": HELD_OUT, "test": TRAIN})
     )
-    training.main(words)
+    assert main(words) == 0
     told = json.loads((out / "training.json").read_text())
     assert (told["train"], told["validation"]) == (
         TRAIN,
@@ -937,7 +914,7 @@ def test_a_run_goes_on_with_the_recordings_it_began_with(few, tmp_path, monkeypa
 
 @pytest.mark.parametrize("when", ["begun", "half done", "all done", "all done by an older version"])
 def test_another_seed_or_recipe_in_the_same_folder_is_refused_by_name(
-    few, tmp_path, monkeypatch, when
+    few, tmp_path, monkeypatch, capsys, when
 ):
     out, words = tmp_path / "out", command(few, tmp_path / "out")
     with monkeypatch.context() as m:
@@ -946,25 +923,23 @@ def test_another_seed_or_recipe_in_the_same_folder_is_refused_by_name(
             words = command(few, out, steps=9)
         if when == "half done":
             interrupt(m, pipeline, "_train_decoders")
-        if when.startswith("all done"):
-            training.main(words)
-        else:
-            with pytest.raises(SystemExit):
-                training.main(words)
+        assert main(words) == (0 if when.startswith("all done") else 1)
     if when.endswith("version"):
         (out / "run.json").unlink()
         (out / "world_model.done").unlink()
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     refused(
-        [*words[:6], "--seed", "7", *words[6:]],
+        capsys,
+        [*words, "--seed", "7"],
         "holds another run .seed was 0, is 7.; run with those settings, or give another folder",
     )
     refused(
-        [w if not w.startswith("batch=") else "batch=8" for w in words] + ["lr=1e-5"],
+        capsys,
+        [*words, "--train.batch", "8", "--train.lr", "1e-5"],
         "train.batch was 4, is 8; train.lr was 0.0008, is 1e-05",
     )
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
-    training.main(words)  # its own settings go on, and are what training.json tells
+    assert main(words) == 0  # its own settings go on, and are what training.json tells
     assert json.loads((out / "training.json").read_text())["seed"] == 0
 
 
@@ -1013,7 +988,7 @@ def test_killed_between_the_last_step_and_the_final_files_no_step_is_done_again(
         preset("tiny", **TINY, steps=2, evaluate_every=2), store, TRAIN, HELD_OUT
     )
     with monkeypatch.context() as m:
-        interrupt(m, world_model_training, "_save_on_main")
+        interrupt(m, decoder_training, "_save_on_main")
         with pytest.raises(KeyboardInterrupt):
             train_decoders(model, store, TRAIN, steps=5, folder=tmp_path)
     interrupt(monkeypatch, trainer, "descend")  # no step is taken any more
@@ -1026,14 +1001,16 @@ def test_killed_between_the_last_step_and_the_final_files_no_step_is_done_again(
 
 
 def test_the_same_command_after_a_collapse_alarm_says_so_and_goes_on_only_when_told_to(
-    few, tmp_path
+    few, tmp_path, capsys
 ):
     words = command(few, tmp_path / "out", rank_alarm=2.0, steps=6)
-    refused(words, "step 2: the latent is collapsing")
+    refused(capsys, words, "step 2: the latent is collapsing")
     refused(
-        words, "was stopped at step 2: the latent is collapsing.*To go on all the same: --go-on"
+        capsys,
+        words,
+        "was stopped at step 2: the latent is collapsing.*To go on all the same: --go-on",
     )
-    training.main([*words[:6], "--go-on", *words[6:]])
+    assert main([*words, "--go-on"]) == 0
     assert json.loads((tmp_path / "out/training.json").read_text())["steps"] == 6
 
 

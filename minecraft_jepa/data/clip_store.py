@@ -330,7 +330,7 @@ def _decode_all(paths, frame, store_dir, workers, progress):
         raise DecodingStopped(
             f"{store_dir}: a decoding process was killed, most likely because memory was short. "
             f"What is decoded is kept; run the same again with fewer workers than {workers}: "
-            f"python -m minecraft_jepa.clips {folder} {store_dir} --workers {workers // 2}"
+            f"minecraft-jepa store {folder} {store_dir} --workers {workers // 2}"
         ) from None
     # on Ctrl-C: those begun are finished, no other is begun
     finally:
@@ -375,7 +375,7 @@ def _command(folder, frame, store_dir, delete=False):
     return (
         "build it with: "
         + f"rm -r {store_dir} && " * delete
-        + f"python -m minecraft_jepa.clips {folder or 'RECORDINGS'} {store_dir} {size}"
+        + f"minecraft-jepa store {folder or 'RECORDINGS'} {store_dir} {size}"
     )
 
 

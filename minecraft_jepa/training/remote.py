@@ -297,7 +297,7 @@ def write_card(
         command
         or told.get(
             "command",
-            f"python -m minecraft_jepa.training --data RECORDINGS --out {folder.name} --preset {told['preset']}",
+            f"minecraft-jepa train --data RECORDINGS --out {folder.name} --preset {told['preset']}",
         ),
         data or told.get("data", ""),
     )

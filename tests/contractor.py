@@ -1,4 +1,4 @@
-"""Small recordings in the shape of OpenAI's contractors', made here: nothing is copied from anywhere."""
+"""Small recordings in the format of OpenAI's contractors, made in code."""
 
 import json
 from pathlib import Path
@@ -13,8 +13,8 @@ def name_of(player: str, session: int = 0, minute: int = 0) -> str:
 
 
 def line(t: int, **over) -> dict:
-    """Line `t` with every field of the format; `over` replaces fields, or with `...` removes them."""
-    found = {
+    """Line `t` with every field of the format; `over` replaces fields, `...` removes one."""
+    fields = {
         "mouse": {
             "x": 640.0,
             "y": 360.0,
@@ -42,13 +42,14 @@ def line(t: int, **over) -> dict:
         "serverTickDurationMs": 20.0,
         "stats": {},
     }
-    found.update(over)
-    return {k: v for k, v in found.items() if v is not ...}
+    fields.update(over)
+    return {k: v for k, v in fields.items() if v is not ...}
 
 
-def lines_of(many: int, changed: dict | None = None) -> list[dict]:
-    """Lines 0 .. many - 1, some with other fields: {t: fields}."""
-    return [line(t, **(changed or {}).get(t, {})) for t in range(many)]
+def lines_of(num_lines: int, changed: dict | None = None) -> list[dict]:
+    """Lines 0 .. num_lines - 1, some with other fields: {t: fields}."""
+    changed = changed or {}
+    return [line(t, **changed.get(t, {})) for t in range(num_lines)]
 
 
 def with_mouse(t: int, **fields) -> dict:
@@ -57,7 +58,10 @@ def with_mouse(t: int, **fields) -> dict:
 
 
 def write_pair(folder, name: str, frames: int, lines: list[dict], seed: int = 0) -> Path:
-    """Write NAME.mp4, 64 x 36, a picture that moves sideways, and NAME.jsonl; give the mp4's path."""
+    """Write NAME.mp4, 64 x 36, of a picture that moves sideways, and NAME.jsonl.
+
+    Gives the path of the mp4.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     blocks = np.random.default_rng(seed).integers(0, 255, (6, 16, 3), dtype=np.uint8)

@@ -6,11 +6,16 @@ from pathlib import Path
 import av
 import numpy as np
 
+from minecraft_jepa.data.actions import ACTION_NAMES, DEGREES_PER_PIXEL
+
 HEIGHT, WIDTH = 48, 80
 
 
 def line(t=0, **fields):
-    """One VPT line of tick t; its movement, `t % 50` pixels to the right, tells the tick. `...` removes a field."""
+    """One VPT line of tick t; `...` removes a field.
+
+    The mouse moves `t % 50` pixels to the right, which `ticks_of` reads back.
+    """
     mouse = {
         "x": 640.0,
         "y": 360.0,
@@ -21,7 +26,7 @@ def line(t=0, **fields):
         "newButtons": [],
     }
     keyboard = {"keys": [], "newKeys": [], "chars": ""}
-    found = {
+    defaults = {
         "mouse": mouse,
         "keyboard": keyboard,
         "isGuiOpen": False,
@@ -33,8 +38,8 @@ def line(t=0, **fields):
         "xpos": 0.0,
         "ypos": 64.0,
         "zpos": 0.0,
-    } | fields
-    return {k: v for k, v in found.items() if v is not ...}
+    }
+    return {k: v for k, v in (defaults | fields).items() if v is not ...}
 
 
 def write_lines(path, rows):
@@ -55,32 +60,37 @@ def write_video(path, frames, codec="mpeg4", **options):
 
 
 def make_pair(folder, name, frames=60, lines=None, rows=None):
-    """Make NAME.mp4 and NAME.jsonl; `lines` of them, by default as many as frames, or those given as `rows`."""
+    """Make NAME.mp4 and NAME.jsonl, and give the path of the mp4.
+
+    The jsonl holds `rows`, or `lines` lines, by default as many as frames.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_video(folder / f"{name}.mp4", frames)
-    lines = frames if lines is None else lines
-    write_lines(folder / f"{name}.jsonl", [line(t) for t in range(lines)] if rows is None else rows)
+    if rows is None:
+        rows = [line(t) for t in range(frames if lines is None else lines)]
+    write_lines(folder / f"{name}.jsonl", rows)
     return folder / f"{name}.mp4"
 
 
 def ticks_of(actions):
     """The ticks that actions (..., 28) were made for by `line`."""
-    return np.rint(np.asarray(actions)[..., 22] * 2400 / 360).astype(int).tolist()
+    dx = np.asarray(actions)[..., ACTION_NAMES.index("dx")]
+    return np.rint(dx / DEGREES_PER_PIXEL).astype(int).tolist()
 
 
-def mutated(whole, random):
+def mutated(original, random):
     """Bytes with one to four changes at random places: overwritten, cut, repeated or broken off."""
-    changed = bytearray(whole)
+    data = bytearray(original)
     for _ in range(random.integers(1, 5)):
-        at, many = int(random.integers(0, max(len(changed), 1))), int(random.integers(1, 40))
-        what = random.integers(0, 4)
-        if what == 0:
-            changed[at : at + many] = random.bytes(min(many, len(changed) - at))
-        elif what == 1:
-            del changed[at : at + many]
-        elif what == 2:
-            changed[at:at] = changed[at : at + many]
+        start, length = int(random.integers(0, max(len(data), 1))), int(random.integers(1, 40))
+        change = random.choice(["overwrite", "cut", "repeat", "break off"])
+        if change == "overwrite":
+            data[start : start + length] = random.bytes(min(length, len(data) - start))
+        elif change == "cut":
+            del data[start : start + length]
+        elif change == "repeat":
+            data[start:start] = data[start : start + length]
         else:
-            del changed[at:]
-    return bytes(changed)
+            del data[start:]
+    return bytes(data)

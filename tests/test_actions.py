@@ -1,5 +1,6 @@
 "The action codec on every legal line, on the traps of the format, and on the bundled recordings."
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 from minecraft_jepa.data.actions import (
     ACTION_DIM,
     ACTION_NAMES,
+    ATTACK,
+    CURSOR,
     DEGREES_PER_PIXEL,
     KEYS,
     NOOP,
+    SWITCHES,
     decode_action,
     encode_action,
     encode_actions,
@@ -25,6 +29,7 @@ from minecraft_jepa.data.recordings import open_recording
 
 DATA = Path(__file__).parent.parent / "data"
 NAMES = {name: i for i, name in enumerate(ACTION_NAMES)}
+SLOT_KEYS = slice(NAMES["1"], NAMES["9"] + 1)
 
 numbers = st.floats(-999_999, 999_999, allow_nan=False) | st.integers(-999_999, 999_999)
 keys = st.lists(
@@ -60,18 +65,15 @@ lines = st.fixed_dictionaries(
 @given(lines)
 def test_nothing_of_a_line_is_lost(line):
     action, mouse = encode_action(line), decode_action(encode_action(line))["mouse"]
-    assert (
-        action.shape == (ACTION_DIM,) and action.dtype == np.float32 and np.isfinite(action).all()
-    )
+    assert action.shape == (ACTION_DIM,)
+    assert action.dtype == np.float32
+    assert np.isfinite(action).all()
     assert {k for k, v in zip(KEYS, action) if v} == set(line["keyboard"]["keys"]) & set(KEYS)
     assert set(mouse["buttons"]) == set(line["mouse"]["buttons"]) & {0, 1, 2}
     for name in ("dx", "dy", "dwheel"):
         assert mouse[name] == pytest.approx(line["mouse"].get(name, 0), rel=1e-6)
-    assert (
-        set(np.unique(action[[*range(20), 25, 26, 27]])) <= {0, 1}
-        and (action[20:22] >= 0).all()
-        and (action[20:22] <= 1).all()
-    )
+    assert set(np.unique(action[SWITCHES])) <= {0, 1}
+    assert (action[CURSOR] >= 0).all() and (action[CURSOR] <= 1).all()
 
 
 @given(lines)
@@ -87,24 +89,25 @@ def test_whole_recordings_have_a_fixed_point(recording):
     actions = encode_actions(recording)
     assert actions.shape == (len(recording), ACTION_DIM)
     assert np.array_equal(encode_actions([decode_action(a) for a in actions]), actions)
-    alone = [encode_action(line) for line in recording]
-    touched = {i for a, b in zip(actions, alone) for i in np.flatnonzero(a != b)}
-    assert touched <= {
-        NAMES["attack"],
-        *range(11, 20),
-    }  # nothing but attack and slots needs the other lines
+    single = [encode_action(line) for line in recording]
+    changed = {i for a, b in zip(actions, single) for i in np.flatnonzero(a != b)}
+    # nothing but attack and slots depends on the other lines
+    assert changed <= {ATTACK, *range(SLOT_KEYS.start, SLOT_KEYS.stop)}
 
 
 @given(st.lists(st.integers(0, 8), min_size=2, max_size=20))
 def test_every_change_of_slot_has_its_key(slots):
-    line = lambda slot: {
-        "mouse": {"dx": 0, "dy": 0, "buttons": []},
-        "keyboard": {"keys": []},
-        "hotbar": slot,
-    }
+    def line(slot):
+        return {
+            "mouse": {"dx": 0, "dy": 0, "buttons": []},
+            "keyboard": {"keys": []},
+            "hotbar": slot,
+        }
+
     actions = encode_actions([line(s) for s in slots])
-    for t, (now, then) in enumerate(zip(slots, slots[1:])):
-        assert actions[t, 11:20].tolist() == [float(now != then and k == then) for k in range(9)]
+    for t, (slot, next_slot) in enumerate(itertools.pairwise(slots)):
+        pressed = [float(slot != next_slot and key == next_slot) for key in range(9)]
+        assert actions[t, SLOT_KEYS].tolist() == pressed
     assert not actions[-1].any() or np.array_equal(actions[-1], NOOP)
 
 
@@ -117,7 +120,7 @@ def held(buttons, new=None):
 
 
 @pytest.mark.parametrize(
-    "recording, attack",
+    ("recording", "attack"),
     [
         (
             [held([0], [0]), held([0], []), held([], []), held([0], [0]), held([0], [])],
@@ -130,10 +133,10 @@ def held(buttons, new=None):
     ],
 )
 def test_attack_held_since_before_the_recording(recording, attack):
-    assert encode_actions(recording)[:, NAMES["attack"]].tolist() == attack
+    assert encode_actions(recording)[:, ATTACK].tolist() == attack
 
 
-@pytest.mark.parametrize("button, name", [(0, "attack"), (1, "use"), (2, "pick")])
+@pytest.mark.parametrize(("button", "name"), [(0, "attack"), (1, "use"), (2, "pick")])
 def test_buttons_count_from_zero(button, name):
     assert np.flatnonzero(encode_action(held([button])) != NOOP).tolist() == [NAMES[name]]
 
@@ -164,14 +167,14 @@ def change(path, value):
         "isGuiOpen": False,
         "hotbar": 0,
     }
-    *above, last = path.split(".")
-    holder = line
-    for key in above:
-        holder = holder[key]
+    *outer, name = path.split(".")
+    parent = line
+    for key in outer:
+        parent = parent[key]
     if value is GONE:
-        del holder[last]
+        del parent[name]
     else:
-        holder[last] = value
+        parent[name] = value
     return line
 
 
@@ -184,7 +187,7 @@ def test_missing_field_is_named(field):
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    ("field", "value"),
     [
         ("mouse", []),
         ("mouse", None),
@@ -218,36 +221,38 @@ def test_field_of_the_wrong_type_is_named(field, value):
 @pytest.mark.parametrize("path", find_recordings(DATA), ids=lambda p: p.stem)
 def test_bundled_recordings_survive_both_ways(path):
     recording = open_recording(path)
-    again = encode_actions([decode_action(a) for a in recording.actions])
-    assert np.array_equal(again, recording.actions)
-    turned = np.array([line["mouse"]["dx"] for line in recording.lines]) * DEGREES_PER_PIXEL
-    assert np.allclose(recording.actions[:, NAMES["dx"]], turned, atol=1e-4)
-    by_key = np.array(
-        [sum(key in KEYS[11:] for key in line["keyboard"]["keys"]) for line in recording.lines]
-    )
-    chosen, slot = recording.actions[:, 11:20].sum(1), recording.state["hotbar"]
-    turned_to = np.flatnonzero(
-        chosen != by_key
-    )  # each slot was chosen by its key, and no key is counted twice; or by the wheel, and then it is another one
-    assert (
-        (chosen >= by_key).all()
-        and (turned_to < len(slot) - 1).all()
-        and (slot[turned_to] != slot[turned_to + 1]).all()
-    )
+    encoded_again = encode_actions([decode_action(a) for a in recording.actions])
+    assert np.array_equal(encoded_again, recording.actions)
+    degrees = np.array([line["mouse"]["dx"] for line in recording.lines]) * DEGREES_PER_PIXEL
+    assert np.allclose(recording.actions[:, NAMES["dx"]], degrees, atol=1e-4)
+
+    # a slot is selected by its key, which is counted once, or by the wheel, which changes it
+    pressed_keys = [line["keyboard"]["keys"] for line in recording.lines]
+    num_pressed = np.array([sum(key in KEYS[SLOT_KEYS] for key in keys) for keys in pressed_keys])
+    num_selected = recording.actions[:, SLOT_KEYS].sum(1)
+    slot = recording.state["hotbar"]
+    scrolled = np.flatnonzero(num_selected != num_pressed)
+    assert (num_selected >= num_pressed).all()
+    assert (scrolled < len(slot) - 1).all()
+    assert (slot[scrolled] != slot[scrolled + 1]).all()
 
 
 def test_no_cursor_without_isGuiOpen():
-    "With no word of a screen the mouse may be caught, and then x and y are no place in the window."
+    "The mouse may be captured, and then x and y are no place in the window."
     line = held([]) | {"mouse": {"x": 1270.0, "y": 10.0, "dx": 0, "dy": 0, "buttons": []}}
-    cursor = lambda line: encode_action(line)[20:22].tolist()
+
+    def cursor(line):
+        return encode_action(line)[CURSOR].tolist()
+
     assert cursor(line) == cursor(line | {"isGuiOpen": False}) == [0.5, 0.5]
     assert cursor(line | {"isGuiOpen": True}) == pytest.approx([1270 / 1280, 10 / 720])
-    shown = decode_action(encode_action(line | {"isGuiOpen": True}))
-    assert shown["isGuiOpen"] is True and decode_action(NOOP)["isGuiOpen"] is False
+    decoded = decode_action(encode_action(line | {"isGuiOpen": True}))
+    assert decoded["isGuiOpen"] is True
+    assert decode_action(NOOP)["isGuiOpen"] is False
 
 
 @pytest.mark.parametrize(
-    "odd",
+    "broken",
     [
         {"mouse": None},
         {"keyboard": None},
@@ -258,15 +263,16 @@ def test_no_cursor_without_isGuiOpen():
     ],
 )
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_line_without_an_action_is_told_apart_from_standing_still(odd, at):
+def test_line_without_an_action_is_told_apart_from_standing_still(broken, at):
     good = held([1])
-    actions, faults = read_actions([good | odd if t == at else good for t in range(3)])
-    assert list(faults) == [at] and ("expected" in faults[at] or "missing" in faults[at])
-    assert np.array_equal(actions[at], NOOP) and [a[NAMES["use"]] for a in actions] == [
-        float(t != at) for t in range(3)
-    ]
+    recording = [good | broken if t == at else good for t in range(3)]
+    actions, faults = read_actions(recording)
+    assert list(faults) == [at]
+    assert "expected" in faults[at] or "missing" in faults[at]
+    assert np.array_equal(actions[at], NOOP)
+    assert actions[:, NAMES["use"]].tolist() == [float(t != at) for t in range(3)]
     with pytest.raises(ValueError, match=f"line {at + 1}: "):
-        encode_actions([good | odd if t == at else good for t in range(3)])
+        encode_actions(recording)
 
 
 def test_slot_and_stuck_attack_are_found_across_a_line_without_an_action():
@@ -277,5 +283,19 @@ def test_slot_and_stuck_attack_are_found_across_a_line_without_an_action():
     ]
     assert read_actions(slots)[0][:, NAMES["5"]].tolist() == [1, 0, 0]
     stuck = [held([0], [0]), {"mouse": None, "keyboard": None}, held([0], []), held([0], [0])]
-    assert read_actions(stuck)[0][:, NAMES["attack"]].tolist() == [0, 0, 0, 1]
+    assert read_actions(stuck)[0][:, ATTACK].tolist() == [0, 0, 0, 1]
     assert read_actions([])[0].shape == (0, 28)
+
+
+def test_line_that_is_no_object_is_named():
+    with pytest.raises(ValueError, match=r"the line is '\[\]', expected an object"):
+        encode_action([])
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [(np.zeros(27), r"\(27,\), expected \(28,\)"), (np.full(28, np.nan), "w is not finite")],
+)
+def test_action_of_another_shape_or_not_finite_is_named(action, message):
+    with pytest.raises(ValueError, match=message):
+        decode_action(action)

@@ -1,9 +1,13 @@
-"""From an index to a trained model, on a data set with all that OpenAI's files hold: every recording is used or named."""
+"""From an index to a trained model: every recording is used or named.
+
+The data set holds everything that is found in OpenAI's files.
+"""
 
 import gzip
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -39,8 +43,9 @@ def held(t, new=()):
     return with_mouse(t, buttons=[0], newButtons=list(new))
 
 
-# name -> frames, lines
 FEW = FRAMES - 1
+HELD = {t: held(t, [0] if t in (0, 40) else ()) for t in (*range(20), *range(40, 50))}
+# name -> frames, lines
 RECORDINGS = {
     name_of("alice"): (FRAMES, lines_of(FEW)),  # one line fewer: the usual file
     name_of("alice", 1): (FRAMES, lines_of(FRAMES)),  # as many
@@ -48,12 +53,7 @@ RECORDINGS = {
     name_of("alice", 2, 5): (FRAMES, lines_of(FEW)),
     name_of("alice", 2, 10): (FRAMES, lines_of(FEW)),
     name_of("bob"): (FRAMES, lines_of(FEW, {30: {"mouse": None}, 31: {"keyboard": None}})),
-    name_of("bob", 1): (
-        FRAMES,
-        lines_of(
-            FEW, {t: held(t, [0] if t in (0, 40) else ()) for t in (*range(20), *range(40, 50))}
-        ),
-    ),
+    name_of("bob", 1): (FRAMES, lines_of(FEW, HELD)),  # the first press was before the recording
     name_of("carol"): (FRAMES, lines_of(FEW, {t: {"hotbar": 4} for t in range(20, FEW)})),
     name_of("carol", 1): (FRAMES, lines_of(FEW, {t: screen(t) for t in range(40, 50)})),
     name_of("carol", 2): (FRAMES, lines_of(FEW, {t: {"isGuiOpen": ...} for t in range(FEW)})),
@@ -89,11 +89,14 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        body, gone = self.server.files.get(self.path, b""), self.path not in self.server.files
+        body = self.server.files.get(self.path, b"")
         refused = name_of("frank", 2) in self.path
-        self.send_response(
-            404 if gone else 403 if refused else 200, "Blocked for you" if refused else None
-        )
+        if self.path not in self.server.files:
+            self.send_response(404)
+        elif refused:
+            self.send_response(403, "Blocked for you")
+        else:
+            self.send_response(200)
         if not refused and name_of("erin", 1) + ".jsonl" in self.path:
             body = gzip.compress(body)
             self.send_header("Content-Encoding", "gzip")
@@ -103,26 +106,27 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(body)
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 (the name that http.server calls)
 
 
 @pytest.fixture(scope="module")
 def fetched(tmp_path_factory):
-    """The folder that the command fills from the index."""
+    """The folder that is filled from the index."""
     folder = tmp_path_factory.mktemp("contractor")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, base = {}, f"http://127.0.0.1:{server.server_port}/minecraft-rl/"
+    server.files = {}
+    base = f"http://127.0.0.1:{server.server_port}/minecraft-rl/"
     for seed, (name, (frames, lines)) in enumerate(RECORDINGS.items()):
         write_pair(folder / "server", name, frames, lines, seed)
         for suffix in (".mp4", ".jsonl"):
             path = f"/minecraft-rl/data/10.0/{name}{suffix}"
             server.files[path] = (folder / "server" / f"{name}{suffix}").read_bytes()
-    where = "/minecraft-rl/data/10.0/"
-    del server.files[f"{where}{name_of('frank')}.mp4"]
-    del server.files[f"{where}{name_of('frank', 1)}.jsonl"]
-    video = f"{where}{name_of('gina')}.mp4"
+    root = "/minecraft-rl/data/10.0/"
+    del server.files[f"{root}{name_of('frank')}.mp4"]
+    del server.files[f"{root}{name_of('frank', 1)}.jsonl"]
+    video = f"{root}{name_of('gina')}.mp4"
     server.files[video] = server.files[video][:-900]
-    lines = f"{where}{name_of('erin')}.jsonl"
+    lines = f"{root}{name_of('erin')}.jsonl"
     server.files[lines] = BOM + server.files[lines]
     index = {"basedir": base, "relpaths": [f"data/10.0/{name}.mp4" for name in RECORDINGS]}
     server.files["/minecraft-rl/snapshots/made-up.json"] = BOM + json.dumps(index).encode()
@@ -138,23 +142,23 @@ def test_every_recording_is_used_or_named(fetched):
     assert set(read_manifest(fetched)["recordings"]) == set(RECORDINGS)
     assert [p.stem for p in find_recordings(fetched)] == sorted(USED)
     ledger = read_ledger(fetched)
-    for name, why in LEFT_OUT.items():
+    for name, reason in LEFT_OUT.items():
         rows = [ledger[f"{name}{suffix}"] for suffix in (".jsonl", ".mp4")]
-        assert why in "".join(r["why"] for r in rows if r["status"] != "done"), name
+        assert reason in "".join(row["why"] for row in rows if row["status"] != "done"), name
     for name in USED:
-        assert {ledger[f"{name}{s}"]["status"] for s in (".jsonl", ".mp4")} == {"done"}
+        assert {ledger[f"{name}{suffix}"]["status"] for suffix in (".jsonl", ".mp4")} == {"done"}
 
 
 def test_what_was_passed_over_is_told_in_the_checks(fetched):
     remarks = {n: " ".join(row["remarks"]) for n, row in read_checks(fetched).items()}
-    for name, told in (
+    for name, remark in (
         (name_of("bob"), "line 31"),
         (name_of("dave", 1), "line 33"),
         (name_of("dave", 2), "3 lines beyond the last frame"),
         (name_of("dave"), "without yaw"),
         (name_of("carol", 2), "isGuiOpen"),
     ):
-        assert told in remarks[name], (name, remarks[name])
+        assert remark in remarks[name], (name, remarks[name])
 
 
 def test_last_frame_without_a_line_is_kept(fetched):
@@ -168,26 +172,24 @@ def test_traps_of_the_format_are_read(fetched):
     def actions(name):
         return open_recording(fetched / name).actions
 
-    assert np.flatnonzero(open_recording(fetched / name_of("bob")).teleported)[:2].tolist() == [
-        30,
-        31,
-    ]
+    gaps = np.flatnonzero(open_recording(fetched / name_of("bob")).teleported)
+    assert gaps[:2].tolist() == [30, 31]
     stuck = actions(name_of("bob", 1))[:, AT["attack"]]
     assert np.flatnonzero(stuck).tolist() == list(range(40, 50))
     assert np.flatnonzero(actions(name_of("carol"))[:, AT["5"]]).tolist() == [19]  # scrolled to
     cursor = actions(name_of("carol", 1))[:, AT["x"]]
     assert cursor[39] == 0.5 and cursor[45] == pytest.approx(750 / 1280)
-    assert (
-        actions(name_of("carol", 2))[:, AT["x"]] == 0.5
-    ).all()  # nobody says that a screen is open
+    # no line says that a screen is open
+    assert (actions(name_of("carol", 2))[:, AT["x"]] == 0.5).all()
     camera = actions(name_of("alice"))[:5, AT["dx"]]
     assert camera.tolist() == pytest.approx([-0.3, -0.15, 0, 0.15, 0.3])  # not cut to whole degrees
 
 
-def test_no_player_is_on_two_sides(fetched):
-    sides = split_recordings(fetched)
-    assert sorted(sum(sides.values(), [])) == sorted(USED) and all(sides.values())
-    players = [{parse_name(n).player for n in names} for names in sides.values()]
+def test_no_player_is_in_two_splits(fetched):
+    splits = split_recordings(fetched)
+    assert all(splits.values())
+    assert sorted(chain(*splits.values())) == sorted(USED)
+    players = [{parse_name(name).player for name in names} for names in splits.values()]
     assert sum(map(len, players)) == len(set.union(*players))
 
 
@@ -210,9 +212,10 @@ def test_model_is_trained_on_what_is_used(fetched, tmp_path):
         decoder_batch=2,
         decoder_steps=2,
     )
-    told, sides = train_all(config, fetched, tmp_path / "run"), split_recordings(fetched)
-    assert told["steps"] == told["decoder_steps"] == 2
-    assert (told["train"], told["validation"]) == (sides["train"], sides["validation"])
+    training = train_all(config, fetched, tmp_path / "run")
+    assert training["steps"] == training["decoder_steps"] == 2
+    for split in ("train", "validation"):
+        assert training[split] == split_recordings(fetched)[split]
     model = WorldModel.from_pretrained(tmp_path / "run")
     store = ClipStore.build(fetched, config.frame, progress=False)
     assert sorted(store.names) == sorted(USED)

@@ -1,4 +1,4 @@
-"Opening recordings: what must be read, what must be refused and how it is said, and that no group stands on two sides of a split."
+"Recordings: which are read, which are refused and with what message, and how they are split."
 
 import json
 import math
@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -17,15 +18,23 @@ from hypothesis import strategies as st
 from soak import repeats
 
 from minecraft_jepa.data import checks, recordings
-from minecraft_jepa.data.actions import NOOP
+from minecraft_jepa.data.actions import ACTION_NAMES, CURSOR, NOOP
 from minecraft_jepa.data.checks import check_folder, check_recording, find_recordings, read_checks
-from minecraft_jepa.data.recordings import RecordingError, group_of, open_recording
-from minecraft_jepa.data.splits import SIDES, split_recordings
+from minecraft_jepa.data.recordings import (
+    RecordingError,
+    group_of,
+    open_recording,
+    paint_cursor,
+    pair_of,
+    parse_name,
+)
+from minecraft_jepa.data.splits import SIDES, deal_sides, split_recordings
 from minecraft_jepa.utils import cache_root
 
 DATA = Path(__file__).parent.parent / "data"
 NAMES = [p.stem for p in find_recordings(DATA)]
 FRAMES = 40
+DX = ACTION_NAMES.index("dx")
 LINE = {
     "mouse": {
         "x": 640.0,
@@ -44,19 +53,14 @@ LINE = {
 
 @pytest.fixture
 def toy(tmp_path):
-    "A good recording; the index of its video stands at the front, so that a cut leaves it readable."
+    "A good recording; its video's index comes first, so that a cut leaves it readable."
     random = np.random.default_rng(0)
     with av.open(str(tmp_path / "toy.mp4"), "w", options={"movflags": "faststart"}) as video:
         stream = video.add_stream("mpeg4", rate=20)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for _ in range(FRAMES):
-            video.mux(
-                stream.encode(
-                    av.VideoFrame.from_ndarray(
-                        random.integers(0, 255, (48, 64, 3), dtype=np.uint8), format="rgb24"
-                    )
-                )
-            )
+            noise = random.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
         video.mux(stream.encode())
     write_lines(tmp_path / "toy.jsonl", [LINE] * FRAMES)
     return tmp_path / "toy.mp4"
@@ -78,22 +82,26 @@ def mouse(**fields):
     return [{**LINE, "mouse": {**LINE["mouse"], **fields}}]
 
 
-def cut(share):
-    return lambda p: p.write_bytes(p.read_bytes()[: int(share * p.stat().st_size)])
+# each gives a function that spoils the recording at a path
 
 
-def damage(p):
-    whole = bytearray(p.read_bytes())
-    whole[len(whole) // 2 : len(whole) // 2 + 2000] = bytes(2000)
-    p.write_bytes(bytes(whole))
+def cut(fraction):
+    return lambda path: path.write_bytes(path.read_bytes()[: int(fraction * path.stat().st_size)])
 
 
-def lines(found):
-    return lambda p: write_lines(p.with_suffix(".jsonl"), found)
+def damage(path):
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 2000] = bytes(2000)
+    path.write_bytes(bytes(data))
 
 
-def text(found):
-    return lambda p: p.with_suffix(".jsonl").write_bytes(found)
+def lines(rows):
+    return lambda path: write_lines(path.with_suffix(".jsonl"), rows)
+
+
+def text(data):
+    return lambda path: path.with_suffix(".jsonl").write_bytes(data)
 
 
 GOOD = [LINE] * 9
@@ -174,31 +182,29 @@ BAD = {  # fault -> what is done, the half that is named, its line, and what the
 }
 
 
-@pytest.mark.parametrize("spoil, half, line, what", BAD.values(), ids=BAD)
-def test_fault_is_refused_with_file_line_and_remedy(toy, spoil, half, line, what):
+@pytest.mark.parametrize(("spoil", "half", "line", "problem"), BAD.values(), ids=BAD)
+def test_fault_is_refused_with_file_line_and_remedy(toy, spoil, half, line, problem):
     spoil(toy)
     with pytest.raises(RecordingError) as refused:
         read(toy)
-    said = str(refused.value)
-    assert said.startswith(
-        f"{toy.with_suffix('.' + half)}" + (f", line {line}: " if line else ": ")
-    ) and re.search(what, said)
-    assert re.search(r"download|leave the recording out|give the path", said)
+    message = str(refused.value)
+    place = f", line {line}: " if line else ": "
+    assert message.startswith(f"{toy.with_suffix('.' + half)}{place}")
+    assert re.search(problem, message)
+    assert re.search(r"download|leave the recording out|give the path", message)
 
 
 def test_faults_of_a_folder_are_listed_and_left_out(toy):
     for name in ("short", "lone"):
         shutil.copy(toy, toy.with_name(f"{name}.mp4"))
     write_lines(toy.with_name("short.jsonl"), GOOD)
-    with pytest.raises(RecordingError, match="lone.jsonl: no such file.*check_folder"):
+    with pytest.raises(RecordingError, match=r"lone\.jsonl: no such file.*check_folder"):
         find_recordings(toy.parent)
     rows = {r["name"]: r for r in check_folder(toy.parent, progress=False)}
     assert {n: r["used"] for n, r in rows.items()} == {"lone": False, "short": False, "toy": True}
-    assert (
-        "lone.jsonl: no such file" in rows["lone"]["why"]
-        and "line 9" in rows["short"]["why"]
-        and (rows["toy"]["frames"], rows["toy"]["gaps"]) == (FRAMES, 0)
-    )
+    assert "lone.jsonl: no such file" in rows["lone"]["why"]
+    assert "line 9" in rows["short"]["why"]
+    assert (rows["toy"]["frames"], rows["toy"]["gaps"]) == (FRAMES, 0)
     assert find_recordings(toy.parent) == [toy]
     toy.unlink()
     check_folder(toy.parent, progress=False)
@@ -211,16 +217,15 @@ def test_faults_of_a_folder_are_listed_and_left_out(toy):
 
 def test_damage_within_a_frame_is_found_by_decoding(toy):
     damage(toy)
-    assert check_recording(toy)["used"] and not check_recording(toy, decode=True)["used"]
-    assert (
-        check_folder(toy.parent, progress=False)[0]["used"]
-        and not check_folder(toy.parent, decode=True, progress=False)[0]["used"]
-    )
+    assert check_recording(toy)["used"]
+    assert not check_recording(toy, decode=True)["used"]
+    assert check_folder(toy.parent, progress=False)[0]["used"]
+    assert not check_folder(toy.parent, decode=True, progress=False)[0]["used"]
     assert not check_folder(toy.parent, progress=False)[0]["used"]  # what decoding found is kept
 
 
 @pytest.mark.parametrize(
-    "field, values, remark",
+    ("field", "values", "remark"),
     [
         ("tick", [*range(20), *range(10, 30)], "tick goes back after line 20"),
         ("milli", [50 * t - 900 * (t > 8) for t in range(FRAMES)], "milli goes back after line 9"),
@@ -230,9 +235,9 @@ def test_damage_within_a_frame_is_found_by_decoding(toy):
 def test_oddities_are_remarked(toy, field, values, remark):
     write_lines(toy.with_suffix(".jsonl"), [{**LINE, field: v} for v in values])
     row = check_recording(toy)
-    assert (
-        row["used"] and any(remark in r for r in row["remarks"]) and row["gaps"] == (field != "yaw")
-    )
+    assert row["used"]
+    assert any(remark in r for r in row["remarks"])
+    assert row["gaps"] == (field != "yaw")
 
 
 @given(st.integers(0, 2**32))
@@ -242,15 +247,17 @@ def test_oddities_are_remarked(toy, field, values, remark):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_mutated_lines_open_or_are_refused_by_name(toy, seed):
-    "Bytes flipped, cut, repeated and moved: either the lines can be read, or the error names file and line."
+    "Bytes overwritten, cut or repeated: the lines can be read, or the error names file and line."
     random, path = np.random.default_rng(seed), toy.with_suffix(".jsonl")
     path.write_bytes(pairs.mutated(LINES, random))
     try:
         recording = open_recording(toy)
     except RecordingError as e:
-        assert re.match(rf"{re.escape(str(path))}, line \d+: .*(download|leave)", str(e)), e
-    else:
-        assert len(recording) == FRAMES and np.isfinite(recording.actions).all()
+        message = str(e)
+        assert re.match(rf"{re.escape(str(path))}, line \d+: .*(download|leave)", message)
+        return
+    assert len(recording) == FRAMES
+    assert np.isfinite(recording.actions).all()
 
 
 JSON = st.recursive(
@@ -290,65 +297,74 @@ JSON = st.recursive(
 )
 def test_any_value_in_a_field_opens_or_is_refused_by_name(toy, field, value, at):
     rows = [json.loads(json.dumps(LINE)) for _ in range(FRAMES)]
-    *outer, last = field.split(".")
-    (rows[at][outer[0]] if outer else rows[at])[last] = value
-    write_lines(toy.with_suffix(".jsonl"), rows)
+    *outer, name = field.split(".")
+    parent = rows[at][outer[0]] if outer else rows[at]
+    parent[name] = value
+    path = toy.with_suffix(".jsonl")
+    write_lines(path, rows)
     try:
         recording = open_recording(toy)
     except RecordingError as e:
-        assert re.match(rf"{re.escape(str(toy.with_suffix('.jsonl')))}, line \d+: ", str(e)), e
-    else:
-        assert np.isfinite(recording.actions).all()
-        check_recording(toy)
-        list(recording.frames(16, 16))
+        message = str(e)
+        assert re.match(rf"{re.escape(str(path))}, line \d+: ", message)
+        return
+    assert np.isfinite(recording.actions).all()
+    check_recording(toy)
+    list(recording.frames(16, 16))
 
 
 LINES = "".join(json.dumps(LINE) + "\n" for _ in range(FRAMES)).encode()
 
 
 MUTATE = """
-import faulthandler, sys; from pathlib import Path
-sys.path[:0] = [sys.argv[1]]; faulthandler.enable()
+import faulthandler
+import sys
+from pathlib import Path
+
 import numpy as np
-from pairs import mutated
+
+sys.path.insert(0, sys.argv[1])
+faulthandler.enable()
 from minecraft_jepa.data.recordings import RecordingError, open_recording
+from pairs import mutated
+
 path, random = Path(sys.argv[2]), np.random.default_rng(int(sys.argv[3]))
-whole, told = path.read_bytes(), 0
-for i in range(int(sys.argv[4])):
-    head = whole[:64] if i % 3 else b""  # some keep the first box
-    path.write_bytes(head + mutated(whole[len(head):], random))
-    try: n = sum(1 for _ in open_recording(path).frames(16, 16))
+original, num_refused, num_tried = path.read_bytes(), 0, int(sys.argv[4])
+for i in range(num_tried):
+    head = original[:64] if i % 3 else b""  # some keep the first box
+    path.write_bytes(head + mutated(original[len(head):], random))
+    try:
+        for _ in open_recording(path).frames(16, 16):
+            pass
     except RecordingError as e:
         assert str(path.with_suffix("")) in str(e), e
-        told += 1
-print(told, i + 1)
+        num_refused += 1
+print(num_refused, num_tried)
 """
 
 
-@pytest.mark.parametrize("name, many", [("toy", repeats(30, 150)), (NAMES[0], repeats(10, 40))])
+@pytest.mark.parametrize(("name", "many"), [("toy", repeats(30, 150)), (NAMES[0], repeats(10, 40))])
 def test_mutated_video_is_refused_by_name(toy, name, many):
-    "In a process of its own, with a limit: a crash or a hang would show. Damage that changes no packet's length may also decode."
+    """In a process of its own, with a time limit: a crash or a hang would show.
+
+    Damage that changes no packet's length may also decode.
+    """
     if name != "toy":
         for suffix in (".mp4", ".jsonl"):
             shutil.copy(DATA / f"{name}{suffix}", toy.parent)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            MUTATE,
-            str(Path(__file__).parent),
-            str(toy.with_name(f"{name}.mp4")),
-            "0",
-            str(many),
-        ],
+    video = toy.with_name(f"{name}.mp4")
+    process = subprocess.run(
+        [sys.executable, "-c", MUTATE, str(Path(__file__).parent), str(video), "0", str(many)],
         cwd=DATA.parent,
         capture_output=True,
         text=True,
         timeout=300,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    told, tried = map(int, done.stdout.split())
-    assert tried == many and told > many / 4
+    assert process.returncode == 0, process.stderr[-2000:]
+    num_refused, num_tried = map(int, process.stdout.split())
+    assert num_tried == many
+    assert num_refused > many / 4
 
 
 def test_good_recording_opens_by_either_half_or_neither(toy):
@@ -363,14 +379,9 @@ def test_good_recording_opens_by_either_half_or_neither(toy):
 def test_lines_beyond_the_last_frame_are_dropped(toy, spare):
     write_lines(toy.with_suffix(".jsonl"), [*mouse(dx=2.0) * FRAMES, *mouse(dx=9.0) * spare])
     recording = open_recording(toy)
-    assert (
-        len(recording)
-        == len(read(toy))
-        == len(recording.actions)
-        == len(recording.teleported)
-        == FRAMES
-    )
-    assert np.allclose(recording.actions[:, 22], 0.3)
+    assert len(recording) == len(read(toy)) == FRAMES
+    assert len(recording.actions) == len(recording.teleported) == FRAMES
+    assert np.allclose(recording.actions[:, DX], 0.3)
 
 
 def test_basalt_lines_open(toy):
@@ -381,30 +392,23 @@ def test_basalt_lines_open(toy):
 
 
 def test_state_is_read_where_all_lines_have_it(toy):
-    write_lines(
-        toy.with_suffix(".jsonl"),
-        [
-            {**LINE, "yaw": t, "pitch": 1.5, **({"xpos": 1.0} if t else {}), "zpos": None}
-            for t in range(FRAMES)
-        ],
-    )
+    rows = [{**LINE, "yaw": t, "pitch": 1.5, "xpos": 1.0, "zpos": None} for t in range(FRAMES)]
+    del rows[0]["xpos"]
+    write_lines(toy.with_suffix(".jsonl"), rows)
     state = open_recording(toy).state
-    assert list(state) == ["yaw", "pitch", "hotbar", "isGuiOpen"] and state["yaw"].tolist() == list(
-        range(FRAMES)
-    )
+    assert list(state) == ["yaw", "pitch", "hotbar", "isGuiOpen"]
+    assert state["yaw"].tolist() == list(range(FRAMES))
 
 
 def test_typed_characters_split_no_line(toy):
-    "U+2028 and U+0085 end a line for Python, but may stand in a JSON string; a byte that is no UTF-8 came in where a player's chat was cut."
-    odd = (
-        json.dumps(
-            {**LINE, "keyboard": {**LINE["keyboard"], "chars": "a\u2028b\u0085c"}},
-            ensure_ascii=False,
-        )
-        .encode()
-        .replace(b"\xc2\x85c", b"\xc2\x85\xe2")
-    )
-    toy.with_suffix(".jsonl").write_bytes(b"\r\n".join([odd] * FRAMES) + b"\r\n")
+    """U+2028 and U+0085 end a line for Python, but may stand in a JSON string.
+
+    A byte that is not UTF-8 came in where a player's chat was cut.
+    """
+    keyboard = {**LINE["keyboard"], "chars": "a\u2028b\u0085c"}
+    line = json.dumps({**LINE, "keyboard": keyboard}, ensure_ascii=False).encode()
+    line = line.replace(b"\xc2\x85c", b"\xc2\x85\xe2")
+    toy.with_suffix(".jsonl").write_bytes(b"\r\n".join([line] * FRAMES) + b"\r\n")
     assert len(open_recording(toy)) == FRAMES
 
 
@@ -418,28 +422,21 @@ def test_teleports_and_missing_ticks_are_marked(toy):
 
 
 def test_cursor_is_painted_where_a_screen_is_open(toy):
-    plain = read(toy)
-    write_lines(
-        toy.with_suffix(".jsonl"),
-        [
-            {**LINE, "isGuiOpen": t >= 20, "mouse": {**LINE["mouse"], "x": 320.0, "y": 540.0}}
-            for t in range(FRAMES)
-        ],
-    )
-    changed = [np.argwhere((a != b).any(2)) for a, b in zip(plain, read(toy))]
-    assert not any(len(c) for c in changed[:20]) and all(len(c) for c in changed[20:])
-    for c in changed[20:]:
-        assert (
-            c.min(0) == pytest.approx([36, 16], abs=1) and (c.max(0) - c.min(0) < 8).all()
-        )  # x, y a quarter and three quarters in
+    without_screen = read(toy)
+    cursor = {**LINE["mouse"], "x": 320.0, "y": 540.0}  # a quarter and three quarters in
+    rows = [{**LINE, "isGuiOpen": t >= 20, "mouse": cursor} for t in range(FRAMES)]
+    write_lines(toy.with_suffix(".jsonl"), rows)
+    changed = [np.argwhere((a != b).any(2)) for a, b in zip(without_screen, read(toy))]
+    assert not any(len(pixels) for pixels in changed[:20])
+    for pixels in changed[20:]:
+        assert pixels.min(0) == pytest.approx([36, 16], abs=1)
+        assert (pixels.max(0) - pixels.min(0) < 8).all()
 
 
 def test_frames_are_rgb_and_area_averaged():
     recording = open_recording(DATA / f"{NAMES[0]}.mp4")
-    full, small = (
-        next(recording.frames()).astype(float),
-        next(recording.frames(30, 40)).astype(float),
-    )
+    full = next(recording.frames()).astype(float)
+    small = next(recording.frames(30, 40)).astype(float)
     assert full.shape == (90, 160, 3)
     sky = full[:12].mean((0, 1))
     assert sky[2] > sky[0] + 20  # blue last
@@ -450,30 +447,20 @@ def test_frames_are_rgb_and_area_averaged():
 @pytest.mark.parametrize("name", NAMES)
 def test_bundled_recordings_are_whole(name):
     recording = open_recording(DATA / name)
-    assert len(recording) == (600 if int(name[6:9]) <= 348 else 240) and set(recording.state) == {
-        "yaw",
-        "pitch",
-        "xpos",
-        "ypos",
-        "zpos",
-        "hotbar",
-        "isGuiOpen",
-    }
+    assert len(recording) == (600 if int(name[6:9]) <= 348 else 240)
+    assert set(recording.state) == set(recordings.STATE)
     assert (DATA / f"{name}.jsonl").read_bytes().count(b"\n") == len(recording)
-    turned = (np.diff(recording.state["yaw"]) + 180) % 360 - 180
-    plain = (
-        ~recording.teleported[:-1]
-        & ~recording.state["isGuiOpen"].astype(bool)[:-1]
-        & ~recording.state["isGuiOpen"].astype(bool)[1:]
-    )  # on a screen the mouse moves the cursor
-    assert (
-        np.allclose(turned[plain], recording.actions[:-1, 22][plain], atol=0.02)
-        and plain.mean() > 0.5
-    )  # the line holds the state before its action
+    yaw_change = (np.diff(recording.state["yaw"]) + 180) % 360 - 180
+    gui_open = recording.state["isGuiOpen"].astype(bool)  # then the mouse moves the cursor
+    turns_camera = ~recording.teleported[:-1] & ~gui_open[:-1] & ~gui_open[1:]
+    assert turns_camera.mean() > 0.5
+    # the line holds the state before its action
+    dx = recording.actions[:-1, DX]
+    assert np.allclose(yaw_change[turns_camera], dx[turns_camera], atol=0.02)
 
 
 @pytest.mark.parametrize(
-    "name, group",
+    ("name", "group"),
     [
         (
             "cheeky-cornflower-setter-02e496ce4abb-20220421-092639",
@@ -491,13 +478,12 @@ def test_group_of_a_name(name, group):
     assert group_of(name) == group
 
 
-def test_no_group_of_the_sample_stands_on_two_sides():
-    split = split_recordings(DATA)
-    assert sorted(sum(split.values(), [])) == NAMES
-    groups = {side: {group_of(n) for n in names} for side, names in split.items()}
-    assert all(groups.values()) and sum(map(len, groups.values())) == len(
-        set().union(*groups.values())
-    )
+def test_no_group_of_the_sample_is_in_two_splits():
+    splits = split_recordings(DATA)
+    assert sorted(chain(*splits.values())) == NAMES
+    groups = {split: {group_of(name) for name in names} for split, names in splits.items()}
+    assert all(groups.values())
+    assert sum(map(len, groups.values())) == len(set().union(*groups.values()))
     assert groups["test"] == {f"world-{w}" for w in (321, 322, 323, 324, 345, 346, 347, 348)}
 
 
@@ -506,7 +492,7 @@ def test_no_group_of_the_sample_stands_on_two_sides():
     st.sets(st.tuples(st.integers(0, 9), st.integers(0, 5)), min_size=1, max_size=25),
     st.integers(0, 2**32),
 )
-def test_no_group_is_dealt_to_two_sides(tmp_path_factory, pieces, seed):
+def test_no_group_is_assigned_to_two_splits(tmp_path_factory, pieces, seed):
     folder = tmp_path_factory.mktemp("folder")
     names = sorted(f"w{w}_{piece}" for w, piece in pieces)
     for n in names:
@@ -516,24 +502,25 @@ def test_no_group_is_dealt_to_two_sides(tmp_path_factory, pieces, seed):
         with pytest.raises(RecordingError, match="at least 3"):
             split_recordings(folder, seed)
         return
-    split = split_recordings(folder, seed)
-    assert (
-        sorted(sum(split.values(), [])) == names
-        and all(split.values())
-        and list(split) == list(SIDES)
-    )
-    groups = [group_of(n) for ns in split.values() for n in {group_of(n): n for n in ns}.values()]
-    assert len(groups) == len(set(groups))
-    assert split == split_recordings(folder, seed)
+    splits = split_recordings(folder, seed)
+    assert list(splits) == list(SIDES)
+    assert all(splits.values())
+    assert sorted(chain(*splits.values())) == names
+    groups = [{group_of(name) for name in split_names} for split_names in splits.values()]
+    assert sum(map(len, groups)) == len(set().union(*groups))
+    assert splits == split_recordings(folder, seed)
 
 
 def remarks(path):
     return check_recording(path)["remarks"]
 
 
-@pytest.mark.parametrize("lines, spare", [(FRAMES, 0), (FRAMES - 1, 1)])
+@pytest.mark.parametrize(("lines", "spare"), [(FRAMES, 0), (FRAMES - 1, 1)])
 def test_last_frame_needs_no_line(tmp_path, lines, spare):
-    "A contractor's recording has as many lines as frames, or one fewer; its last frame is the target of its last action."
+    """A contractor's recording has as many lines as frames, or one fewer.
+
+    Its last frame is the target of its last action.
+    """
     recording = open_recording(pairs.make_pair(tmp_path, "toy", FRAMES, lines))
     assert len(recording) == len(list(recording.frames())) == len(recording.lines) == FRAMES
     assert recording.actions.shape == (FRAMES, 28) and recording.teleported.shape == (FRAMES,)
@@ -564,12 +551,13 @@ def test_rows_of_older_rules_hold_no_more(tmp_path):
     pairs.make_pair(tmp_path, "toy", FRAMES, FRAMES - 1)
     check_folder(tmp_path, progress=False)
     path = tmp_path / "checked.json"
-    told = json.loads(path.read_text())
-    told["recordings"]["toy"]["used"] = False
-    path.write_text(json.dumps(told))
+    checks_file = json.loads(path.read_text())
+    checks_file["recordings"]["toy"]["used"] = False
+    path.write_text(json.dumps(checks_file))
     assert not read_checks(tmp_path)["toy"]["used"]
-    path.write_text(json.dumps(told | {"version": told["version"] - 1}))
-    assert read_checks(tmp_path) == {} and check_folder(tmp_path, progress=False)[0]["used"]
+    path.write_text(json.dumps(checks_file | {"version": checks_file["version"] - 1}))
+    assert read_checks(tmp_path) == {}
+    assert check_folder(tmp_path, progress=False)[0]["used"]
 
 
 def gone(field):
@@ -577,7 +565,7 @@ def gone(field):
 
 
 @pytest.mark.parametrize(
-    "odd, said",
+    ("broken", "message"),
     [
         ({**pairs.line(7), "mouse": None}, "mouse is 'None'"),
         ({**pairs.line(7), "keyboard": None}, "keyboard is 'None'"),
@@ -594,93 +582,64 @@ def gone(field):
     ],
 )
 @pytest.mark.parametrize("at", [0, 7, FRAMES - 1])
-def test_tick_without_its_action_is_a_gap(tmp_path, odd, said, at):
-    odd = (
-        odd
-        if odd is None
-        else {
-            **odd,
-            **{
-                k: v
-                for k, v in pairs.line(at).items()
-                if k in odd and k not in ("mouse", "keyboard", "hotbar")
-            },
-        }
-    )
-    path = pairs.make_pair(
-        tmp_path, "toy", FRAMES, rows=[odd if t == at else pairs.line(t) for t in range(FRAMES)]
-    )
-    recording, found = open_recording(path), remarks(path)
-    assert len(found) >= 1 and any(said in r and f"line {at + 1}" in r for r in found)
-    assert recording.teleported[at] and np.array_equal(recording.actions[at], NOOP)
-    near = (
-        {at - 1, at} if odd is None or "tick" not in odd else {at}
-    )  # a line that tells nothing at all tells no state either
-    if "hotbar is" in said:
-        near = {at - 1, at} if at else {at}
-    assert set(np.flatnonzero(recording.teleported)) <= near | {at}
-    assert [t for t in pairs.ticks_of(recording.actions)] == [
-        0 if t == at else t for t in range(FRAMES)
-    ]
+def test_tick_without_its_action_is_a_gap(tmp_path, broken, message, at):
+    if broken is not None:
+        state = {k: v for k, v in pairs.line(at).items() if k in broken}
+        broken = state | {k: v for k, v in broken.items() if k in ("mouse", "keyboard", "hotbar")}
+    rows = [broken if t == at else pairs.line(t) for t in range(FRAMES)]
+    path = pairs.make_pair(tmp_path, "toy", FRAMES, rows=rows)
+    recording = open_recording(path)
+    assert any(message in r and f"line {at + 1}" in r for r in remarks(path))
+    assert recording.teleported[at]
+    assert np.array_equal(recording.actions[at], NOOP)
+    # a line without state or time, or with a wrong slot, is a frame that no window holds
+    no_state = broken is None or "tick" not in broken or "hotbar is" in message
+    gaps = {at - 1, at} if no_state else {at}
+    assert set(np.flatnonzero(recording.teleported)) <= gaps
+    assert list(pairs.ticks_of(recording.actions)) == [0 if t == at else t for t in range(FRAMES)]
 
 
 def test_ticks_without_action_are_counted(tmp_path):
-    path = pairs.make_pair(
-        tmp_path,
-        "toy",
-        FRAMES,
-        rows=[pairs.line(t, **({"mouse": None} if t in (3, 9, 30) else {})) for t in range(FRAMES)],
-    )
-    assert (
-        any("3 lines (line 4 first)" in r for r in remarks(path))
-        and check_recording(path)["gaps"] == 3
-    )
+    rows = [pairs.line(t) for t in range(FRAMES)]
+    for t in (3, 9, 30):
+        rows[t]["mouse"] = None
+    path = pairs.make_pair(tmp_path, "toy", FRAMES, rows=rows)
+    assert any("3 lines (line 4 first)" in r for r in remarks(path))
+    assert check_recording(path)["gaps"] == 3
 
 
 @pytest.mark.parametrize("good", [0, 1])
 def test_recording_without_actions_is_refused_plainly(tmp_path, good):
-    path = pairs.make_pair(
-        tmp_path,
-        "toy",
-        FRAMES,
-        rows=[pairs.line(t, **({} if t < good else {"mouse": None})) for t in range(FRAMES)],
-    )
-    row = check_recording(path)
-    assert (
-        not row["used"]
-        and f"line {good + 1}: mouse is 'None'" in row["why"]
-        and f"({FRAMES - good} of {FRAMES} lines" in row["why"]
-    )
-    assert "leave the recording out" in row["why"] and "download it again" not in row["why"]
+    rows = [pairs.line(t) for t in range(good)]
+    rows += [pairs.line(t, mouse=None) for t in range(good, FRAMES)]
+    row = check_recording(pairs.make_pair(tmp_path, "toy", FRAMES, rows=rows))
+    assert not row["used"]
+    assert f"line {good + 1}: mouse is 'None'" in row["why"]
+    assert f"({FRAMES - good} of {FRAMES} lines" in row["why"]
+    assert "leave the recording out" in row["why"]
+    assert "download it again" not in row["why"]
 
 
 @pytest.mark.parametrize("field", ["tick", "milli", "yaw", "zpos", "isGuiOpen"])
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-1e999", "null", '"NaN"'])
 def test_number_that_is_none_is_a_gap(tmp_path, field, value):
     "In clock or state: no window holds that frame, the others stay, and the state is finite."
-    rows = [
-        json.dumps(pairs.line(t, **({field: "HERE"} if t == 20 else {}))).replace('"HERE"', value)
-        for t in range(FRAMES)
-    ]
+    rows = [json.dumps(pairs.line(t)) for t in range(FRAMES)]
+    rows[20] = json.dumps(pairs.line(20, **{field: "HERE"})).replace('"HERE"', value)
     path = pairs.make_pair(tmp_path, "toy", FRAMES, rows=rows)
     recording = open_recording(path)
     assert np.flatnonzero(recording.teleported).tolist() == [19, 20]
-    assert all(np.isfinite(v).all() for v in recording.state.values()) and set(
-        recording.state
-    ) == set(recordings.STATE)
-    assert any("line 21" in r for r in remarks(path)) and check_recording(path)["gaps"] == 2
+    assert set(recording.state) == set(recordings.STATE)
+    assert all(np.isfinite(v).all() for v in recording.state.values())
+    assert any("line 21" in r for r in remarks(path))
+    assert check_recording(path)["gaps"] == 2
 
 
 def test_clock_that_most_lines_lack_is_none(tmp_path):
-    path = pairs.make_pair(
-        tmp_path,
-        "toy",
-        FRAMES,
-        rows=[pairs.line(t, **({"tick": ...} if t else {})) for t in range(FRAMES)],
-    )
-    assert not open_recording(path).teleported.any() and any(
-        "lines without tick" in r for r in remarks(path)
-    )
+    rows = [pairs.line(0), *(pairs.line(t, tick=...) for t in range(1, FRAMES))]
+    path = pairs.make_pair(tmp_path, "toy", FRAMES, rows=rows)
+    assert not open_recording(path).teleported.any()
+    assert any("lines without tick" in r for r in remarks(path))
 
 
 ONE = json.dumps(LINE).encode()
@@ -702,10 +661,9 @@ ODD_BYTES = {
 def test_odd_bytes_cost_no_recording(toy, raw):
     toy.with_suffix(".jsonl").write_bytes(raw)
     recording = open_recording(toy)
-    assert len(recording) == FRAMES and recording.spare_frames == (
-        raw == ODD_BYTES["last line broken off"]
-    )
-    assert np.allclose(recording.actions[:-1, 22], 0.15)
+    assert len(recording) == FRAMES
+    assert recording.spare_frames == (raw == ODD_BYTES["last line broken off"])
+    assert np.allclose(recording.actions[:-1, DX], 0.15)
 
 
 def test_numbers_of_lines_count_blank_ones(toy):
@@ -718,45 +676,39 @@ def test_numbers_of_lines_count_blank_ones(toy):
 
 def test_without_isGuiOpen_there_is_no_cursor(tmp_path):
     mouse = pairs.line()["mouse"] | {"x": 1270.0, "y": 10.0}
-    path = pairs.make_pair(
-        tmp_path, "toy", 5, rows=[pairs.line(t, isGuiOpen=..., mouse=mouse) for t in range(5)]
-    )
-    assert (open_recording(path).actions[:, 20:22] == 0.5).all() and np.ptp(
-        next(open_recording(path).frames())
-    ) == 0
+    rows = [pairs.line(t, isGuiOpen=..., mouse=mouse) for t in range(5)]
+    recording = open_recording(pairs.make_pair(tmp_path, "toy", 5, rows=rows))
+    assert (recording.actions[:, CURSOR] == 0.5).all()
+    assert np.ptp(next(recording.frames())) == 0
 
 
-def painted(path):
-    return [
-        np.argwhere(np.ptp(f, 2) + abs(f.astype(int) - int(np.median(f))).max(2) > 20)
-        for f in open_recording(path).frames()
-    ]
+def cursor_pixels(path):
+    "Rows and columns of the cursor's pixels in each frame, which is grey otherwise."
+    pixels = []
+    for frame in open_recording(path).frames():
+        difference = abs(frame.astype(int) - int(np.median(frame))).max(2)
+        pixels.append(np.argwhere(np.ptp(frame, 2) + difference > 20))
+    return pixels
 
 
 def test_cursor_of_a_frame_without_a_line(tmp_path):
-    "It stands where the last action leaves it; with no action nobody knows, so no window holds the frame."
+    "It is where the last action leaves it; with no action nobody knows: no window holds the frame."
     mouse = pairs.line()["mouse"] | {"x": 320.0, "y": 360.0, "dx": 320.0}
-    path = pairs.make_pair(
-        tmp_path, "toy", 5, rows=[pairs.line(t, isGuiOpen=True, mouse=mouse) for t in range(4)]
-    )
-    first, *others = [at.min(0) for at in painted(path)]
-    assert first == pytest.approx([24, 20], abs=3) and [(at - first).tolist() for at in others] == [
-        [0, 0]
-    ] * 3 + [[0, 20]]  # a quarter of 80
-    closed = pairs.line(3, isGuiOpen=True, mouse=mouse, keyboard={"keys": ["key.keyboard.e"]})
-    pairs.write_lines(
-        path.with_suffix(".jsonl"),
-        [pairs.line(t, isGuiOpen=True, mouse=mouse) for t in range(3)] + [closed],
-    )
-    assert [len(at) > 0 for at in painted(path)] == [True] * 4 + [False]
-    pairs.write_lines(
-        path.with_suffix(".jsonl"),
-        [pairs.line(t, isGuiOpen=True, mouse=None if t == 2 else mouse) for t in range(5)],
-    )
-    assert (
-        np.flatnonzero(open_recording(path).teleported).tolist() == [1, 2]
-        and len(painted(path)[2]) == 0
-    )
+    rows = [pairs.line(t, isGuiOpen=True, mouse=mouse) for t in range(4)]
+    path = pairs.make_pair(tmp_path, "toy", 5, rows=rows)
+    first, *others = [pixels.min(0) for pixels in cursor_pixels(path)]
+    assert first == pytest.approx([24, 20], abs=3)
+    # a quarter of 80 pixels to the right in the last frame
+    assert [(corner - first).tolist() for corner in others] == [[0, 0]] * 3 + [[0, 20]]
+
+    rows[3] = pairs.line(3, isGuiOpen=True, mouse=mouse, keyboard={"keys": ["key.keyboard.e"]})
+    pairs.write_lines(path.with_suffix(".jsonl"), rows)  # the last action closes the screen
+    assert [len(pixels) > 0 for pixels in cursor_pixels(path)] == [True] * 4 + [False]
+
+    rows = [pairs.line(t, isGuiOpen=True, mouse=None if t == 2 else mouse) for t in range(5)]
+    pairs.write_lines(path.with_suffix(".jsonl"), rows)
+    assert np.flatnonzero(open_recording(path).teleported).tolist() == [1, 2]
+    assert len(cursor_pixels(path)[2]) == 0
 
 
 @pytest.mark.parametrize("lines", [20, 19])
@@ -764,16 +716,18 @@ def test_frames_that_an_edit_list_hides_are_not_missed(tmp_path, lines):
     "As `ffmpeg -ss ... -c copy` cuts: the packets before the cut stay in the file."
     pairs.write_video(tmp_path / "long.mp4", 60, "libx264", g="60", bf="0")
     with (
-        av.open(str(tmp_path / "long.mp4")) as whole,
-        av.open(str(tmp_path / "cut.mp4"), "w", format="mp4") as part,
+        av.open(str(tmp_path / "long.mp4")) as long,
+        av.open(str(tmp_path / "cut.mp4"), "w", format="mp4") as cut,
     ):
-        source = whole.streams.video[0]
-        target = part.add_stream_from_template(source)
-        packets = [p for p in whole.demux(source) if p.size]
+        source = long.streams.video[0]
+        target = cut.add_stream_from_template(source)
+        packets = [packet for packet in long.demux(source) if packet.size]
         step = packets[1].pts - packets[0].pts
-        for p in packets:
-            p.pts, p.dts, p.stream = p.pts - 40 * step, p.dts - 40 * step, target
-            part.mux(p)
+        for packet in packets:
+            packet.pts -= 40 * step
+            packet.dts -= 40 * step
+            packet.stream = target
+            cut.mux(packet)
     pairs.write_lines(tmp_path / "cut.jsonl", [pairs.line(t) for t in range(lines)])
     row = check_recording(tmp_path / "cut.mp4", decode=True)
     assert row["used"] and row["frames"] == 20
@@ -785,23 +739,18 @@ def test_hidden_files_are_no_recordings(toy):
     for name in ("._toy.mp4", "._toy.jsonl", ".x.mp4", ".DS_Store", ".part"):
         toy.with_name(name).write_bytes(b"\0\5\26\7")
     toy.with_name("folder.mp4").mkdir()
-    assert find_recordings(toy.parent) == [toy] and [
-        r["name"] for r in check_folder(toy.parent, progress=False)
-    ] == ["toy"]
+    assert find_recordings(toy.parent) == [toy]
+    assert [row["name"] for row in check_folder(toy.parent, progress=False)] == ["toy"]
 
 
 def test_endings_in_capitals_are_taken(toy):
-    video, lines = (
-        toy.rename(toy.with_suffix(".MP4")),
-        toy.with_suffix(".jsonl").rename(toy.with_suffix(".JSONL")),
-    )
-    assert find_recordings(toy.parent) == [video]
-    for path in (video, lines, toy, toy.with_suffix("")):
+    video_path = toy.rename(toy.with_suffix(".MP4"))
+    lines_path = toy.with_suffix(".jsonl").rename(toy.with_suffix(".JSONL"))
+    assert find_recordings(toy.parent) == [video_path]
+    for path in (video_path, lines_path, toy, toy.with_suffix("")):
         assert open_recording(path).name == "toy"
-    assert (
-        check_folder(toy.parent, progress=False)[0]["used"]
-        and read_checks(toy.parent)["toy"]["files"][1]
-    )
+    assert check_folder(toy.parent, progress=False)[0]["used"]
+    assert read_checks(toy.parent)["toy"]["files"][1]
 
 
 def test_missing_folder_is_named(tmp_path):
@@ -843,50 +792,41 @@ def test_names_that_only_look_like_pieces(name):
     assert group_of(name) == name
 
 
-@pytest.mark.parametrize("about", ["split.json", "manifest.json"])
-@pytest.mark.parametrize("code", ["utf-8-sig", "utf-16"])
-def test_sides_are_read_with_a_byte_order_mark(tmp_path, about, code):
-    for n in "abc":
-        pairs.make_pair(tmp_path, n, 2)
-    sides = dict(zip(SIDES, (["a"], ["b"], ["c"])))
-    told = (
-        sides
-        if about == "split.json"
-        else {"recordings": {n: {"side": side, "url": ""} for side, (n,) in sides.items()}}
-    )
-    (tmp_path / about).write_bytes(json.dumps(told).encode(code))
-    assert split_recordings(tmp_path) == sides
-    (tmp_path / about).write_text("{")
-    with pytest.raises(RecordingError, match=f"{about}, line 1: not JSON"):
+@pytest.mark.parametrize("file", ["split.json", "manifest.json"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_splits_are_read_with_a_byte_order_mark(tmp_path, file, encoding):
+    for name in "abc":
+        pairs.make_pair(tmp_path, name, 2)
+    splits = dict(zip(SIDES, (["a"], ["b"], ["c"])))
+    rows = {name: {"side": split, "url": ""} for split, (name,) in splits.items()}
+    content = splits if file == "split.json" else {"recordings": rows}
+    path = tmp_path / file
+    path.write_bytes(json.dumps(content).encode(encoding))
+    assert split_recordings(tmp_path) == splits
+    path.write_text("{")
+    with pytest.raises(RecordingError, match=f"{file}, line 1: not JSON"):
         split_recordings(tmp_path)
-    (tmp_path / about).write_text("[]")
-    with pytest.raises(RecordingError, match=f"{about}: "):
+    path.write_text("[]")
+    with pytest.raises(RecordingError, match=f"{file}: "):
         split_recordings(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "version, factor",
+    ("version", "factor"),
     [("5.7", "0.5"), ("6.9", "2"), ("6.13", None), ("7.6", None), ("16.9", None), ("10.0", None)],
 )
 @pytest.mark.parametrize("screen", [True, False])
 def test_mouse_on_a_screen_of_old_recorders_is_remarked(tmp_path, version, factor, screen):
-    path = pairs.make_pair(
-        tmp_path, "toy", 4, rows=[pairs.line(t, isGuiOpen=screen) for t in range(4)]
-    )
-    (tmp_path / "manifest.json").write_text(
-        json.dumps(
-            {
-                "recordings": {
-                    "toy": {"url": f"https://example.org/x/data/{version}/toy.mp4", "side": "train"}
-                }
-            }
-        )
-    )
-    told = [r for r in remarks(path) if "recorder version" in r]
-    assert [
-        f"version {version}" in r and f"x {factor};" in r and "not scaled (4 ticks)" in r
-        for r in told
-    ] == [True] * (factor is not None and screen)
+    rows = [pairs.line(t, isGuiOpen=screen) for t in range(4)]
+    path = pairs.make_pair(tmp_path, "toy", 4, rows=rows)
+    row = {"url": f"https://example.org/x/data/{version}/toy.mp4", "side": "train"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"recordings": {"toy": row}}))
+    version_remarks = [r for r in remarks(path) if "recorder version" in r]
+    assert len(version_remarks) == (factor is not None and screen)
+    for remark in version_remarks:
+        assert f"version {version}" in remark
+        assert f"x {factor};" in remark
+        assert "not scaled (4 ticks)" in remark
 
 
 def test_folder_that_may_only_be_read_keeps_its_checks_in_the_cache(
@@ -911,7 +851,7 @@ def test_folder_that_may_only_be_read_keeps_its_checks_in_the_cache(
 
 
 @pytest.mark.parametrize(
-    "given, place",
+    ("setting", "expected"),
     [
         ("~/x", "HOME/x"),
         ("$HOME/x", "HOME/x"),
@@ -922,21 +862,21 @@ def test_folder_that_may_only_be_read_keeps_its_checks_in_the_cache(
         (None, "HOME/.cache/minecraft_jepa"),
     ],
 )
-def test_cache_is_where_a_shell_would_say(tmp_path, monkeypatch, given, place):
+def test_cache_is_where_a_shell_would_say(tmp_path, monkeypatch, setting, expected):
     (tmp_path / "home").mkdir()
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("MINECRAFT_JEPA_CACHE") if given is None else monkeypatch.setenv(
-        "MINECRAFT_JEPA_CACHE", given
-    )
-    assert str(cache_root()) == place.replace("HOME", str(tmp_path / "home")).replace(
-        "CWD", str(tmp_path / "cwd")
-    )
+    if setting is None:
+        monkeypatch.delenv("MINECRAFT_JEPA_CACHE")
+    else:
+        monkeypatch.setenv("MINECRAFT_JEPA_CACHE", setting)
+    expected = expected.replace("HOME", str(tmp_path / "home"))
+    assert str(cache_root()) == expected.replace("CWD", str(tmp_path / "cwd"))
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    ("setting", "message"),
     [
         ("FILE", "is a file"),
         ("FILE/x", "is a file"),
@@ -944,25 +884,25 @@ def test_cache_is_where_a_shell_would_say(tmp_path, monkeypatch, given, place):
         ("s3://bucket/x", "is a URL"),
     ],
 )
-def test_cache_that_cannot_be_is_told(toy, monkeypatch, given, said):
-    monkeypatch.setenv("MINECRAFT_JEPA_CACHE", given.replace("FILE", str(toy)))
-    with pytest.raises(ValueError, match=said + ".*MINECRAFT_JEPA_CACHE"):
+def test_cache_that_cannot_be_is_told(toy, monkeypatch, setting, message):
+    monkeypatch.setenv("MINECRAFT_JEPA_CACHE", setting.replace("FILE", str(toy)))
+    with pytest.raises(ValueError, match=message + ".*MINECRAFT_JEPA_CACHE"):
         cache_root()
 
 
 def test_without_a_home_the_cache_is_asked_for(monkeypatch):
     monkeypatch.delenv("MINECRAFT_JEPA_CACHE")
-    monkeypatch.setattr(
-        Path,
-        "home",
-        lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")),
-    )
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(ValueError, match="set MINECRAFT_JEPA_CACHE"):
         cache_root()
     assert find_recordings(DATA)  # needs no cache
 
 
-def test_a_folder_without_a_split_keeps_each_player_on_one_side(tmp_path):
+def test_a_folder_without_a_split_keeps_each_player_in_one_split(tmp_path):
     names = [
         f"made-up-player{p}-{12 * p + s:012x}-20220101-000000" for p in range(5) for s in range(4)
     ]
@@ -971,11 +911,144 @@ def test_a_folder_without_a_split_keeps_each_player_on_one_side(tmp_path):
         for suffix in (".mp4", ".jsonl"):
             (tmp_path / "v" / f"{n}{suffix}").touch()
     for seed in range(3):
-        sides = split_recordings(tmp_path / "v", seed)
-        players = [{n.rsplit("-", 3)[0] for n in side} for side in sides.values()]
-        assert all(players) and sum(map(len, players)) == 5
+        splits = split_recordings(tmp_path / "v", seed)
+        players = [{name.rsplit("-", 3)[0] for name in names} for names in splits.values()]
+        assert all(players)
+        assert sum(map(len, players)) == 5
     for n in names[8:]:  # two players are left
         for suffix in (".mp4", ".jsonl"):
             (tmp_path / "v" / f"{n}{suffix}").unlink()
     with pytest.warns(UserWarning, match="2 player.* split by session"):
         assert all(split_recordings(tmp_path / "v").values())
+
+
+def test_cursor_is_sixteen_pixels_high_in_360_and_cut_off_at_the_border():
+    frame = np.full((360, 640, 3), 130, np.uint8)
+    paint_cursor(frame, 0.25, 0.5)
+    rows, columns = np.nonzero((frame != 130).any(2))
+    assert (rows.min(), columns.min(), rows.max()) == (180, 160, 195)
+    assert (frame == 255).any() and (frame == 0).any()
+    for x, y in ((0, 0), (1, 1), (0.999, 0.5)):
+        paint_cursor(frame, x, y)
+
+
+def test_recording_that_is_nowhere_asks_for_its_path(tmp_path):
+    with pytest.raises(RecordingError, match=r"none\.mp4: no such file; give the path of NAME"):
+        pair_of(tmp_path / "none")
+
+
+def test_count_of_ticks_that_starts_anew_is_a_gap(tmp_path):
+    "Two halves of a recording, each without ticks 3 and 4."
+    rows = [pairs.line(t) for t in (*range(3), *range(5, 9))] * 2
+    recording = open_recording(pairs.make_pair(tmp_path, "toy", len(rows), rows=rows))
+    assert np.flatnonzero(recording.teleported).tolist() == [2, 6, 9]
+
+
+def test_size_that_is_no_whole_number_is_named(toy):
+    with pytest.raises(ValueError, match=r"height=1\.5 must be a whole number"):
+        next(open_recording(toy).frames(1.5, 8))
+    with pytest.raises(ValueError, match="width=0 must be at least 1"):
+        next(open_recording(toy).frames(8, 0))
+
+
+PLAYERS = [f"p{p}-{s:012x}-20220101-00000{i}" for p in range(9) for s in range(5) for i in range(3)]
+
+
+@pytest.mark.parametrize("by", ["session", "player"])
+def test_shares_of_the_splits_are_about_those_asked_for(by):
+    splits = deal_sides(PLAYERS, seed=3, by=by)
+    groups = [{getattr(parse_name(name), by) for name in names} for names in splits.values()]
+    assert sum(map(len, groups)) == len(set().union(*groups))
+    for split in ("validation", "test"):
+        assert 0.05 < len(splits[split]) / len(PLAYERS) < 0.2
+
+
+def test_groups_that_were_assigned_before_stay_where_they_are():
+    before = deal_sides(PLAYERS[:60], seed=3)
+    fixed = {name: split for split, names in before.items() for name in names}
+    splits = deal_sides(PLAYERS, seed=3, fixed=fixed)
+    assert all(name in splits[split] for name, split in fixed.items())
+
+
+def test_a_split_without_a_movable_group_is_named():
+    names = ["a_0", "b_0", "c_0"]
+    with pytest.raises(RecordingError, match="no session is left for"):
+        deal_sides(names, fixed=dict.fromkeys(names, "train"))
+
+
+def test_wrong_arguments_of_a_split_are_named():
+    with pytest.raises(ValueError, match="choose 'session'"):
+        deal_sides(PLAYERS, by="day")
+    with pytest.raises(ValueError, match=r"between 0 and 0\.5"):
+        deal_sides(PLAYERS, share=0.6)
+    with pytest.raises(RecordingError, match=r"2 session\(s\), at least 3"):
+        deal_sides(["a_0", "a_1", "b_0"])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "Six recordings of five sessions."
+    for name in ("a_0", "a_1", "b_0", "c_0", "d_0", "e_0"):
+        pairs.make_pair(tmp_path, name, 2)
+    return tmp_path
+
+
+GOOD_SPLIT = {"train": ["a_0", "a_1", "b_0"], "validation": ["c_0"], "test": ["d_0", "e_0"]}
+
+
+def write_split(folder, splits):
+    (folder / "split.json").write_text(json.dumps(splits))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": ["a_0", "b_0"], "validation": ["a_1", "c_0"]}, "would leak"),
+        ({"train": ["a_0", "a_1"]}, "b_0 is in the folder, but not listed"),
+        ({"train": [*GOOD_SPLIT["train"], "f_0"]}, "f_0 is listed, but not in the folder"),
+        ({"test": ["d_0", "e_0", "c_0"]}, "c_0 is listed twice"),
+        ({"train": "a_0"}, "expected an object"),
+        ({"train": [1]}, "expected an object"),
+        ({"holdout": []}, "expected an object"),
+    ],
+)
+def test_split_that_does_not_fit_the_folder_is_named(folder, change, message):
+    write_split(folder, GOOD_SPLIT | change)
+    with pytest.raises(RecordingError, match=f"split.json: .*{message}"):
+        split_recordings(folder)
+
+
+def test_split_of_a_file_leaves_out_what_cannot_be_used(folder):
+    write_split(folder, GOOD_SPLIT)
+    assert split_recordings(folder) == GOOD_SPLIT
+    (folder / "d_0.mp4").write_bytes(b"broken")
+    check_folder(folder, progress=False)
+    assert split_recordings(folder) == GOOD_SPLIT | {"test": ["e_0"]}
+
+
+def test_another_seed_gives_another_split_of_whole_sessions(folder):
+    splits = [split_recordings(folder, seed) for seed in range(10)]
+    assert len(set(map(str, splits))) > 1
+    for assigned in splits:
+        assert all(assigned.values())
+        assert [("a_0" in names) for names in assigned.values()] == [
+            ("a_1" in names) for names in assigned.values()
+        ]
+
+
+def test_remarks_of_a_recording_are_in_order(tmp_path):
+    rows = [pairs.line(t, milli=50 * t - 200 * (t > 3)) for t in range(11)]
+    path = pairs.make_pair(tmp_path, "toy", 9, rows=rows)
+    assert check_recording(path, decode=True)["remarks"][:2] == [
+        "2 lines beyond the last frame are dropped",
+        "milli goes back after line 4; no window crosses it",
+    ]
+    assert np.flatnonzero(open_recording(path).teleported).tolist() == [3]
+
+
+def test_row_of_a_changed_file_holds_no_more(folder):
+    (folder / "a_0.mp4").write_bytes(b"broken")
+    check_folder(folder, progress=False)
+    assert len(find_recordings(folder)) == 5
+    pairs.write_video(folder / "a_0.mp4", 2)
+    assert len(find_recordings(folder)) == 6

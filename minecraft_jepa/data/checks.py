@@ -11,6 +11,7 @@ import os
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,21 +21,34 @@ from tqdm import tqdm
 from minecraft_jepa.data.recordings import (
     STATE,
     RecordingError,
-    _clock,
-    _half,
+    _clock_steps,
+    _clock_values,
+    _half_path,
     _read_json,
-    _text,
     open_recording,
     pair_of,
 )
-from ..utils import _place_of, cache_root, cores_allowed, whole_number, write_json
+from minecraft_jepa.utils import (
+    _place_of,
+    cache_root,
+    cores_allowed,
+    decode_text,
+    whole_number,
+    write_json,
+)
 
 # %% ../../nbs/data/03_checks.ipynb #ff3143a7
-def check_recording(
-    path,  # NAME.mp4, NAME.jsonl or NAME
-    decode=False,  # decode every frame
-) -> dict:
-    """One row: name, used, why (not), remarks on what is used, frames, lines, gaps, share of ticks with a screen open, whether it was decoded."""
+def check_recording(path, decode=False) -> dict:
+    """Check one recording.
+
+    Args:
+        path: NAME.mp4, NAME.jsonl or NAME.
+        decode: decode every frame.
+
+    Returns:
+        A row: `name`, `used`, `why` not, `remarks` on what is used, number of `frames`, `lines`
+        and `gaps`, `gui` (fraction of ticks with a screen open), whether it was `decoded`.
+    """
     row = {
         "name": Path(path).stem,
         "used": True,
@@ -49,212 +63,245 @@ def check_recording(
     try:
         recording = open_recording(path)
         if decode:
-            all(True for _ in recording.frames(16, 16, threads=False))
+            for _ in recording.frames(16, 16, threads=False):
+                pass
     except RecordingError as e:
         return row | {"used": False, "why": str(e)}
-    lines = len(recording) + recording.spare_lines - recording.spare_frames
-    gui = float(np.mean([bool(line.get("isGuiOpen")) for line in recording.lines]))
-    gaps = int(recording.teleported[:-1].sum())
-    told = {"remarks": _remarks(recording), "frames": len(recording), "lines": lines}
-    return row | told | {"gaps": gaps, "gui": gui}
+    is_gui_open = [bool(line.get("isGuiOpen")) for line in recording.lines]
+    return row | {
+        "remarks": _remarks(recording),
+        "frames": len(recording),
+        "lines": len(recording) + recording.spare_lines - recording.spare_frames,
+        "gaps": int(recording.teleported[:-1].sum()),
+        "gui": float(np.mean(is_gui_open)),
+    }
 
 # %% ../../nbs/data/03_checks.ipynb #3bd2b935
-def _where(recording, ticks):
-    """`'3 lines (line 7 first)'`"""
+def _count_lines(recording, ticks):
+    """`'3 lines (line 7 first)'`, of these ticks."""
     line = recording.numbers[min(ticks)]
     return f"{len(ticks)} lines (line {line} first)" if len(ticks) > 1 else f"1 line (line {line})"
 
 
 def _remarks(recording):
-    """What is odd about a recording that is used, a sentence each."""
-    told, faults, read = (
-        [],
-        recording.faults,
-        recording.lines[: len(recording) - recording.spare_frames],
-    )
+    """What is unusual about a recording that is used, a sentence each."""
+    remarks = []
     if recording.spare_lines:
-        told.append(f"{recording.spare_lines} lines beyond the last frame are dropped")
+        remarks.append(f"{recording.spare_lines} lines beyond the last frame are dropped")
     if recording.spare_frames:
-        told.append("the last frame has no line: it is the target of the last action")
+        remarks.append("the last frame has no line: it is the target of the last action")
+    faults = recording.faults
     if faults:
-        told.append(
-            f"no action in {_where(recording, faults)}: {faults[min(faults)]}; no window crosses "
-            "such a tick"
+        remarks.append(
+            f"no action in {_count_lines(recording, faults)}: {faults[min(faults)]}; no window "
+            "crosses such a tick"
         )
     for field in dict.fromkeys(recording.lost.values()):
-        at = [t for t, name in recording.lost.items() if name == field]
-        told.append(
-            f"{field} is not known in {_where(recording, at)}; no window holds such a frame"
-        )
-    clocks = {name: _clock(read, name)[1] for name in ("tick", "milli")}
-    for name, steps in clocks.items():
-        if steps is not None and (steps < 0).any():
-            told.append(
-                f"{name} goes back after line {recording.numbers[int(np.argmax(steps < 0))]}; no "
-                "window crosses it"
-            )
-    lacking = [k for k in STATE if k not in recording.state] + ["tick"] * (clocks["tick"] is None)
-    if lacking:
-        told.append(f"lines without {', '.join(lacking)}")
-    version = _version_of(recording.path)
-    on_screen = [t for t, line in enumerate(read) if line.get("isGuiOpen") is True]
-    if version in _SCREEN_FACTORS and on_screen:
-        told.append(
-            f"recorder version {version}: the mouse's movement on an open screen would have to be "
-            f"taken x {_SCREEN_FACTORS[version]:g}; it is not scaled ({len(on_screen)} ticks)"
-        )
-    return told
+        ticks = [t for t, name in recording.lost.items() if name == field]
+        lines = _count_lines(recording, ticks)
+        remarks.append(f"{field} is not known in {lines}; no window holds such a frame")
+    lines = recording.lines[: len(recording) - recording.spare_frames]
+    return remarks + _clock_remarks(recording, lines) + _recorder_remarks(recording, lines)
+
+
+def _clock_remarks(recording, lines):
+    """Clocks that go back, and fields that are missing."""
+    remarks = []
+    missing = [name for name in STATE if name not in recording.state]
+    for clock in ("tick", "milli"):
+        values = _clock_values(lines, clock)
+        if values is None:
+            missing += ["tick"] * (clock == "tick")
+            continue
+        goes_back = _clock_steps(values) < 0
+        if goes_back.any():
+            number = recording.numbers[int(np.argmax(goes_back))]
+            remarks.append(f"{clock} goes back after line {number}; no window crosses it")
+    if missing:
+        remarks.append(f"lines without {', '.join(missing)}")
+    return remarks
 
 # %% ../../nbs/data/03_checks.ipynb #33cd3586
-# OpenAI's loader names them and does not apply them
-_SCREEN_FACTORS = {"5.7": 0.5, "5.8": 0.5, "6.7": 2, "6.8": 2, "6.9": 2}
+# factors on the movement of the mouse while a screen is open, by version of the recorder; OpenAI's
+# loader names them and does not apply them
+_GUI_MOUSE_FACTORS = {"5.7": 0.5, "5.8": 0.5, "6.7": 2, "6.8": 2, "6.9": 2}
 
 
-@lru_cache(8)
-def _addresses(manifest, changed):
-    """{name: URL} of a manifest; `changed`, its time of change, is for the cache."""
-    try:
-        return {
-            n: r["url"]
-            for n, r in json.loads(_text(Path(manifest).read_bytes()))["recordings"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+def _recorder_remarks(recording, lines):
+    """Versions of the recorder that scale the movement of the mouse on a screen."""
+    version = _recorder_version(recording.path)
+    num_gui_ticks = sum(line.get("isGuiOpen") is True for line in lines)
+    if version not in _GUI_MOUSE_FACTORS or not num_gui_ticks:
+        return []
+    return [
+        f"recorder version {version}: the mouse's movement on an open screen would have to be "
+        f"taken x {_GUI_MOUSE_FACTORS[version]:g}; it is not scaled ({num_gui_ticks} ticks)"
+    ]
 
 
-def _version_of(path):
-    """Version of the recorder, such as '6.13', as the address in the manifest beside a recording
-    tells it; '' where none does.
+def _recorder_version(path):
+    """Version of the recorder, such as '6.13', from the URL in the manifest beside a recording.
+
+    It is '' where there is no manifest or the URL does not tell.
     """
     manifest = path.with_name("manifest.json")
     if not manifest.is_file():
         return ""
-    url = _addresses(str(manifest), manifest.stat().st_mtime_ns).get(path.stem, "")
+    url = _manifest_urls(str(manifest), manifest.stat().st_mtime_ns).get(path.stem, "")
     version = re.search(r"/v?(\d+\.\d+)(?:\.\d+)?/(?:[^/]*/)*[^/]*$", str(url))
     return version[1] if version else ""
+
+
+@lru_cache(8)
+def _manifest_urls(path, modified):
+    """{name: URL} of a manifest; `modified`, its time of change, is part of the cache's key."""
+    try:
+        manifest = json.loads(decode_text(Path(path).read_bytes(), "replace"))
+        return {name: row["url"] for name, row in manifest["recordings"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 # %% ../../nbs/data/03_checks.ipynb #0b55f53e
 CHECKED = "checked.json"
 
 
 def _stems(folder):
-    """Names of which a half is in the folder. What begins with a dot is hidden, and no recording."""
+    """Names of the recordings of which a file is in the folder. Hidden files are none."""
     try:
-        found = [
-            p
-            for p in Path(folder).iterdir()
-            if not p.name.startswith(".") and p.suffix.lower() in (".mp4", ".jsonl")
-        ]
+        paths = list(Path(folder).iterdir())
     except (FileNotFoundError, NotADirectoryError):
         raise RecordingError(
             f"{folder}: no such folder; give one that holds NAME.mp4 and NAME.jsonl"
         ) from None
-    return sorted({p.stem for p in found if p.is_file()})
+    is_half = [p.suffix.lower() in (".mp4", ".jsonl") and not p.name.startswith(".") for p in paths]
+    return sorted({p.stem for p, half in zip(paths, is_half) if half and p.is_file()})
 
 
-def _signature(base):
-    """Size and time of change of both halves: while they stay, a check holds."""
-    stats = [_half(base, suffix) for suffix in (".mp4", ".jsonl")]
-    return [[p.stat().st_size, p.stat().st_mtime_ns] if p.is_file() else None for p in stats]
+def _file_stats(base):
+    """Size and time of change of both files: while they stay the same, a check holds."""
+    stats = []
+    for suffix in (".mp4", ".jsonl"):
+        path = _half_path(base, suffix)
+        stat = path.stat() if path.is_file() else None
+        stats.append(stat and [stat.st_size, stat.st_mtime_ns])
+    return stats
 
 
-def _checks_elsewhere(folder):
+def _cached_checks(folder):
+    """Path of the checks of a folder that is read-only."""
     return cache_root() / "checked" / f"{_place_of(folder)}.json"
 
 # %% ../../nbs/data/03_checks.ipynb #c5cb3ea9
-_RULES = 2  # of checking: raise it when what is used changes; older rows hold no more
+_RULES = 2  # version of the rules of checking: rows of older ones no longer hold
 
 
-def read_checks(
-    folder,  # of recordings
-) -> dict[str, dict]:
-    """Rows of `checked.json` that still hold, by name; {} without the file. For a folder that may
-    only be read they are in the cache.
+def read_checks(folder) -> dict[str, dict]:
+    """Rows of `checked.json` that still hold. Those of a read-only folder are in the cache.
+
+    Args:
+        folder: of recordings.
+
+    Returns:
+        {name: row}, {} where nothing was checked.
+
+    Raises:
+        RecordingError: `check_folder` did not write the file.
     """
-    try:
-        paths = [Path(folder) / CHECKED, _checks_elsewhere(folder)]
-    except ValueError:
-        paths = [Path(folder) / CHECKED]
-    rows, remedy = {}, "not written by check_folder; delete it and check the folder again"
-    for path in sorted((p for p in paths if os.path.isfile(p)), key=lambda p: p.stat().st_mtime_ns):
-        found = _read_json(path, remedy)
+    paths = [Path(folder) / CHECKED]
+    with suppress(ValueError):  # there is no cache
+        paths.append(_cached_checks(folder))
+    paths = [path for path in paths if os.path.isfile(path)]
+    remedy = "not written by check_folder; delete it and check the folder again"
+    rows = {}
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
+        checks = _read_json(path, remedy)
         try:
-            rows |= {
-                n: row
-                for n, row in found["recordings"].items()
-                if found["version"] == _RULES and row["files"] == _signature(Path(folder) / n)
-            }
+            for name, row in checks["recordings"].items():
+                if checks["version"] != _RULES:
+                    break
+                if row["files"] == _file_stats(Path(folder) / name):
+                    rows[name] = row
         except (KeyError, TypeError, AttributeError):
             raise RecordingError(f"{path}: {remedy}") from None
     return rows
 
 # %% ../../nbs/data/03_checks.ipynb #0372c890
-def check_folder(
-    folder,  # of recordings, some of them perhaps broken
-    decode=False,  # decode every frame: finds all damage, takes as long as building a clip store
-    workers=None,  # recordings at a time; None: one a core
-    progress=True,  # show a bar
-) -> list[dict]:
-    """Check every recording, write the rows to `checked.json` and give them, sorted by name.
+def check_folder(folder, decode=False, workers=None, progress=True) -> list[dict]:
+    """Check every recording of a folder and write the rows to `checked.json`.
 
-    From then on what is broken is left out. Rows of unchanged files are kept.
+    From then on a recording that can't be used is left out. Rows of unchanged files are kept.
+
+    Args:
+        folder: of recordings, some of them perhaps broken.
+        decode: decode every frame: finds all damage, takes as long as building a clip store.
+        workers: recordings at a time; None: one for each core.
+        progress: show a bar.
+
+    Returns:
+        The rows, see `check_recording`, sorted by name.
     """
     workers = cores_allowed() if workers is None else whole_number(workers, "workers", 1)
-    folder, names, known = Path(folder), _stems(folder), read_checks(folder)
+    folder = Path(folder)
+    names, previous = _stems(folder), read_checks(folder)
 
-    def row(name):
-        if name in known and (known[name]["decoded"] or not decode):
-            return known[name]
-        files = _signature(folder / name)
+    def check(name):
+        if name in previous and (previous[name]["decoded"] or not decode):
+            return previous[name]
+        files = _file_stats(folder / name)  # before the check: the files may change meanwhile
         return check_recording(folder / f"{name}.mp4", decode) | {"files": files}
 
     with ThreadPoolExecutor(workers) as pool:
-        rows = list(
-            tqdm(
-                pool.map(row, names),
-                total=len(names),
-                desc="checking recordings",
-                disable=not progress,
-            )
-        )
-    _keep_checks(folder, {"version": _RULES, "recordings": {r["name"]: r for r in rows}})
+        checks = pool.map(check, names)
+        bar = tqdm(checks, "checking recordings", len(names), disable=not progress)
+        rows = list(bar)
+    _save_checks(folder, {"version": _RULES, "recordings": {row["name"]: row for row in rows}})
     return rows
 
 
-def _keep_checks(folder, checks):
-    """Beside the recordings; where that may not be written, in the cache."""
+def _save_checks(folder, checks):
+    """Write the checks beside the recordings, or to the cache where the folder is read-only."""
     try:
-        return write_json(folder / CHECKED, checks)
+        write_json(folder / CHECKED, checks)
+        return
     except OSError as e:
-        why = f"{folder / CHECKED} can't be written ({e.strerror})"
+        problem = f"{folder / CHECKED} can't be written ({e.strerror})"
     try:
-        other = _checks_elsewhere(folder)
-        other.parent.mkdir(parents=True, exist_ok=True)
-        write_json(other, checks)
+        path = _cached_checks(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, checks)
     except (OSError, ValueError) as e:
         warnings.warn(
-            f"{why}, nor can the cache ({e}); what is broken is not left out. Set "
+            f"{problem}, nor can the cache ({e}); what is broken is not left out. Set "
             "MINECRAFT_JEPA_CACHE to a folder that can be written",
             stacklevel=3,
         )
 
 # %% ../../nbs/data/03_checks.ipynb #9c7ed04a
-def find_recordings(
-    folder,  # of NAME.mp4 + NAME.jsonl
-) -> list[Path]:
-    """The mp4 paths in `folder`, sorted, without those that `check_folder` left out. RecordingError for a lone half or none at all."""
+def find_recordings(folder) -> list[Path]:
+    """The recordings of a folder, without those that `check_folder` found unusable.
+
+    Args:
+        folder: of NAME.mp4 + NAME.jsonl.
+
+    Returns:
+        The paths of the mp4s, sorted.
+
+    Raises:
+        RecordingError: there is none, or one of the two files of a recording is missing and the
+            folder was not checked.
+    """
     folder = Path(folder)
-    stems, checks = _stems(folder), read_checks(folder)
-    if not stems:
+    names, checks = _stems(folder), read_checks(folder)
+    if not names:
         raise RecordingError(
             f"{folder}: no recordings (NAME.mp4 + NAME.jsonl) in this folder; give another one"
         )
-    used = [n for n in stems if n not in checks or checks[n]["used"]]
+    used = [name for name in names if name not in checks or checks[name]["used"]]
     if not used:
-        why = f"check_folder tells why: {checks[stems[0]]['why']}"
-        raise RecordingError(f"{folder}: none of the {len(stems)} recordings can be used; {why}")
+        reason = f"check_folder tells why: {checks[names[0]]['why']}"
+        raise RecordingError(f"{folder}: none of the {len(names)} recordings can be used; {reason}")
     try:
-        return [pair_of(folder / f"{n}.mp4")[0] for n in used]
+        return [pair_of(folder / f"{name}.mp4")[0] for name in used]
     except RecordingError as e:
         raise RecordingError(
             f"{e}; or let recordings.check_folder leave out what is broken"

@@ -6,11 +6,11 @@
 __all__ = ['STATE', 'RecordingError', 'paint_cursor', 'Recording', 'Name', 'parse_name', 'group_of', 'pair_of', 'open_recording']
 
 # %% ../../nbs/data/02_recordings.ipynb #fdf69137
-import codecs
 import json
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,236 +24,267 @@ from minecraft_jepa.data.actions import (
     WINDOW,
     read_actions,
 )
-from ..utils import whole_number
+from ..utils import decode_text, whole_number
 
 # %% ../../nbs/data/02_recordings.ipynb #281ea006
 class RecordingError(ValueError):
     """What is wrong with a recording: file, line and remedy."""
 
 
-def _text(raw):
-    """Bytes of a file as text: UTF-8, or what its byte order mark says. Broken bytes are replaced."""
-    utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return raw.decode("utf-16" if utf16 else "utf-8-sig", "replace")
-
-
 def _read_json(path, remedy):
     """What a JSON file holds. RecordingError names file, line and remedy."""
     try:
-        return json.loads(_text(path.read_bytes()), strict=False)
+        return json.loads(decode_text(path.read_bytes(), "replace"), strict=False)
+    except json.JSONDecodeError as e:
+        raise RecordingError(f"{path}, line {e.lineno}: not JSON ({e.msg}); {remedy}") from None
     except (ValueError, RecursionError) as e:
-        what = (
-            f", line {e.lineno}: not JSON ({e.msg})"
-            if isinstance(e, json.JSONDecodeError)
-            else f": not JSON ({e})"
-        )
-        raise RecordingError(f"{path}{what}; {remedy}") from None
+        raise RecordingError(f"{path}: not JSON ({e}); {remedy}") from None
 
 # %% ../../nbs/data/02_recordings.ipynb #44c6fdc9
-def paint_cursor(
-    frame,  # (H, W, 3) uint8 RGB, changed in place
-    x,  # share of the width, 0..1
-    y,  # share of the height
-):
-    """Paint a white arrow with a black edge, its tip at (x, y)."""
-    size, (height, width) = max(6, round(16 * frame.shape[0] / 360)), frame.shape[:2]
+def paint_cursor(frame, x, y):
+    """Draw a white arrow with a black edge into a frame, its tip at (x, y).
+
+    Args:
+        frame: (H, W, 3) uint8 RGB, changed in place.
+        x: fraction of the width, 0 to 1.
+        y: fraction of the height, 0 to 1.
+    """
+    height, width = frame.shape[:2]
+    size = max(6, round(16 * height / 360))
     top, left = round(y * height), round(x * width)
+    area = frame[top : top + size, left : left + size]  # cut off at the border of the frame
+
     row, column = np.mgrid[:size, :size] / size
-    place = frame[top : top + size, left : left + size]  # cut off at the rim
-    for inside, shade in (
-        (column <= 0.7 * row, 0),
-        ((column <= 0.7 * row - 0.15) & (column >= 0.06) & (row <= 0.88), 255),
-    ):
-        place[inside[: place.shape[0], : place.shape[1]]] = shade
+    arrow = column <= 0.7 * row
+    inside = (column <= 0.7 * row - 0.15) & (column >= 0.06) & (row <= 0.88)
+    area_height, area_width = area.shape[:2]
+    area[arrow[:area_height, :area_width]] = 0
+    area[inside[:area_height, :area_width]] = 255
 
 # %% ../../nbs/data/02_recordings.ipynb #03c5bf0a
-_AGAIN = "download it again or leave the recording out"
+_REMEDY = "download it again or leave the recording out"
 STATE = "yaw", "pitch", "xpos", "ypos", "zpos", "hotbar", "isGuiOpen"
 
 
-def _values(lines, name, kinds=(int, float)):
+def _finite_values(lines, name, kinds=(int, float)):
     """A field of each line as a finite number; None where it is not one."""
-    found = [line.get(name) for line in lines]
-    return [v if type(v) in kinds and abs(v) < 1e300 else None for v in found]
+    values = [line.get(name) for line in lines]
+    return [value if type(value) in kinds and abs(value) < 1e300 else None for value in values]
 
 
-def _clock(lines, name):
-    """Values of a field that counts time, None where a line lacks it, and their differences,
-    (T-1,), nan there; None, None where most lack it.
-    """
-    values = _values(lines, name)
+def _clock_values(lines, name):
+    """Values of a field that counts time, None where a line lacks it; None where most lack it."""
+    values = _finite_values(lines, name)
     if len(values) < 2 or 2 * values.count(None) > len(values):
-        return None, None
-    return values, np.array(
-        [math.nan if None in (a, b) else float(b - a) for a, b in zip(values, values[1:])]
+        return None
+    return values
+
+
+def _clock_steps(values):
+    """Differences of a clock's values, (T-1,), nan where one of the two is unknown."""
+    return np.array(
+        [math.nan if None in pair else float(pair[1] - pair[0]) for pair in pairwise(values)]
     )
 
 
-def _state(lines, unread):
-    """{field: (T,)} of what all lines tell but those in `unread`, and {t: field} where it is no
-    finite number; there the value before stands.
+def _state(lines, faults):
+    """{field: (T,)} of the player's state, and {t: field} where a value is unknown.
+
+    A field counts if all lines have it, apart from lines without an action, and most as a finite
+    number. An unknown value is replaced by the last known one.
     """
-    state, lost = {}, {}
+    state, unknown = {}, {}
     for name in STATE:
-        values = _values(lines, name, (int, float, bool))
-        if 2 * values.count(None) >= len(values):
+        values = _finite_values(lines, name, (int, float, bool))
+        in_all_lines = all(name in line or t in faults for t, line in enumerate(lines))
+        if not in_all_lines or 2 * values.count(None) >= len(values):
             continue
-        if not all(name in line or t in unread for t, line in enumerate(lines)):
-            continue
-        known = [t for t, v in enumerate(values) if v is not None]
-        lost |= {t: name for t, v in enumerate(values) if v is None}
-        before = np.searchsorted(known, np.arange(len(values)), "right") - 1
-        state[name] = np.array([values[known[i]] for i in before.clip(0)], float)
-    return state, lost
+        known = [t for t, value in enumerate(values) if value is not None]
+        unknown |= {t: name for t, value in enumerate(values) if value is None}
+        last_known = np.searchsorted(known, np.arange(len(values)), "right") - 1
+        # before the first known value there is none: clip takes the first
+        state[name] = np.array([values[known[i]] for i in last_known.clip(0)], float)
+    return state, unknown
+
+# %% ../../nbs/data/02_recordings.ipynb #3f9bea07
+def _unknown_times(lines):
+    """{t: field} of the lines whose clock is not a number, where most lines have one."""
+    unknown = {}
+    for name in ("tick", "milli"):
+        values = _clock_values(lines, name) or []
+        unknown |= {t: name for t, value in enumerate(values) if value is None}
+    return unknown
 
 
-def _av():
+def _find_gaps(lines, faults, lost):
+    """(T,) bool: whether no window may cross from frame t to frame t+1.
+
+    `faults` are the lines without an action, `lost` the frames of which something is unknown.
+    """
+    is_gap = np.array([bool(line.get("teleported")) for line in lines], bool)
+    ticks, milliseconds = (_clock_values(lines, name) for name in ("tick", "milli"))
+    if ticks is not None:
+        steps = _clock_steps(ticks)
+        if np.isfinite(steps).any():
+            # recorders count in ones; if one counts otherwise, its usual step is no gap
+            is_gap[:-1] |= steps != np.nanmedian(steps)
+    if milliseconds is not None:
+        is_gap[:-1] |= _clock_steps(milliseconds) < 0
+    for t in faults:
+        is_gap[t] = True
+    for t in lost:
+        is_gap[max(t - 1, 0)] = True
+        is_gap[t] = True
+    return is_gap
+
+# %% ../../nbs/data/02_recordings.ipynb #6085ae00
+_GUI_KEYS = [ACTION_NAMES.index(key) for key in ("e", "escape")]  # they close a screen
+
+
+def _cursor_position(recording, t):
+    """(x, y) of the cursor in frame t as fractions of the window; None where there is none.
+
+    In a frame without a line it is where the last action leaves it.
+    """
+    without_line = recording.spare_frames and t == len(recording) - 1
+    line_index = t - 1 if without_line else t
+    line, action = recording.lines[line_index], recording.actions[line_index]
+    if line.get("isGuiOpen") is not True or line_index in recording.faults:
+        return None
+    if not without_line:
+        return action[CURSOR]
+    if action[_GUI_KEYS].any():
+        return None
+    pixels = action[MOUSE] / DEGREES_PER_PIXEL
+    return (action[CURSOR] + pixels / np.array(WINDOW)).clip(0, 1)
+
+# %% ../../nbs/data/02_recordings.ipynb #901e2662
+def _import_av():
+    """The module of PyAV; ImportError says what works without it."""
     try:
         import av
     except ImportError:
         raise ImportError(
-            "PyAV is needed to decode recordings: pip install av. A clip store that was built elsewhere is read without it: clips.ClipStore.open"
+            "PyAV is needed to decode recordings: pip install av. A clip store that was built "
+            "elsewhere is read without it: clips.ClipStore.open"
         ) from None
     return av
 
-# %% ../../nbs/data/02_recordings.ipynb #3f9bea07
-def _lost_clocks(lines):
-    clocks = {name: _clock(lines, name)[0] for name in ("tick", "milli")}
-    return {
-        t: name
-        for name, values in clocks.items()
-        if values
-        for t, v in enumerate(values)
-        if v is None
-    }
 
-
-def _moved(lines, faults, lost):
-    """Where between this frame and the next the player is moved to another place, ticks are
-    missing, a clock goes back, or nobody knows.
-    """
-    moved = np.array([bool(line.get("teleported")) for line in lines], bool)
-    (_, ticks), (_, milli) = _clock(lines, "tick"), _clock(lines, "milli")
-    # recorders count in ones; should one count otherwise, its usual step is no gap
-    if ticks is not None and np.isfinite(ticks).any():
-        moved[:-1] |= ticks != np.nanmedian(ticks)
-    if milli is not None:
-        moved[:-1] |= milli < 0
-    for t in faults:
-        moved[t] = True
-    for t in lost:
-        moved[max(t - 1, 0)] = moved[t] = True
-    return moved
-
-# %% ../../nbs/data/02_recordings.ipynb #6085ae00
-_CLOSE = [ACTION_NAMES.index(key) for key in ("e", "escape")]  # keys that close a screen
-
-
-def _cursor(recording, t):
-    """x and y of the cursor in frame t, shares of the window; None where there is none.
-
-    In a frame without a line it is where the last action leaves it.
-    """
-    spare = recording.spare_frames and t == len(recording) - 1
-    line, action = recording.lines[t - spare], recording.actions[t - spare]
-    if line.get("isGuiOpen") is not True or t - spare in recording.faults:
-        return None
-    if not spare:
-        return action[CURSOR]
-    if action[_CLOSE].any():
-        return None
-    return (action[CURSOR] + action[MOUSE] / DEGREES_PER_PIXEL / np.array(WINDOW)).clip(0, 1)
-
-
-def _pixels(frame):
-    """(H, W, 3) RGB of a frame of three planes; they come as G, B, R."""
+def _planes_to_rgb(frame):
+    """(H, W, 3) RGB of a frame of three planes, which are in the order G, B, R."""
     rgb = np.empty((3, frame.height, frame.width), np.uint8)
-    for c, plane in zip((1, 2, 0), frame.planes):
-        rgb[c] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
-            : frame.height, : frame.width
-        ]
+    for channel, plane in zip((1, 2, 0), frame.planes):
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)  # padded
+        rgb[channel] = rows[: frame.height, : frame.width]
     return rgb.transpose(1, 2, 0)
 
 # %% ../../nbs/data/02_recordings.ipynb #8c07c7f3
 class Recording:
-    """One pair of files, of T frames. Made by `open_recording`.
+    """One pair of files with T frames, made by `open_recording`.
 
-    All that has T rows has one a frame. A last frame without a line has the action `NOOP`, which no
-    window reads, the state of the frame before it, and counts as teleported.
+    Everything with T rows has one for each frame. A last frame without a line has the action
+    `NOOP`, which no window reads, and the state of the frame before it, and counts as teleported.
+
+    Attributes:
+        path: of the mp4.
+        name: of the recording, without suffix.
+        group: its session, see `group_of`.
+        lines: T dicts.
+        actions: (T, 28) float32.
+        state: {field of `STATE`: (T,) float}.
+        teleported: (T,) bool, whether no window may cross from this frame to the next.
+        faults: {t: why line t has no action}.
+        lost: {t: what is unknown of frame t}.
+        numbers: of the lines in their file, from 1.
+        spare_frames: frames after the last line's, 0 or 1.
+        spare_lines: lines after the last frame's, which are dropped.
     """
 
-    def __init__(
-        self,
-        path,  # of the mp4
-        lines,  # what the lines hold, in order
-        actions=None,  # (len(lines), 28); None: of the lines
-        spare_frames=0,  # frames after the last line's: 0 or 1
-        numbers=None,  # of the lines in their file; None: 1, 2 ...
-    ):
-        found, self.faults = read_actions(lines)  # {t: why the line has no action}
-        actions = found if actions is None else actions
+    def __init__(self, path, lines, actions=None, spare_frames=0, numbers=None):
+        """Describe a recording.
+
+        Args:
+            path: of the mp4.
+            lines: what the lines hold, in order.
+            actions: (len(lines), 28); None: those of the lines.
+            spare_frames: frames after the last line's, 0 or 1.
+            numbers: of the lines in their file; None: 1, 2 ...
+        """
+        line_actions, self.faults = read_actions(lines)
+        actions = line_actions if actions is None else actions
         lines = [line if isinstance(line, dict) else {} for line in lines]
-        self.numbers = list(numbers or range(1, len(lines) + 1))
         self.path, self.name, self.group = path, path.stem, group_of(path.stem)
-        self.spare_frames, self.spare_lines = spare_frames, 0  # these lines are dropped
-        self.state, lost = _state(lines, self.faults)
-        cursors = {t: "the cursor" for t in self.faults if lines[t].get("isGuiOpen")}
-        self.lost = lost | _lost_clocks(lines) | cursors  # {t: what is not known of its frame}
-        moved = _moved(lines, self.faults, self.lost)
+        self.numbers = list(numbers or range(1, len(lines) + 1))
+        self.spare_frames, self.spare_lines = spare_frames, 0
+
+        self.state, unknown_state = _state(lines, self.faults)
+        unknown_cursors = {t: "the cursor" for t in self.faults if lines[t].get("isGuiOpen")}
+        self.lost = unknown_state | _unknown_times(lines) | unknown_cursors
+        is_gap = _find_gaps(lines, self.faults, self.lost)
         if spare_frames:
-            lines, moved = [*lines, {}], np.append(moved, True)
+            lines = [*lines, {}]
+            is_gap = np.append(is_gap, True)
             actions = np.concatenate([actions, NOOP[None]])
-            self.state = {k: np.append(v, v[-1:]) for k, v in self.state.items()}
-        # dicts; (T, 28); (T,), a gap between this frame and the next
-        self.lines, self.actions, self.teleported = lines, actions, moved
+            self.state = {name: np.append(v, v[-1:]) for name, v in self.state.items()}
+        self.lines, self.actions, self.teleported = lines, actions, is_gap
 
     def __len__(self):
         return len(self.lines)
 
-    def frames(
-        self,
-        height=None,  # None: as recorded
-        width=None,
-        threads=True,  # decode in several threads; False where recordings are decoded side by side
-    ):
-        """Yields the frames in order, (height, width, 3) uint8 RGB, each pixel the mean of those it covers. RecordingError when the video breaks off before the lines do."""
-        height, width = (x if x is None else whole_number(x, "size", 1) for x in (height, width))
-        av, seen = _av(), 0
-        scale = (
-            av.video.reformatter.VideoReformatter()
-        )  # one for all frames: making its tables anew for each costs more than decoding
+    def frames(self, height=None, width=None, threads=True):
+        """Decode the frames in order, each pixel the mean of those that it covers.
+
+        Args:
+            height: in pixels; None: as recorded.
+            width: in pixels; None: as recorded.
+            threads: decode in several threads; False where recordings are decoded side by side.
+
+        Yields:
+            Frames, (height, width, 3) uint8 RGB.
+
+        Raises:
+            RecordingError: the video is damaged, or ends before the lines do.
+        """
+        height = None if height is None else whole_number(height, "height", 1)
+        width = None if width is None else whole_number(width, "width", 1)
+        av = _import_av()
+        # one for all frames: making its tables takes longer than decoding a frame
+        scaler = av.video.reformatter.VideoReformatter()
+        num_frames = 0
         try:
             with av.open(str(self.path)) as video:
                 video.streams.video[0].thread_type = "AUTO" if threads else "NONE"
                 for frame in video.decode(video=0):
-                    if seen == len(self):
+                    if num_frames == len(self):
                         return
                     if frame.is_corrupt:
                         raise RecordingError(
-                            f"{self.path}: frame {seen} of {len(self)} is damaged; {_AGAIN}"
+                            f"{self.path}: frame {num_frames} of {len(self)} is damaged; {_REMEDY}"
                         )
-                    cursor = _cursor(self, seen)
-                    if cursor is not None:
-                        frame = self._with_cursor(frame, cursor)
-                    yield _pixels(
-                        scale.reformat(
-                            frame, height and width, height, "gbrp", interpolation="AREA", threads=1
-                        )
-                    )  # more wait for each other longer than they work
-                    seen += 1
+                    yield self._to_pixels(frame, num_frames, scaler, height, width)
+                    num_frames += 1
         except (av.error.FFmpegError, IndexError, MemoryError) as e:
             raise RecordingError(
-                f"{self.path}: the video breaks at frame {seen} of {len(self)} ({e}); {_AGAIN}"
+                f"{self.path}: the video breaks at frame {num_frames} of {len(self)} ({e}); "
+                f"{_REMEDY}"
             ) from None
-        if seen < len(self):
+        if num_frames < len(self):
             raise RecordingError(
-                f"{self.path}: only {seen} of {len(self)} frames can be decoded; {_AGAIN}"
+                f"{self.path}: only {num_frames} of {len(self)} frames can be decoded; {_REMEDY}"
             )
 
-    def _with_cursor(self, frame, cursor):
-        pixels = frame.to_ndarray(format="rgb24")
-        paint_cursor(pixels, *cursor)
-        return _av().VideoFrame.from_ndarray(pixels, format="rgb24")
+    def _to_pixels(self, frame, t, scaler, height, width):
+        """Frame t with its cursor, scaled, (height, width, 3)."""
+        cursor = _cursor_position(self, t)
+        if cursor is not None:
+            pixels = frame.to_ndarray(format="rgb24")
+            paint_cursor(pixels, *cursor)
+            frame = _import_av().VideoFrame.from_ndarray(pixels, format="rgb24")
+        width = height and width  # a width alone is ignored
+        # one thread: more of them wait for each other longer than they work
+        scaled = scaler.reformat(frame, width, height, "gbrp", interpolation="AREA", threads=1)
+        return _planes_to_rgb(scaled)
 
 # %% ../../nbs/data/02_recordings.ipynb #e784303b
 @dataclass(frozen=True)
@@ -265,146 +296,175 @@ class Name:
     started: str  # YYYYMMDD-HHMMSS; '' where the name does not say
 
 
-_WORDS = "part|chunk|piece|clip|seg|segment|section|split|scene|cut|copy"
-_PIECE = re.compile(
-    rf"(.*?[^-_. ])(?:[-_. ]+(?:(?:{_WORDS})[-_. ]*\d*)|[-_. ]*\(\d+\)|\.\d{{3,}})+",
+_PIECE_WORDS = "part|chunk|piece|clip|seg|segment|section|split|scene|cut|copy"
+_PIECE_PATTERN = re.compile(
+    rf"(.*?[^-_. ])(?:[-_. ]+(?:(?:{_PIECE_WORDS})[-_. ]*\d*)|[-_. ]*\(\d+\)|\.\d{{3,}})+",
     re.IGNORECASE | re.DOTALL,
 )
 
 
-def parse_name(
-    name,  # of a recording, without suffix
-) -> Name:
-    """Player, session and start. For other names than a contractor's, both are the recording that a piece was cut from."""
+def parse_name(name) -> Name:
+    """Player, session and start of a recording, from its name.
+
+    For a name of another form than a contractor's, player and session are both the recording that
+    a piece was cut from.
+
+    Args:
+        name: of a recording, without suffix.
+    """
     # what follows the time names a piece
     contractor = re.fullmatch(r"(.+)-([0-9a-f]{12})-(\d{8}-\d{6}).*", name, re.DOTALL)
     if contractor:
-        return Name(contractor[1], f"{contractor[1]}-{contractor[2]}", contractor[3])
-    piece = _PIECE.fullmatch(name)
+        alias, code, started = contractor.groups()
+        return Name(alias, f"{alias}-{code}", started)
+    piece = _PIECE_PATTERN.fullmatch(name)
     name = piece[1] if piece else name
-    whole = name.rpartition("_")[0] or name
-    return Name(whole, whole, "")
+    recording = name.rpartition("_")[0] or name
+    return Name(recording, recording, "")
 
 
-def group_of(
-    name,  # of a recording, without suffix
-):
-    """What must stay on one side of a split: the player's session, or the recording that a piece was cut from."""
+def group_of(name):
+    """What must stay in one split: the session, or the recording that a piece was cut from.
+
+    Args:
+        name: of a recording, without suffix.
+    """
     return parse_name(name).session
 
 # %% ../../nbs/data/02_recordings.ipynb #57170605
-def _half(base, suffix):
-    """Path of a half of the recording; its ending may be written in capitals."""
-    exact, *others = (
-        base.with_name(base.name + s)
-        for s in (suffix, suffix.upper(), f".{suffix[1:].capitalize()}")
-    )
-    return exact if exact.is_file() else next((p for p in others if p.is_file()), exact)
+def _half_path(base, suffix):
+    """Path of one of the two files of a recording; its suffix may be in capitals."""
+    suffixes = (suffix, suffix.upper(), f".{suffix[1:].capitalize()}")
+    paths = [base.with_name(base.name + s) for s in suffixes]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
-def pair_of(
-    path,  # NAME.mp4, NAME.jsonl or NAME
-) -> tuple[Path, Path]:
-    """Paths of the mp4 and of the jsonl. RecordingError when either is missing."""
+def pair_of(path) -> tuple[Path, Path]:
+    """Paths of the mp4 and the jsonl of a recording.
+
+    Args:
+        path: NAME.mp4, NAME.jsonl or NAME.
+
+    Raises:
+        RecordingError: one of them does not exist.
+    """
     path = Path(path)
     base = path.with_suffix("") if path.suffix.lower() in (".mp4", ".jsonl") else path
-    video, lines = _half(base, ".mp4"), _half(base, ".jsonl")
-    for here, other in ((video, lines), (lines, video)):
-        if not here.is_file():
+    video, lines = _half_path(base, ".mp4"), _half_path(base, ".jsonl")
+    for half, other_half in ((video, lines), (lines, video)):
+        if half.is_file():
+            continue
+        if other_half.is_file():
             raise RecordingError(
-                f"{here}: no such file"
-                + (
-                    f", its other half {other.name} is there; download it too, or delete the lone half"
-                    if other.is_file()
-                    else "; give the path of NAME.mp4, of NAME.jsonl, or NAME"
-                )
+                f"{half}: no such file, its other half {other_half.name} is there; download it "
+                "too, or delete the lone half"
             )
+        raise RecordingError(
+            f"{half}: no such file; give the path of NAME.mp4, of NAME.jsonl, or NAME"
+        )
     return video, lines
 
 # %% ../../nbs/data/02_recordings.ipynb #fb3c9efc
-_line = json.JSONDecoder(strict=False).decode  # control characters may stand in what was typed
-_BLANK = " \t\r\n\0\ufeff"  # also what Windows, and a disk after a power cut, leave
+# not strict: the text that a player typed may hold control characters
+_decode_json = json.JSONDecoder(strict=False).decode
+# what Windows, or a power cut, leaves at the beginning or end of a line
+_PADDING = " \t\r\n\0\ufeff"
 
 
-def _read_lines(path, frames):
-    """Of at most `frames` lines number in the file and what they hold; how many follow.
-    RecordingError where one is not JSON, but for a last one that is broken off and not needed.
+def _read_lines(path, num_frames):
+    """The first `num_frames` lines of a jsonl, as (number in the file, dict), and how many follow.
+
+    RecordingError names a line that is not JSON, except a broken last line that is not needed.
     """
-    # not splitlines: it would also split at U+2028, which JSON allows in a string
-    text = _text(path.read_bytes())
-    rows = [
-        (n, t) for n, t in ((n, t.strip(_BLANK)) for n, t in enumerate(text.split("\n"), 1)) if t
-    ]
+    # not splitlines: it also splits at U+2028, which JSON allows in a string
+    raw_lines = decode_text(path.read_bytes(), "replace").split("\n")
+    stripped = enumerate((line.strip(_PADDING) for line in raw_lines), 1)
+    rows = [(number, text) for number, text in stripped if text]
     if not rows:
-        raise RecordingError(f"{path}, line 1: not JSON (the file is empty); {_AGAIN}")
-    found = []
-    for number, row in rows[:frames]:
+        raise RecordingError(f"{path}, line 1: not JSON (the file is empty); {_REMEDY}")
+    last_number = rows[-1][0]
+
+    decoded = []
+    for number, text in rows[:num_frames]:
         try:
-            found.append((number, _line(row)))
+            decoded.append((number, _decode_json(text)))
         except (ValueError, RecursionError) as e:
-            if number == rows[-1][0] and len(found) >= frames - 1 > 0:
+            is_last_of_enough = number == last_number and len(decoded) >= num_frames - 1 > 0
+            if is_last_of_enough:
                 break
-            raise RecordingError(
-                f"{path}, line {number}: not JSON ({getattr(e, 'msg', e)}); {_AGAIN}"
-            ) from None
-    return found, max(len(rows) - frames, 0)
+            reason = getattr(e, "msg", e)
+            raise RecordingError(f"{path}, line {number}: not JSON ({reason}); {_REMEDY}") from None
+    return decoded, max(len(rows) - num_frames, 0)
 
-
-_LARGEST = 4096  # pixels a side: what a damaged header asks for beyond that is not to be allocated
+# %% ../../nbs/data/02_recordings.ipynb #23f7b0c4
+_MAX_SIDE = 4096  # pixels: a damaged header may ask for more memory than there is
 
 
 def _count_frames(path):
-    """Frames that the video shows, from its packets: nothing is decoded. Packets that an edit list
-    hides are there, but are not shown.
+    """Number of frames that a video shows, from its packets: nothing is decoded.
+
+    Packets that an edit list hides are in the file, but are not shown. RecordingError where
+    packets are missing.
     """
-    av = _av()
+    av = _import_av()
     try:
         with av.open(str(path)) as video:
             stream = video.streams.video[0]
-            promised = len(getattr(stream, "index_entries", ())) or stream.frames
-            sides = stream.width or 0, stream.height or 0
-            if not 0 < min(sides) <= max(sides) <= _LARGEST:
+            num_declared = len(getattr(stream, "index_entries", ())) or stream.frames
+            width, height = stream.width or 0, stream.height or 0
+            if not (0 < width <= _MAX_SIDE and 0 < height <= _MAX_SIDE):
                 raise RecordingError(
-                    f"{path}: not a readable video (its frames are {sides[0]}x{sides[1]}); {_AGAIN}"
+                    f"{path}: not a readable video (its frames are {width}x{height}); {_REMEDY}"
                 )
-            packets = [(p.is_corrupt, p.is_discard) for p in video.demux(video=0) if p.size > 0]
+            # their flags alone: the packets themselves are the whole file
+            flags = [(p.is_corrupt, p.is_discard) for p in video.demux(video=0) if p.size > 0]
     except (av.error.FFmpegError, IndexError, MemoryError, UnicodeDecodeError, OverflowError) as e:
-        raise RecordingError(f"{path}: not a readable video ({e}); {_AGAIN}") from None
-    whole = sum(not corrupt for corrupt, _ in packets)
-    if not whole or whole < max(promised, len(packets)):
+        raise RecordingError(f"{path}: not a readable video ({e}); {_REMEDY}") from None
+
+    num_whole = sum(not is_corrupt for is_corrupt, _ in flags)
+    num_shown = sum(not is_hidden for _, is_hidden in flags)
+    num_expected = max(num_declared, len(flags))
+    if not num_whole or num_whole < num_expected:
         raise RecordingError(
-            f"{path}: the file is cut short, {whole} of {max(promised, len(packets))} frames are "
-            f"there; {_AGAIN}"
+            f"{path}: the file is cut short, {num_whole} of {num_expected} frames are "
+            f"there; {_REMEDY}"
         )
-    shown = sum(not hidden for _, hidden in packets)
-    if not shown:
-        raise RecordingError(f"{path}: its edit list hides all {whole} frames; {_AGAIN}")
-    return shown
+    if not num_shown:
+        raise RecordingError(f"{path}: its edit list hides all {num_whole} frames; {_REMEDY}")
+    return num_shown
 
 # %% ../../nbs/data/02_recordings.ipynb #cc07a82d
-_NEARLY_ALL = 0.9  # of the lines without an action: no recording to learn from
+_MAX_FAULTY = 0.9  # fraction of lines without an action beyond which a recording is of no use
 
 
-def open_recording(
-    path,  # NAME.mp4, NAME.jsonl or NAME
-) -> Recording:
-    """Open and check a pair. RecordingError names file, line and remedy."""
-    video, path = pair_of(path)
-    frames = _count_frames(video)
-    rows, spare_lines = _read_lines(path, frames)
+def open_recording(path) -> Recording:
+    """Open and check a pair of files.
+
+    Args:
+        path: NAME.mp4, NAME.jsonl or NAME.
+
+    Raises:
+        RecordingError: the recording can't be used; the message names file, line and remedy.
+    """
+    video_path, lines_path = pair_of(path)
+    num_frames = _count_frames(video_path)
+    rows, num_extra_lines = _read_lines(lines_path, num_frames)
     numbers, lines = zip(*rows)
-    recording = Recording(video, lines, spare_frames=int(len(lines) < frames), numbers=numbers)
-    recording.spare_lines, faults = spare_lines, recording.faults
-    why = [f"line {numbers[t]}: {what}" for t, what in faults.items()]
-    if len(lines) < frames - 1:
-        also = f", and {why[0]}" if why else ""
+    spare_frames = int(len(lines) < num_frames)
+    recording = Recording(video_path, lines, spare_frames=spare_frames, numbers=numbers)
+    recording.spare_lines = num_extra_lines
+
+    faults = recording.faults
+    first_fault = f"line {numbers[min(faults)]}: {faults[min(faults)]}" if faults else ""
+    if len(lines) < num_frames - 1:
+        addition = f", and {first_fault}" if faults else ""
         raise RecordingError(
-            f"{path}, line {numbers[-1]}: the file ends here, but {video.name} has {frames} "
-            f"frames{also}; download both again or leave the recording out"
+            f"{lines_path}, line {numbers[-1]}: the file ends here, but {video_path.name} has "
+            f"{num_frames} frames{addition}; download both again or leave the recording out"
         )
-    if len(faults) > _NEARLY_ALL * len(lines):
+    if len(faults) > _MAX_FAULTY * len(lines):
         raise RecordingError(
-            f"{path}, {why[0]} ({len(faults)} of {len(lines)} lines hold no action); leave the "
-            "recording out, or check that it is a VPT recording"
+            f"{lines_path}, {first_fault} ({len(faults)} of {len(lines)} lines hold no action); "
+            "leave the recording out, or check that it is a VPT recording"
         )
     return recording

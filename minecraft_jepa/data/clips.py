@@ -38,113 +38,138 @@ class Clip:
     spare_frames: int = 0  # frames after that of the last line: 0 or 1
 
 
-def runs_of(
-    moved,  # (T,) bool, a gap between this tick and the next
-) -> list[list[int]]:
-    """Stretches [first, end) of ticks that no gap crosses."""
+def runs_of(moved) -> list[list[int]]:
+    """Cut the ticks of a recording where it has gaps.
+
+    Args:
+        moved: (T,) bool, whether there is a gap between this tick and the next.
+
+    Returns:
+        Ranges [first, end) of ticks without a gap.
+    """
     ends = [*(np.flatnonzero(moved[:-1]) + 1).tolist(), len(moved)]
-    return [[a, b] for a, b in zip([0, *ends], ends)]
+    return [[first, end] for first, end in zip([0, *ends], ends)]
 
 # %% ../../nbs/data/08_clips.ipynb #8f4c2bda
 class StaleStore(ValueError):
-    """The store does not hold what is asked for: what differs, and the command that builds it."""
+    """The store does not hold what is needed: says what differs, and the command that builds it."""
 
 
-def source_of(
-    path,  # NAME.mp4
-    known=None,  # what it was before: where size and time of change still hold, so does the hash
-) -> dict:
-    """Size, time of change and SHA-256 of both files."""
-    found = {}
-    for half, p in zip(("mp4", "jsonl"), pair_of(path)):
-        stat, old = p.stat(), (known or {}).get(half, {})
-        same = (stat.st_size, stat.st_mtime_ns) == (old.get("bytes"), old.get("mtime_ns"))
-        code = old["sha256"] if same else _sha256(p)
-        found[half] = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": code}
-    return found
+def source_of(path, known=None) -> dict:
+    """Identify both files of a recording.
+
+    Args:
+        path: of NAME.mp4.
+        known: an earlier result. Its hash is used where size and time have not changed.
+
+    Returns:
+        Size, time of change and SHA-256 of 'mp4' and 'jsonl'.
+    """
+    source = {}
+    for kind, file in zip(("mp4", "jsonl"), pair_of(path)):
+        stat, previous = file.stat(), (known or {}).get(kind, {})
+        previous_stat = previous.get("bytes"), previous.get("mtime_ns")
+        is_unchanged = previous_stat == (stat.st_size, stat.st_mtime_ns)
+        source[kind] = {
+            "bytes": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+            "sha256": previous["sha256"] if is_unchanged else _sha256(file),
+        }
+    return source
 
 
 def _sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hashes(source):
-    return {k: v["sha256"] for k, v in source.items()}
+    """{'mp4', 'jsonl': SHA-256}."""
+    return {kind: file["sha256"] for kind, file in source.items()}
 
 # %% ../../nbs/data/08_clips.ipynb #878a5c01
-def decode_clip(
-    path,  # NAME.mp4
-    frame,  # config.frame: height and width
-    target,  # folder to make; it appears whole or not at all, in place of an older one
-    threads=True,  # decode in several threads
-):
-    """Decode a recording into the folder `target`."""
+def decode_clip(path, frame, target, threads=True):
+    """Decode a recording into a clip, whole or not at all.
+
+    Args:
+        path: of NAME.mp4.
+        frame: `config.frame`, with height and width.
+        target: folder to make, in place of an older one.
+        threads: decode in several threads.
+
+    Raises:
+        RecordingError: the recording can't be decoded.
+    """
     source = source_of(path)
     recording = open_recording(path)
-    # others may read it, as the umask says; a name of 250 characters leaves no room for more
-    part = target.parent / f".clip.part-{uuid.uuid4().hex}"
-    part.mkdir()
+    # Not from `tempfile`: others may read it, as the umask says. A recording's name may have 250
+    # characters, which leaves no room to add to it.
+    tmp_dir = target.parent / f".clip.part-{uuid.uuid4().hex}"
+    tmp_dir.mkdir()
     try:
-        with open(
-            part / "frames.npy", "wb"
-        ) as f:  # written, not mapped: a full disk is then an error and no crash
-            np.lib.format.write_array_header_1_0(
-                f,
-                {
-                    "descr": "|u1",
-                    "fortran_order": False,
-                    "shape": (len(recording), 3, frame.height, frame.width),
-                },
-            )
-            f.writelines(
-                np.ascontiguousarray(pixels.transpose(2, 0, 1)).data
-                for pixels in recording.frames(frame.height, frame.width, threads)
-            )
-        np.save(part / "actions.npy", recording.actions)
-        np.save(part / "teleported.npy", recording.teleported)
+        _write_frames(tmp_dir / "frames.npy", recording, frame, threads)
+        np.save(tmp_dir / "actions.npy", recording.actions)
+        np.save(tmp_dir / "teleported.npy", recording.teleported)
         for name, values in recording.state.items():
-            np.save(part / f"state_{name}.npy", values)
-        write_json(
-            part / "clip.json",
-            {
-                "format": FORMAT,
-                "name": recording.name,
-                "ticks": len(recording),
-                "height": frame.height,
-                "width": frame.width,
-                "runs": runs_of(recording.teleported),
-                "state": list(recording.state),
-                "spare_frames": recording.spare_frames,
-                "source": source,
-            },
-        )
-        old = part.with_name(part.name + "-old")
+            np.save(tmp_dir / f"state_{name}.npy", values)
+        metadata = {
+            "format": FORMAT,
+            "name": recording.name,
+            "ticks": len(recording),
+            "height": frame.height,
+            "width": frame.width,
+            "runs": runs_of(recording.teleported),
+            "state": list(recording.state),
+            "spare_frames": recording.spare_frames,
+            "source": source,
+        }
+        write_json(tmp_dir / "clip.json", metadata)
+        old_dir = tmp_dir.with_name(tmp_dir.name + "-old")
         if target.exists():
-            os.replace(target, old)
-        os.replace(part, target)
-        shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old_dir)
+        os.replace(tmp_dir, target)
+        shutil.rmtree(old_dir, ignore_errors=True)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(tmp_dir, ignore_errors=True)
+
+
+def _write_frames(path, recording, frame, threads):
+    """Write the frames (T, 3, H, W) one after the other as a .npy file.
+
+    They are written and not mapped: a full disk is then an error and no crash.
+    """
+    shape = len(recording), 3, frame.height, frame.width
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    frames = recording.frames(frame.height, frame.width, threads)  # each (H, W, 3)
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.writelines(np.ascontiguousarray(pixels.transpose(2, 0, 1)).data for pixels in frames)
 
 # %% ../../nbs/data/08_clips.ipynb #48436a3c
 def _load_clip(folder):
-    load = lambda file: np.load(folder / f"{file}.npy", mmap_mode="r")
-    about = json.loads((folder / "clip.json").read_text())
-    state = {k: np.array(load(f"state_{k}")) for k in about["state"]}
-    actions, teleported = np.array(load("actions")), np.array(load("teleported"))
-    return Clip(load("frames"), actions, teleported, state, about.get("spare_frames", 0))
+    """A clip from its folder: frames memory-mapped, everything else in memory."""
+    metadata = json.loads((folder / "clip.json").read_text())
+    return Clip(
+        frames=np.load(folder / "frames.npy", mmap_mode="r"),
+        actions=np.load(folder / "actions.npy"),
+        teleported=np.load(folder / "teleported.npy"),
+        state={name: np.load(folder / f"state_{name}.npy") for name in metadata["state"]},
+        spare_frames=metadata.get("spare_frames", 0),
+    )
 
 
-def is_stale(
-    clip,  # folder of a clip
-    path,  # NAME.mp4 it should come from
-) -> bool:
-    """Whether the clip is not there, of another format, or of a recording that has changed since."""
+def is_stale(clip, path) -> bool:
+    """Whether a clip is missing, of another format, or of a recording that has changed since.
+
+    Args:
+        clip: folder of the clip.
+        path: NAME.mp4 that it should come from.
+    """
     try:
-        about = json.loads((clip / "clip.json").read_text())
+        metadata = json.loads((clip / "clip.json").read_text())
     except FileNotFoundError:
         return True
-    return about["format"] != FORMAT or _hashes(source_of(path, about["source"])) != _hashes(
-        about["source"]
-    )
+    if metadata["format"] != FORMAT:
+        return True
+    return _hashes(source_of(path, metadata["source"])) != _hashes(metadata["source"])

@@ -27,144 +27,202 @@ from .splits import split_recordings
 from ..utils import cores_allowed, whole_number, write_json
 
 # %% ../../nbs/data/11_shards.ipynb #0e49d2a5
-def cut_segments(
-    runs,  # [first, end) of ticks without a gap, of one recording
-    length,  # starts in a segment
-    history,  # longest action history
-    reach,  # longest rollout
-) -> list[dict]:
-    """Each with `first` start, `starts` (their number), `frames` from `first` on, and the first tick of `actions`; the last action is that of the last frame but one."""
+def cut_segments(runs, length, history, reach) -> list[dict]:
+    """Cut the runs of a recording into segments.
+
+    Args:
+        runs: ranges [first, end) of ticks without a gap.
+        length: starts of windows in a segment.
+        history: longest action history, in ticks.
+        reach: longest rollout, in ticks.
+
+    Returns:
+        For each segment its `first` start, the number of `starts`, the number of `frames` from
+        `first` on, and the first tick of its `actions`. The last action is that of the last frame
+        but one.
+    """
     length, reach = whole_number(length, "length", 1), whole_number(reach, "reach", 1)
     history = whole_number(history, "history", 1)
-    runs = [(whole_number(a, "first"), whole_number(b, "end")) for a, b in runs]
+    runs = [(whole_number(first, "first"), whole_number(end, "end")) for first, end in runs]
     return [
         {
             "first": t,
-            "starts": min(length, b - t),
-            "frames": min(length + reach, b - t),
-            "actions": max(a, t - history + 1),
+            "starts": min(length, end - t),
+            "frames": min(length + reach, end - t),
+            "actions": max(first, t - history + 1),
         }
-        for a, b in runs
-        for t in range(a, b, length)
-        if b - t > 1
+        for first, end in runs
+        for t in range(first, end, length)
+        if end - t > 1
     ]
 
 
-def starts_in(
-    segment,  # of `cut_segments`
-    ticks,  # history wanted, at most that of the segments
-    rollout,  # K wanted, at most their reach
-) -> range:
-    """The t of the segment from which such a window can be cut."""
+def starts_in(segment, ticks, rollout) -> range:
+    """Ticks of a segment at which a window can be cut from it.
+
+    Args:
+        segment: of `cut_segments`.
+        ticks: action history, at most that of the segments.
+        rollout: K, at most the `reach` of the segments.
+    """
     ticks, rollout = whole_number(ticks, "ticks", 1), whole_number(rollout, "rollout", 0)
     first, end = segment["first"], segment["first"] + segment["frames"]
-    return range(
-        max(first, segment["actions"] + ticks - 1), min(first + segment["starts"], end - rollout)
-    )
+    with_history = segment["actions"] + ticks - 1
+    return range(max(first, with_history), min(first + segment["starts"], end - rollout))
 
 # %% ../../nbs/data/11_shards.ipynb #ccc4fc6e
 class ShardError(RuntimeError):
-    """What keeps shards from being written or read, and the remedy."""
+    """Shards can't be written or read; says why, and the remedy."""
 
 
-def _encode(pixels, quality):
-    """(3, H, W) as JPEG; as lossless WebP where quality is None."""
-    out = io.BytesIO()
+def _encode_image(pixels, quality):
+    """Encode (3, H, W) as JPEG; as lossless WebP where the quality is None."""
+    buffer = io.BytesIO()
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     if quality is None:
-        image.save(out, "WEBP", lossless=True, method=0)
+        image.save(buffer, "WEBP", lossless=True, method=0)
     else:
-        image.save(out, "JPEG", quality=quality, subsampling=0)
-    return out.getvalue()
+        image.save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
 
 
-def _key(name, first):
-    """Begin of the names of a segment's files: letters, digits, - and _ alone, so that any reader
-    of tars takes them; the whole name is in the json.
+def _segment_key(name, first):
+    """How the names of a segment's files begin: letters, digits, - and _ alone.
+
+    Any reader of tars takes such names. The recording's own name is in the json.
     """
-    plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60]
-    if plain != name:
-        plain += f"-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
-    return f"{plain}-{first:06d}"
+    key = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60]
+    if key != name:
+        key += f"-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    return f"{key}-{first:06d}"
 
 
-def _members(store, segment, quality):
+def _segment_files(store, segment, quality):
     """The files of a segment, {name: bytes}."""
-    clip, first, frames, actions = (
-        store[segment["name"]],
-        segment["first"],
-        segment["frames"],
-        segment["actions"],
-    )
-    key, numbers = _key(segment["name"], first), io.BytesIO()
-    np.save(numbers, clip.actions[actions : first + frames - 1])
-    files = {f"{key}.json": json.dumps(segment).encode(), f"{key}.actions.npy": numbers.getvalue()}
-    for i in range(frames):
-        files[f"{key}.{i:04d}.{'webp' if quality is None else 'jpg'}"] = _encode(
-            clip.frames[first + i], quality
-        )
+    clip, first, num_frames = store[segment["name"]], segment["first"], segment["frames"]
+    key, actions = _segment_key(segment["name"], first), io.BytesIO()
+    np.save(actions, clip.actions[segment["actions"] : first + num_frames - 1])
+    files = {f"{key}.json": json.dumps(segment).encode(), f"{key}.actions.npy": actions.getvalue()}
+    suffix = "webp" if quality is None else "jpg"
+    for i in range(num_frames):
+        files[f"{key}.{i:04d}.{suffix}"] = _encode_image(clip.frames[first + i], quality)
     return files
 
 
 def _write_shard(file, store, segments, quality):
-    """Write a tar to an open file; gives its segments with where each lies, [offset, bytes, crc32]."""
-    placed, crc = [], 0
+    """Write a tar to an open file; returns its segments with `at`, [offset, bytes, crc32]."""
+    written = []
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for segment in segments:
-            begin = tar.offset
-            for name, data in _members(store, segment, quality).items():
-                about = tarfile.TarInfo(name)
-                about.size = len(data)
-                tar.addfile(about, io.BytesIO(data))
-            placed.append(segment | {"at": [begin, tar.offset - begin]})
-    for segment in placed:
-        file.seek(segment["at"][0])
-        segment["at"].append(zlib.crc32(file.read(segment["at"][1])))
-    return placed
+            offset = tar.offset
+            for name, contents in _segment_files(store, segment, quality).items():
+                member = tarfile.TarInfo(name)
+                member.size = len(contents)
+                tar.addfile(member, io.BytesIO(contents))
+            written.append(segment | {"at": [offset, tar.offset - offset]})
+    for segment in written:
+        offset, num_bytes = segment["at"]
+        file.seek(offset)
+        segment["at"].append(zlib.crc32(file.read(num_bytes)))
+    return written
 
 # %% ../../nbs/data/11_shards.ipynb #709f3635
-def _put(fs, path, source):
-    """Bring a local file to its place, where it appears whole or not at all."""
-    if "file" not in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
-        return fs.put_file(str(source), path)
-    part = f"{path}.part"
-    shutil.copyfile(source, part)
-    os.replace(part, path)
+def _upload(fs, path, source):
+    """Copy a local file to the storage, where it appears whole or not at all."""
+    protocols = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
+    if "file" not in protocols:
+        fs.put_file(str(source), path)
+        return
+    tmp_path = f"{path}.part"
+    shutil.copyfile(source, tmp_path)
+    os.replace(tmp_path, path)
 
 
-def _plan_of(store, segments, quality):
+def _fingerprint(store, segments, quality):
     """Hash of all that a shard holds: what it is cut from, where, and how it is written."""
-    sources = {s["name"]: store.about[s["name"]] for s in segments}
-    told = [
-        {
-            n: [
-                a["format"],
-                a["height"],
-                a["width"],
-                {k: v["sha256"] for k, v in a["source"].items()},
-            ]
-            for n, a in sources.items()
-        },
-        segments,
-        quality,
-    ]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    sources = {}
+    for name in {segment["name"]: None for segment in segments}:
+        clip = store.about[name]
+        hashes = {kind: file["sha256"] for kind, file in clip["source"].items()}
+        sources[name] = [clip["format"], clip["height"], clip["width"], hashes]
+    contents = json.dumps([sources, segments, quality], sort_keys=True)
+    return hashlib.sha256(contents.encode()).hexdigest()[:16]
+
+
+def _read_finished_shard(fs, base, fingerprint):
+    """Metadata of a shard that is there, whole, and holds the same; None otherwise."""
+    if not (fs.exists(f"{base}.json") and fs.exists(f"{base}.tar")):
+        return None
+    shard = json.loads(fs.cat_file(f"{base}.json"))
+    is_same = shard["plan"] == fingerprint and fs.size(f"{base}.tar") == shard["bytes"]
+    return shard if is_same else None
+
+
+def _write_numbered_shard(fs, root, number, store, segments, quality):
+    """Write clips-000000.tar and its json, unless they are there; returns the shard's metadata."""
+    name = f"clips-{number:06d}"
+    base, fingerprint = f"{root}/{name}", _fingerprint(store, segments, quality)
+    finished = _read_finished_shard(fs, base, fingerprint)
+    if finished:
+        return finished
+    with (
+        tempfile.NamedTemporaryFile(suffix=".tar") as tar,
+        tempfile.NamedTemporaryFile("w", suffix=".json") as metadata,
+    ):
+        written = _write_shard(tar, store, segments, quality)
+        shard = {"file": f"{name}.tar", "plan": fingerprint, "segments": written}
+        tar.flush()
+        shard["bytes"] = os.path.getsize(tar.name)
+        json.dump(shard, metadata)
+        metadata.flush()
+        _upload(fs, f"{base}.tar", tar.name)
+        _upload(fs, f"{base}.json", metadata.name)
+    return shard
+
+
+def _store_split(store, names):
+    """Split of the store's recordings; None where it has none."""
+    folder = next(iter(store.folders.values())).parent
+    if not any((folder / file).is_file() for file in ("split.json", "manifest.json")):
+        return None
+    split, names = split_recordings(folder), set(names)
+    return {part: [n for n in members if n in names] for part, members in split.items()}
 
 # %% ../../nbs/data/11_shards.ipynb #fc96b8cc
 def write_shards(
-    store,  # ClipStore
-    url,  # folder: a path, or s3://, or whatever fsspec writes to
-    names=None,  # recordings; None: all of the store
-    length=200,  # starts in a segment: ten seconds
-    per_shard=100,  # segments in a tar
-    history=25,  # longest action history
-    reach=16,  # longest rollout
-    quality=95,  # of the JPEG, not subsampled; None: lossless WebP, three times as large
-    workers=None,  # shards written side by side; None: one a core
-    progress=True,  # show a bar
-    **storage,  # for fsspec: endpoint_url, key, secret ...
+    store,
+    url,
+    names=None,
+    length=200,
+    per_shard=100,
+    history=25,
+    reach=16,
+    quality=95,
+    workers=None,
+    progress=True,
+    **storage,
 ) -> dict:
-    """Write shards, and `shards.json` last. Shards that stand there from an earlier run with the same plan are kept. Gives what shards.json holds."""
+    """Write the clips of a store as shards. Called again after a stop, it goes on.
+
+    Args:
+        store: a `ClipStore`.
+        url: folder: a path, or s3://, or whatever fsspec writes to.
+        names: recordings; None: all of the store.
+        length: starts of windows in a segment; 200 are ten seconds.
+        per_shard: segments in a tar.
+        history: longest action history, in ticks.
+        reach: longest rollout, in ticks.
+        quality: of the JPEG, not subsampled; None: lossless WebP, three times as large.
+        workers: shards written side by side; None: one for each core.
+        progress: show a bar.
+        **storage: for fsspec: endpoint_url, key, secret and so on.
+
+    Returns:
+        What shards.json holds.
+
+    Raises:
+        ShardError: the store has no such recording, or no segment can be cut.
+    """
     length, per_shard = whole_number(length, "length", 1), whole_number(per_shard, "per_shard", 1)
     history, reach = whole_number(history, "history", 1), whole_number(reach, "reach", 1)
     if quality is not None:
@@ -172,76 +230,45 @@ def write_shards(
     workers = cores_allowed() if workers is None else whole_number(workers, "workers", 1)
     fs, root = fsspec.core.url_to_fs(str(url), **storage)
     names = store.names if names is None else list(names)
-    for n in names:
-        has = ", ".join(store.names[:5])
-        if n not in store.about:
-            raise ShardError(f"no clip {n!r} in the store; it has {has}")
-    segments = [
-        {"name": n, **s}
-        for n in names
-        for s in cut_segments(store.about[n]["runs"], length, history, reach)
-    ]
-    if not segments:
-        raise ShardError(
-            f"no segment can be cut from {', '.join(names) or 'no recordings'}; use longer recordings"
-        )
-    parts = [segments[i : i + per_shard] for i in range(0, len(segments), per_shard)]
+    segments = _cut_recordings(store, names, length, history, reach)
+    chunks = [segments[i : i + per_shard] for i in range(0, len(segments), per_shard)]
     fs.makedirs(root, exist_ok=True)
 
-    def one(number):
-        base, plan = f"{root}/clips-{number:06d}", _plan_of(store, parts[number], quality)
-        if fs.exists(f"{base}.json") and fs.exists(f"{base}.tar"):
-            told = json.loads(fs.cat_file(f"{base}.json"))
-            if told["plan"] == plan and fs.size(f"{base}.tar") == told["bytes"]:
-                return told
-        with (
-            tempfile.NamedTemporaryFile(suffix=".tar") as tar,
-            tempfile.NamedTemporaryFile("w", suffix=".json") as about,
-        ):
-            told = {
-                "file": f"clips-{number:06d}.tar",
-                "plan": plan,
-                "segments": _write_shard(tar, store, parts[number], quality),
-            }
-            tar.flush()
-            told["bytes"] = os.path.getsize(tar.name)
-            json.dump(told, about)
-            about.flush()
-            _put(fs, f"{base}.tar", tar.name)
-            _put(fs, f"{base}.json", about.name)
-        return told
+    def write(number):
+        return _write_numbered_shard(fs, root, number, store, chunks[number], quality)
 
     with ThreadPoolExecutor(workers) as pool:
-        shards = list(
-            tqdm(
-                pool.map(one, range(len(parts))),
-                total=len(parts),
-                desc="writing shards",
-                disable=not progress,
-            )
-        )
-    about = store.about[segments[0]["name"]]
-    found = {
+        shards = pool.map(write, range(len(chunks)))
+        bar = tqdm(shards, total=len(chunks), desc="writing shards", disable=not progress)
+        shards = list(bar)
+    clip = store.about[segments[0]["name"]]
+    contents = {
         "version": 1,
-        "height": about["height"],
-        "width": about["width"],
+        "height": clip["height"],
+        "width": clip["width"],
         "history": history,
         "reach": reach,
         "quality": quality,
-        "split": _split_of(store, names),
+        "split": _store_split(store, names),
         "shards": shards,
     }
-    with tempfile.TemporaryDirectory() as d:
-        write_json(Path(d) / "shards.json", found)
-        _put(fs, f"{root}/shards.json", Path(d) / "shards.json")
-    return found
+    with tempfile.TemporaryDirectory() as tmp_dir:
+        tmp_path = Path(tmp_dir) / "shards.json"
+        write_json(tmp_path, contents)
+        _upload(fs, f"{root}/shards.json", tmp_path)
+    return contents
 
 
-def _split_of(store, names):
-    """The sides of the store's recordings, where it has any."""
-    folder = next(iter(store.folders.values())).parent
-    if not any((folder / f).is_file() for f in ("split.json", "manifest.json")):
-        return None
-    return {
-        side: [n for n in ns if n in set(names)] for side, ns in split_recordings(folder).items()
-    }
+def _cut_recordings(store, names, length, history, reach):
+    """Segments of all recordings, each with the recording's `name`."""
+    segments = []
+    for name in names:
+        if name not in store.about:
+            available = ", ".join(store.names[:5])
+            raise ShardError(f"no clip {name!r} in the store; it has {available}")
+        cut = cut_segments(store.about[name]["runs"], length, history, reach)
+        segments += [{"name": name, **segment} for segment in cut]
+    if not segments:
+        recordings = ", ".join(names) or "no recordings"
+        raise ShardError(f"no segment can be cut from {recordings}; use longer recordings")
+    return segments

@@ -29,31 +29,58 @@ from ..viz.style import style
 
 # %% ../../nbs/training/09_remote.ipynb #c0713b30
 MIB = 2**20
+_TAR_BLOCK = 512
+_TAR_END = 10240
 
 
-def _told(folder, names):
-    """{name: bytes} of what goes with these recordings: split, manifest and checks as they hold where they arrive."""
-    found = {}
-    if (folder / "split.json").is_file():
-        split, raw = split_recordings(folder), (folder / "split.json").read_bytes()
-        found["split.json"] = (
-            raw if json.loads(raw) == split else json.dumps(split, indent=1).encode()
-        )
-    if (folder / "manifest.json").is_file():
-        found["manifest.json"] = (folder / "manifest.json").read_bytes()
+def _metadata_files(folder, names):
+    """{file: bytes} of split, manifest and checks, as they hold where the recordings arrive."""
+    files = {}
+    split_path, manifest_path = folder / "split.json", folder / "manifest.json"
+    if split_path.is_file():
+        split, raw = split_recordings(folder), split_path.read_bytes()
+        is_unchanged = json.loads(raw) == split
+        files["split.json"] = raw if is_unchanged else json.dumps(split, indent=1).encode()
+    if manifest_path.is_file():
+        files["manifest.json"] = manifest_path.read_bytes()
     checks = read_checks(folder)
-    for name, row in checks.items():
-        packed = [stat and [stat[0], stat[1] // 10**9 * 10**9] for stat in row["files"]]
-        checks[name] = row | {"files": packed if name in names else [None, None]}
+    for name, check in checks.items():
+        stats = [None, None]
+        if name in names:
+            # A tar file keeps whole seconds.
+            stats = [stat and [stat[0], stat[1] // 10**9 * 10**9] for stat in check["files"]]
+        checks[name] = check | {"files": stats}
     if checks:
-        found[CHECKED] = json.dumps({"version": _RULES, "recordings": checks}, indent=1).encode()
-    return found
+        contents = {"version": _RULES, "recordings": checks}
+        files[CHECKED] = json.dumps(contents, indent=1).encode()
+    return files
+
+
+def _group_by_size(folder, files, limit):
+    """Groups of [(name, bytes or path)], each of which fits into a part of `limit` bytes."""
+    groups, remaining = [], 0
+    for name, content in files:
+        is_bytes = isinstance(content, bytes)
+        num_bytes = len(content) if is_bytes else content.stat().st_size
+        num_blocks = -(-num_bytes // _TAR_BLOCK) + 3  # header; a long name takes two more
+        size = num_blocks * _TAR_BLOCK
+        if size + _TAR_END > limit:
+            raise ValueError(
+                f"{folder / name}: {size / MIB:.1f} MiB, larger than a part of "
+                f"{limit / MIB:.1f} MiB; raise limit"
+            )
+        if size > remaining:
+            groups.append([])
+            remaining = limit - _TAR_END
+        groups[-1].append((name, content))
+        remaining -= size
+    return groups
 
 
 def _write_parts(out, groups):
-    """part-000.tar and so on, in place of those of before: all of them, or none."""
-    for old in out.glob("part-*.tar*"):
-        old.unlink()
+    """Write part-000.tar and so on, in place of earlier ones: all of them, or none."""
+    for old_part in out.glob("part-*.tar*"):
+        old_part.unlink()
     parts = [out / f"part-{i:03d}.tar" for i in range(len(groups))]
     for part, group in zip(parts, groups):
         with tarfile.open(part.with_suffix(".tar.part"), "w", dereference=True) as tar:
@@ -63,126 +90,140 @@ def _write_parts(out, groups):
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
                 else:
-                    tar.add(content, name, filter=_plain)
+                    tar.add(content, name, filter=_without_owner)
     for part in parts:
         os.replace(part.with_suffix(".tar.part"), part)
     return parts
 
 
-def _plain(member):
-    """A member without its owner. Whole seconds arrive as they are, parts of a second would not."""
+def _without_owner(member):
+    """A member of a tar file without its owner, and with a time in whole seconds."""
     member.mtime, member.mode = int(member.mtime), 0o644
     member.uid, member.gid, member.uname, member.gname = 0, 0, "", ""
     return member
 
 # %% ../../nbs/training/09_remote.ipynb #4511334d
-def pack(
-    folder,  # of recordings
-    out,  # folder for the parts
-    limit=60 * MIB,  # bytes of a part
-    wheel=None,  # e.g. '3.12': also PyAV for that Python, from PyPI
-) -> list[Path]:
-    """Tar files of at most `limit` bytes, each of whole files. ValueError for a file that is larger by itself."""
+def pack(folder, out, limit=60 * MIB, wheel=None) -> list[Path]:
+    """Pack the recordings of a folder into tar files, each of whole files.
+
+    Args:
+        folder: of recordings.
+        out: folder for the parts.
+        limit: bytes of a part.
+        wheel: a Python version such as '3.12': pack PyAV for it too, from PyPI.
+
+    Returns:
+        The parts.
+
+    Raises:
+        ValueError: a file is larger than a part, or the folder holds no recordings but a store.
+    """
     folder, out = Path(folder), Path(out)
-    for known, what in (("store.json", "a clip store"), ("shards.json", "a folder of shards")):
-        if (folder / known).is_file():
+    not_recordings = {"store.json": "a clip store", "shards.json": "a folder of shards"}
+    for file, kind in not_recordings.items():
+        if (folder / file).is_file():
             raise ValueError(
-                f"{folder}: {what}, not recordings; pack the folder of recordings that it was made from"
+                f"{folder}: {kind}, not recordings; pack the folder of recordings that it was "
+                "made from"
             )
     recordings = find_recordings(folder)
-    files = [p.with_suffix(s) for p in recordings for s in (".mp4", ".jsonl")]
-    told = _told(folder, [p.stem for p in recordings])
+    paths = [path.with_suffix(s) for path in recordings for s in (".mp4", ".jsonl")]
+    metadata = _metadata_files(folder, [path.stem for path in recordings])
     out.mkdir(parents=True, exist_ok=True)
     if wheel:
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "av>=17",
-                "--quiet",
-                "--no-deps",
-                "--only-binary=:all:",
-                "--python-version",
-                wheel,
-                "--dest",
-                str(out / "wheels"),
-            ],
-            check=True,
-        )
-        files += sorted((out / "wheels").glob("*.whl"))
-    groups, room = [], 0
-    for name, content in [*((f.name, f) for f in files), *told.items()]:
-        size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        size = -(-size // 512) * 512 + 3 * 512  # headers and padding; a long name takes two more
-        if size + 10240 > limit:
-            raise ValueError(
-                f"{folder / name}: {size / MIB:.1f} MiB, larger than a part of {limit / MIB:.1f} MiB; raise limit"
-            )
-        if size > room:
-            groups.append([])
-            room = limit - 10240
-        groups[-1].append((name, content))
-        room -= size
-    return _write_parts(out, groups)
+        paths += _download_av(out / "wheels", wheel)
+    files = [(path.name, path) for path in paths] + list(metadata.items())
+    return _write_parts(out, _group_by_size(folder, files, limit))
+
+
+def _download_av(folder, python_version):
+    """Download PyAV's wheel for a Python version; returns the wheels in the folder."""
+    command = [sys.executable, "-m", "pip", "download", "av>=17", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", "--python-version", python_version, "--dest", str(folder)]
+    subprocess.run(command, check=True)
+    return sorted(folder.glob("*.whl"))
 
 # %% ../../nbs/training/09_remote.ipynb #fa8f07ab
 CARRIED = ".mp4", ".jsonl", ".json", ".whl"  # what parts may hold: plain files, side by side
 
 
-def _listed(parts):
-    """{part: its members}. ValueError where a part is missing, cut short, or holds anything but plain files."""
-    found = sorted(Path(parts).glob("part-*.tar"))
-    if not found:
+def _list_members(parts):
+    """{part: its members}. ValueError for a part that is missing, cut short, or not from `pack`."""
+    paths = sorted(Path(parts).glob("part-*.tar"))
+    if not paths:
         raise ValueError(f"{parts}: no part-000.tar there; `pack` makes it")
     members = {}
-    for number, part in enumerate(found):
+    for number, part in enumerate(paths):
         if part.name != f"part-{number:03d}.tar":
             raise ValueError(f"{parts}: part-{number:03d}.tar is missing; bring it too")
-        with open(part, "rb") as f:
-            f.seek(max(part.stat().st_size - 1024, 0))
-            end = f.read()
-        try:
-            with tarfile.open(part, "r:") as tar:
-                members[part] = tar.getmembers()
-        except (tarfile.TarError, EOFError, ValueError) as e:
-            raise ValueError(f"{part}: no whole tar file ({e}); bring it again") from None
-        if end != bytes(1024) or part.stat().st_size % tarfile.RECORDSIZE:
-            raise ValueError(f"{part}: no whole tar file, its end is missing; bring it again")
-        for m in members[part]:
-            alone = Path(m.name).name == m.name and "\\" not in m.name and m.name.isprintable()
-            if not m.isreg() or not alone or m.name[0] == "." or Path(m.name).suffix not in CARRIED:
+        members[part] = _read_members(part)
+        for member in members[part]:
+            if not _is_plain_file(member):
                 raise ValueError(
-                    f"{part}: {m.name!r} is no plain file of a recording; do not trust these parts"
+                    f"{part}: {member.name!r} is no plain file of a recording; "
+                    "do not trust these parts"
                 )
     return members
 
 
-def unpack(
-    parts,  # folder that `pack` filled
-    out,  # folder for the recordings
-):
-    """Recordings from their parts. ValueError where there is none, or one is not what `pack` makes."""
-    members, out = _listed(parts), Path(out)  # all of them, before anything is written
-    out.mkdir(parents=True, exist_ok=True)
-    for part, group in members.items():
+def _read_members(part):
+    """Members of a tar file. ValueError where it is not whole."""
+    num_bytes = part.stat().st_size
+    with open(part, "rb") as file:
+        file.seek(max(num_bytes - 1024, 0))
+        end = file.read()
+    try:
         with tarfile.open(part, "r:") as tar:
-            for member in group:
+            members = tar.getmembers()
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise ValueError(f"{part}: no whole tar file ({error}); bring it again") from None
+    if end != bytes(1024) or num_bytes % tarfile.RECORDSIZE:
+        raise ValueError(f"{part}: no whole tar file, its end is missing; bring it again")
+    return members
+
+
+def _is_plain_file(member):
+    """Whether a member is a regular file, with a plain name and one of the known suffixes."""
+    name = member.name
+    has_plain_name = Path(name).name == name and "\\" not in name and name.isprintable()
+    if not (member.isreg() and has_plain_name):
+        return False
+    return not name.startswith(".") and Path(name).suffix in CARRIED
+
+
+def unpack(parts, out):
+    """Unpack recordings from their parts.
+
+    Args:
+        parts: folder that `pack` filled.
+        out: folder for the recordings.
+
+    Raises:
+        ValueError: a part is missing, cut short, or not what `pack` makes. Nothing is written.
+    """
+    members, out = _list_members(parts), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for part, part_members in members.items():
+        with tarfile.open(part, "r:") as tar:
+            for member in part_members:
                 _extract(tar, member, out)
 
 
 def _extract(tar, member, out):
-    """Write one plain file. By hand, for Python before 3.11.4 has no filter, and no link is followed."""
-    part = out / f"{member.name}.part"
-    part.unlink(missing_ok=True)
-    with tar.extractfile(member) as source, open(part, "xb") as f:
-        shutil.copyfileobj(source, f, 2**20)
-    when = min(max(int(member.mtime), 0), 2**32)
-    os.utime(part, (when, when))  # a check holds while size and time of change stay
-    os.replace(part, out / member.name)
+    """Write one plain file, without following links.
+
+    Python before 3.11.4 has no `filter` that would do so.
+    """
+    tmp_path = out / f"{member.name}.part"
+    tmp_path.unlink(missing_ok=True)
+    with tar.extractfile(member) as source, open(tmp_path, "xb") as file:
+        shutil.copyfileobj(source, file, 2**20)
+    mtime = min(max(int(member.mtime), 0), 2**32)
+    os.utime(tmp_path, (mtime, mtime))  # a check holds while size and time stay the same
+    os.replace(tmp_path, out / member.name)
 
 # %% ../../nbs/training/09_remote.ipynb #56db2958
+# Files of a training that travel.
 KEPT = (
     "config.json",
     "training.json",
@@ -194,239 +235,292 @@ KEPT = (
     "world_model.png",
     "decoders.png",
 )
+WHOLE = "config.json", "training.json", "world_model.safetensors"  # without these: no model
+# Files that belong to the weights of an earlier run, whatever it was.
+BESIDE = "evaluate.json", "curves.png", "README.md", "world_model.done"
 
 
-def cut_weights(
-    folder,  # that training filled
-    out,  # folder for the parts
-    limit=15 * MIB,  # bytes of a part
-):
-    """Weights, logs and pictures in parts of at most `limit` bytes, and `parts.json`."""
+def cut_weights(folder, out, limit=15 * MIB):
+    """Split weights, logs and pictures into parts, and list them in `parts.json`.
+
+    Args:
+        folder: that a training filled.
+        out: folder for the parts; what it holds of earlier parts is removed.
+        limit: bytes of a part.
+
+    Raises:
+        ValueError: `out` holds other files.
+    """
     folder, out = Path(folder), Path(out)
-    ours = {"parts.json", "parts.json.part"}
-    for p in out.glob("*"):
-        if p.name not in ours and p.name.rpartition(".")[0] not in KEPT:
-            raise ValueError(f"{p}: no part of weights; give another folder for the parts")
+    for path in out.glob("*"):
+        is_list = path.name in ("parts.json", "parts.json.part")
+        if not is_list and path.name.rpartition(".")[0] not in KEPT:
+            raise ValueError(f"{path}: no part of weights; give another folder for the parts")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    listed = {}
-    for f in (folder / n for n in KEPT if (folder / n).is_file()):
-        whole = f.read_bytes()
-        names = [f"{f.name}.{i:03d}" for i in range(-(-len(whole) // limit) or 1)]
-        for i, n in enumerate(names):
-            (out / n).write_bytes(whole[i * limit : (i + 1) * limit])
-        listed[f.name] = {"sha256": hashlib.sha256(whole).hexdigest(), "parts": names}
-    write_json(out / "parts.json", listed)
+    files = {}
+    for path in (folder / name for name in KEPT):
+        if not path.is_file():
+            continue
+        file_bytes = path.read_bytes()
+        chunks = [file_bytes[i : i + limit] for i in range(0, len(file_bytes), limit)] or [b""]
+        names = [f"{path.name}.{i:03d}" for i in range(len(chunks))]
+        for name, chunk in zip(names, chunks):
+            (out / name).write_bytes(chunk)
+        files[path.name] = {"sha256": hashlib.sha256(file_bytes).hexdigest(), "parts": names}
+    write_json(out / "parts.json", files)
 
+# %% ../../nbs/training/09_remote.ipynb #44044744
+def bring(parts, target):
+    """Join weights from their parts, and put them in place whole or not at all.
 
-WHOLE = "config.json", "training.json", "world_model.safetensors"  # without these there is no model
-BESIDE = (
-    "evaluate.json",
-    "curves.png",
-    "README.md",
-    "world_model.done",
-)  # of the run before, whatever it was
+    What belongs to other weights in the target folder is removed.
 
+    Args:
+        parts: folder that `cut_weights` filled.
+        target: folder for the weights, such as data/weights/small.
 
-def bring(
-    parts,  # folder that `cut_weights` filled
-    target,  # e.g. data/weights/small
-):
-    """Put weights together, in place whole or not at all, and take away what belongs to the weights that stood there. ValueError names what is missing or differs."""
-    parts, target = Path(parts), Path(target)
-    try:
-        listed = json.loads((parts / "parts.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(
-            f"{parts}: no parts.json there; `train` writes it last, into RUN/parts"
-        ) from None
-    except ValueError as e:
-        raise ValueError(f"{parts / 'parts.json'}: not JSON ({e}); bring it again") from None
-    for name in WHOLE:
-        if name not in listed:
-            raise ValueError(
-                f"{parts / 'parts.json'}: {name} is not listed, so this is no whole model; cut the weights again"
-            )
-    whole = {}
-    for name, told in listed.items():
-        if name not in KEPT:
-            raise ValueError(
-                f"{parts / 'parts.json'}: {name!r} is no file of a training; do not trust these parts"
-            )
-        for n in told["parts"]:
-            if Path(n).name != n or not (parts / n).is_file():
-                raise ValueError(f"{parts / n}: no such part; bring it too")
-        whole[name] = b"".join((parts / n).read_bytes() for n in told["parts"])
-        if hashlib.sha256(whole[name]).hexdigest() != told["sha256"]:
-            raise ValueError(
-                f"{parts}: the parts of {name} are not those that were cut; bring them again"
-            )
+    Raises:
+        ValueError: a part is missing, or differs from the one that was written.
+    """
+    target, files = Path(target), _join_files(Path(parts))
     target.mkdir(parents=True, exist_ok=True)
-    for name, data in whole.items():
-        (target / f"{name}.part").write_bytes(data)
-    gone = [] if _same_weights(target, whole) else [n for n in (*KEPT, *BESIDE) if n not in whole]
-    for name in gone:  # first, so that nothing is ever shown beside weights that it is not of
-        (target / name).unlink(missing_ok=True)
-    for name in whole:
+    for name, file_bytes in files.items():
+        (target / f"{name}.part").write_bytes(file_bytes)
+    if not _has_same_weights(target, files):
+        # First, so that nothing ever stands beside weights that it does not belong to.
+        for name in (*KEPT, *BESIDE):
+            if name not in files:
+                (target / name).unlink(missing_ok=True)
+    for name in files:
         os.replace(target / f"{name}.part", target / name)
     write_card(target)
 
 
-def _same_weights(target, whole):
-    """Whether what stands there, networks and what they were trained on, is what is brought."""
-    about = "config.json", "training.json"
-    return all(
-        (target / n).is_file() and (target / n).read_bytes() == data
-        for n, data in whole.items()
-        if n in about or n.endswith(".safetensors")
-    )
+def _join_files(parts):
+    """{file: bytes}, each with the hash that `parts.json` says."""
+    listed = _read_parts_json(parts)
+    files = {}
+    for name, entry in listed.items():
+        if name not in KEPT:
+            raise ValueError(
+                f"{parts / 'parts.json'}: {name!r} is no file of a training; "
+                "do not trust these parts"
+            )
+        for part_name in entry["parts"]:
+            if Path(part_name).name != part_name or not (parts / part_name).is_file():
+                raise ValueError(f"{parts / part_name}: no such part; bring it too")
+        files[name] = b"".join((parts / part_name).read_bytes() for part_name in entry["parts"])
+        if hashlib.sha256(files[name]).hexdigest() != entry["sha256"]:
+            raise ValueError(
+                f"{parts}: the parts of {name} are not those that were cut; bring them again"
+            )
+    return files
+
+
+def _read_parts_json(parts):
+    """What `parts.json` lists. ValueError where it is missing, or lists no whole model."""
+    path = parts / "parts.json"
+    try:
+        listed = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{parts}: no parts.json there; `train` writes it last, into RUN/parts"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); bring it again") from None
+    for name in WHOLE:
+        if name not in listed:
+            raise ValueError(
+                f"{path}: {name} is not listed, so this is no whole model; cut the weights again"
+            )
+    return listed
+
+
+def _has_same_weights(target, files):
+    """Whether the target holds the same networks, trained on the same recordings."""
+    for name, file_bytes in files.items():
+        is_model = name in ("config.json", "training.json") or name.endswith(".safetensors")
+        path = target / name
+        if is_model and not (path.is_file() and path.read_bytes() == file_bytes):
+            return False
+    return True
 
 # %% ../../nbs/training/09_remote.ipynb #dd5bbf80
-def write_card(
-    folder,  # of weights
-    command=None,  # that made them
-    data=None,  # one line on the recordings
-):
-    """Write `README.md` from `training.json`, and from `evaluate.json` where the evaluation was saved beside the weights."""
+def write_card(folder, command=None, data=None):
+    """Write the model card `README.md` of a folder of weights.
+
+    It shows the evaluation where `evaluate.json` belongs to these weights.
+
+    Args:
+        folder: of weights, with `config.json` and `training.json`.
+        command: that made the weights; None: as `training.json` says, or `train_all` would.
+        data: one line on the recordings; None: as `training.json` says.
+    """
     folder = Path(folder)
-    told, config = (
-        json.loads((folder / "training.json").read_text()),
-        json.loads((folder / "config.json").read_text()),
-    )
-    command, data = (
-        command
-        or told.get(
-            "command",
-            f"minecraft-jepa train --data RECORDINGS --out {folder.name} --preset {told['preset']}",
-        ),
-        data or told.get("data", ""),
-    )
-    lines = [
-        f"# Weights of `{told['preset']}`",
-        "",
-        data,
-        "" if data else None,
-        f"- trained on {len(told['train'])} recordings: {', '.join(told['train'][:24])}",
-        f"- chosen by the error at 2 ticks over that of copying on {', '.join(told['validation'][:24])}",
-        f"- {told['steps']} steps of {config['train']['batch']} windows, {told['seconds']['world_model'] / 60:.0f} minutes; decoders {told['decoder_steps']} steps of {config['train']['decoder_batch']}, {told['seconds']['decoders'] / 60:.0f} minutes; on {told['device']}",
-        f"- seed {told['seed']}, frames {config['frame']['height']}x{config['frame']['width']}, anti-collapse {config['jepa']['anti_collapse']}",
-        "",
-        "```",
-        command,
-        "```",
-        "",
-    ]
-    found = _judged(folder)
-    if found:
-        lines += [
-            f"Latent error on recordings of worlds not trained on ({', '.join(found['recordings'])}), mean over recordings (`evaluate.json` has the intervals):",
-            "",
-            "| ticks | model | copy last | other actions | no-op |",
-            "|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {h} | "
-            + " | ".join(
-                f"{row[m]['mean']:.3f}" for m in ("model", "copy_last", "other_actions", "noop")
-            )
-            + " |"
-            for h, row in found["horizons"].items()
-            if h in ("1", "2", "4", "8", "15")
-        ] + [""]
+    summary = json.loads((folder / "training.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    command = command or summary.get("command")
+    if not command:
+        options = f"--data RECORDINGS --out {folder.name} --preset {summary['preset']}"
+        command = f"minecraft-jepa train {options}"
+    lines = [f"# Weights of `{summary['preset']}`", ""]
+    data = data or summary.get("data", "")
+    if data:
+        lines += [data, ""]
+    lines += [*_describe_training(summary, config), "", "```", command, "```", ""]
+    report = _read_own_report(folder)
+    if report:
+        lines += [*_error_table(report), ""]
     if _draw_curves(folder):
         lines += ["![Loss, error on other recordings, effective rank](curves.png)", ""]
-    (folder / "README.md.part").write_text("\n".join(line for line in lines if line is not None))
-    os.replace(folder / "README.md.part", folder / "README.md")
+    tmp_path = folder / "README.md.part"
+    tmp_path.write_text("\n".join(lines))
+    os.replace(tmp_path, folder / "README.md")
 
 
-def _judged(folder):
-    """The evaluation beside the weights, where it is theirs: by their hash, else by their age."""
-    path, weights = folder / "evaluate.json", folder / "world_model.safetensors"
+def _describe_training(summary, config):
+    """Lines on recordings, steps, time and settings of a training."""
+    train_names, validation_names = summary["train"], summary["validation"]
+    minutes = {name: seconds / 60 for name, seconds in summary["seconds"].items()}
+    train, frame = config["train"], config["frame"]
+    return [
+        f"- trained on {len(train_names)} recordings: {_first_names(train_names)}",
+        "- chosen by the error at 2 ticks relative to copying the last latent, on "
+        f"{len(validation_names)} recordings: {_first_names(validation_names)}",
+        f"- {summary['steps']} steps of {train['batch']} windows, "
+        f"{minutes['world_model']:.0f} minutes; "
+        f"decoders {summary['decoder_steps']} steps of {train['decoder_batch']}, "
+        f"{minutes['decoders']:.0f} minutes; on {summary['device']}",
+        f"- seed {summary['seed']}, frames {frame['height']}x{frame['width']}, "
+        f"anti-collapse {config['jepa']['anti_collapse']}",
+    ]
+
+
+def _first_names(names, max_listed=24):
+    """Names of recordings, as text; of many the first ones."""
+    text = ", ".join(names[:max_listed])
+    num_more = len(names) - max_listed
+    return f"{text} and {num_more} more" if num_more > 0 else text
+
+
+def _error_table(report):
+    """Lines of a table of latent errors from an evaluation."""
+    methods = "model", "copy_last", "other_actions", "noop"
+    lines = [
+        "Latent error on recordings of worlds not trained on "
+        f"({', '.join(report['recordings'])}), mean over recordings "
+        "(`evaluate.json` has the intervals):",
+        "",
+        "| ticks | model | copy last | shuffled actions | no-op |",
+        "|---|---|---|---|---|",
+    ]
+    for ticks, errors in report["horizons"].items():
+        if ticks in ("1", "2", "4", "8", "15"):
+            cells = [f"{errors[method]['mean']:.3f}" for method in methods]
+            lines.append(f"| {ticks} | {' | '.join(cells)} |")
+    return lines
+
+# %% ../../nbs/training/09_remote.ipynb #6750e2ed
+def _read_own_report(folder):
+    """The evaluation beside the weights, if it belongs to them: by their hash, or by its age."""
+    path, weights_path = folder / "evaluate.json", folder / "world_model.safetensors"
     if not path.is_file():
         return None
-    found = json.loads(path.read_text())
-    told = found.get("weights_identity", {})
-    if told.get("sha256"):
-        trained = json.loads((folder / "training.json").read_text())
-        theirs = told["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-        theirs = theirs and all(trained.get(k) == v for k, v in told.items() if k != "sha256")
-    else:  # judged by an earlier version; a clone or a copy writes both within a minute
-        theirs = path.stat().st_mtime > weights.stat().st_mtime - 60
-    if not theirs:
-        print(
-            f"{path}: of other weights than those beside it, so the card does not show it; evaluate again"
-        )
-    return found if theirs else None
+    report = json.loads(path.read_text())
+    identity = report.get("weights_identity", {})
+    if identity.get("sha256"):
+        summary = json.loads((folder / "training.json").read_text())
+        has_same_hash = identity["sha256"] == hashlib.sha256(weights_path.read_bytes()).hexdigest()
+        has_same_run = all(summary.get(k) == v for k, v in identity.items() if k != "sha256")
+        belongs = has_same_hash and has_same_run
+    else:  # written by an earlier version; a clone or a copy writes both within a minute
+        belongs = path.stat().st_mtime > weights_path.stat().st_mtime - 60
+    if belongs:
+        return report
+    print(
+        f"{path}: of other weights than those beside it, so the card does not show it; "
+        "evaluate again"
+    )
+    return None
 
 
 def _draw_curves(folder):
-    """`curves.png` from the training's log; False without one."""
-    if not (folder / "world_model.jsonl").is_file():
+    """Draw `curves.png` from the training's log; False without one."""
+    path = folder / "world_model.jsonl"
+    if not path.is_file():
         return False
-    rows = [json.loads(line) for line in (folder / "world_model.jsonl").read_text().splitlines()]
-    checks = [r for r in rows if "model" in r]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    evaluated = [row for row in rows if "model" in row]
     style()
     fig, axes = plt.subplots(1, 3, figsize=(14, 3.6), layout="constrained")
     curves_plot(axes[0], rows, ["loss"], smooth=25 if len(rows) > 100 else 1, ylabel="loss")
     axes[0].set_title("Training")
-    if checks:
-        curves_plot(
-            axes[1],
-            [
-                {"step": r["step"], "model": r["model"][1], "copy_last": r["copy_last"][1]}
-                for r in checks
-            ],
-            ["model", "copy_last"],
-            ylabel="latent error at 2 ticks",
-        )
+    if evaluated:
+        errors = [
+            {"step": row["step"], "model": row["model"][1], "copy_last": row["copy_last"][1]}
+            for row in evaluated
+        ]
+        curves_plot(axes[1], errors, ["model", "copy_last"], ylabel="latent error at 2 ticks")
         axes[1].set_title("Other recordings")
-        curves_plot(axes[2], checks, ["rank"], ylabel="effective rank")
+        curves_plot(axes[2], evaluated, ["rank"], ylabel="effective rank")
         axes[2].set_ylim(bottom=0)
         axes[2].set_title("No collapse while this stays up")
-    fig.savefig(folder / "curves.part", format="png", dpi=80, metadata={"Software": None})
+    tmp_path = folder / "curves.part"
+    fig.savefig(tmp_path, format="png", dpi=80, metadata={"Software": None})
     plt.close(fig)
-    os.replace(folder / "curves.part", folder / "curves.png")
+    os.replace(tmp_path, folder / "curves.png")
     return True
 
 # %% ../../nbs/training/09_remote.ipynb #b35a25d3
-def _have_av(folder):
-    """Install PyAV from the wheel that came along, where it is lacking."""
+def train(parts, run, config, minutes=None, seed=0, device="cuda"):
+    """Unpack recordings, train on them within the time, and put the weights into RUN/parts.
+
+    Called again after a stop, it resumes.
+
+    Args:
+        parts: folder that `pack` filled.
+        run: folder to train in.
+        config: a `Config`.
+        minutes: time limit, interruptions included; None: none.
+        seed: a whole number; decides every random number.
+        device: 'cuda' or 'cpu'.
+
+    Returns:
+        What `training.json` holds.
+
+    Raises:
+        ValueError: the run's folder holds recordings of other parts.
+    """
+    run = Path(run)
+    _refuse_other_recordings(run / "recordings", parts)
+    unpack(parts, run / "recordings")
+    _ensure_av(run / "recordings")
+    make_accelerator(device)
+    summary = train_all(config, run / "recordings", run, seed, device, minutes)
+    cut_weights(run, run / "parts")
+    return summary
+
+
+def _ensure_av(folder):
+    """Install PyAV from the wheel that came along, where it is missing."""
     if importlib.util.find_spec("av"):
         return
     wheels = sorted(map(str, Path(folder).glob("av-*.whl")))
     if not wheels:
         raise ValueError(
-            "PyAV is lacking here, and no wheel came along; pack with --wheel 3.12 (this Python's version), or pip install av"
+            "PyAV is missing here, and no wheel came along; pack with --wheel 3.12 "
+            "(this Python's version), or pip install av"
         )
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *wheels], check=True
-    )
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *wheels]
+    subprocess.run(command, check=True)
 
 
-def train(
-    parts,
-    run,
-    config,
-    minutes=None,
-    seed=0,
-    device="cuda",
-):
-    """Unpack, build the store, train within the time, cut the weights into RUN/parts. Again after a stop: goes on."""
-    run = Path(run)
-    _refuse_others(run / "recordings", parts)
-    unpack(parts, run / "recordings")
-    _have_av(run / "recordings")
-    make_accelerator(device)
-    told = train_all(config, run / "recordings", run, seed, device, minutes)
-    cut_weights(run, run / "parts")
-    return told
-
-
-def _refuse_others(folder, parts):
-    """ValueError where recordings of other parts stand: they would be trained on too."""
-    names = {m.name for members in _listed(parts).values() for m in members}
-    here = {p.name for p in Path(folder).glob("*") if p.suffix in CARRIED}
-    others = sorted(here - names - {CHECKED})
+def _refuse_other_recordings(folder, parts):
+    """ValueError where recordings of other parts are there: they would be trained on too."""
+    names = {member.name for members in _list_members(parts).values() for member in members}
+    present = {path.name for path in Path(folder).glob("*") if path.suffix in CARRIED}
+    others = sorted(present - names - {CHECKED})
     if others:
         raise ValueError(
             f"{folder}: {others[0]} is there, and not in {parts}; give another folder for the run"

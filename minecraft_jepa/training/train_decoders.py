@@ -9,18 +9,22 @@ __all__ = ['Decoders', 'train_decoders']
 import torch
 from torch import nn
 
-from ..data.loader import _to_look_at, _windows
+from ..data.loader import _fixed_windows, _window_batches
 from ..model.decoders import DiT, RegressionHead
 from ..model.ema import ema_update, frozen_copy
 from .checkpoints import alone
-from .distributed import _save_on_main, autocast, make_accelerator
-from .train_world_model import _digest, _run_of
-from .trainer import Job, _minutes, fit, forget_checkpoints
+from minecraft_jepa.training.distributed import (
+    _save_on_main_process,
+    autocast,
+    make_accelerator,
+)
+from .train_world_model import _run_identity, _weights_hash
+from .trainer import Job, _check_minutes, fit, forget_checkpoints
 from ..utils import seed_everything, whole_number
 
 # %% ../../nbs/training/07_train_decoders.ipynb #11ee5c37
 class Decoders(nn.Module):
-    """Both decoders, and the slow copy of the diffusion transformer. Latents and frames -> {'loss', 'dit', 'head'}."""
+    """Both decoders, and an EMA copy of the diffusion transformer, `slow`."""
 
     def __init__(self, config):
         super().__init__()
@@ -28,83 +32,118 @@ class Decoders(nn.Module):
         self.slow = frozen_copy(self.dit)
 
     def forward(self, z, frames, seed=0):
-        dit, head = self.dit(z, frames), self.head(z, frames)
-        return {"loss": dit + head, "dit": dit, "head": head}
+        """Losses of both decoders.
 
+        Args:
+            z: latents (B, N, D).
+            frames: (B, 3, H, W) uint8, to be decoded from them.
+            seed: not used; every module that `fit` trains takes one.
 
-def train_decoders(
-    model,  # WorldModel, left as it is
-    data,  # ClipStore, or the URL of shards
-    names,  # recordings to train on
-    steps=None,  # None: config.train.decoder_steps
-    seed=0,
-    device="cpu",  # or 'cuda'
-    folder=None,  # weights, log and checkpoints; a run that was killed goes on from there
-    minutes=None,  # time, kills included; the schedule is made to fit into it
-):
-    """Train both decoders. Gives (dit, head, history): rows with step, `dit` and `head` loss. FloatingPointError when numbers are not finite, InUseError when a run is at work in the folder."""
-    found = _train_decoders(model, data, names, steps, seed, device, folder, minutes)
-    forget_checkpoints(folder, "decoders")
-    return found
+        Returns:
+            `dit` and `head`, and their sum, `loss`.
+        """
+        dit_loss, head_loss = self.dit(z, frames), self.head(z, frames)
+        return {"loss": dit_loss + head_loss, "dit": dit_loss, "head": head_loss}
 
+# %% ../../nbs/training/07_train_decoders.ipynb #9f35a307
+class _DecoderTraining:
+    """What `fit` calls around a step of the decoders' training."""
 
-def _train_decoders(model, data, names, steps, seed, device, folder, minutes):
-    """The last checkpoint stays."""
-    config, t = model.config, model.config.train
-    steps = t.decoder_steps if steps is None else whole_number(steps, "steps", 1, 10**8 - 1)
-    seed, minutes, engine = (
-        whole_number(seed, "seed", 0),
-        _minutes(minutes),
-        make_accelerator(device),
-    )
-    seed_everything(seed)
-    decoders, model = Decoders(config), model.to("cuda" if device == "cuda" else "cpu").eval()
+    def __init__(self, model, data, names, seed, device):
+        self.model, self.data, self.names = model, data, names
+        self.seed, self.device = seed, device
+        # The same six frames in each picture.
+        self.shown_frames = _fixed_windows(data, names, 1, 1, 6, seed + 1)[0][:, 0]
 
-    def batches(step, rank, world):
-        for frames, _ in _windows(data, names, 1, 1, t.decoder_batch, seed, step, rank, world):
-            frames = frames[:, 0].to(next(model.parameters()).device)
-            with autocast(device):
-                yield model.target(frames).float(), frames
+    def encode(self, frames):
+        """Frames (B, 3, H, W) on any device -> targets (B, N, D), and the frames beside them."""
+        frames = frames.to(next(self.model.parameters()).device)
+        with autocast(self.device):
+            z = self.model.target(frames)
+        return z.float(), frames
 
-    def after(m, step, steps):
-        ema_update(
-            m.slow, m.dit, min(config.dit.ema, (1 + step) / (10 + step))
-        )  # a short run must not average in its random start
+    def batches(self, step, rank, num_processes):
+        """Endless batches of latents and frames from `step` on."""
+        batch_size = self.model.config.train.decoder_batch
+        process = step, rank, num_processes
+        windows = _window_batches(self.data, self.names, 1, 1, batch_size, self.seed, *process)
+        for frames, _ in windows:
+            yield self.encode(frames[:, 0])
 
-    run = _run_of(config, data, names, [], seed, t.decoder_batch, "decoders", steps) | {
-        "model": _digest(model.encoder)
-    }
-    look = _to_look_at(data, names, 1, 1, 6, seed + 1)[0][:, 0]
+    def after(self, decoders, position, steps):
+        """Update the EMA copy of the diffusion transformer."""
+        momentum = min(self.model.config.dit.ema, (1 + position) / (10 + position))
+        ema_update(decoders.slow, decoders.dit, momentum)
 
-    def evaluate(m, step, log, batch):
-        strip = _decoded_strip(model, m, look, device)  # by all processes, for shards are gathered
+    def evaluate(self, decoders, step, log, batch):
+        """Picture of some frames and what the decoders make of their latents; no numbers."""
+        # On all processes: with FSDP2 they gather the weights together.
+        strip = self.reconstruction_strip(decoders)
         if log:
             log.picture("decoders", strip, step)
         return {}
 
+    @torch.no_grad()
+    def reconstruction_strip(self, decoders):
+        """Rows of frames, of the diffusion transformer's decodings and of the head's."""
+        z, frames = self.encode(self.shown_frames)
+        rows = [frames, decoders.slow.decode(z, 4), decoders.head.decode(z)]
+        picture = torch.cat([torch.cat(list(row), -1) for row in rows], -2)  # (3, 3H, 6W)
+        return picture.permute(1, 2, 0).cpu().numpy()
+
+# %% ../../nbs/training/07_train_decoders.ipynb #049af600
+def train_decoders(model, data, names, steps=None, seed=0, device="cpu", folder=None, minutes=None):
+    """Train both decoders. A run that was killed resumes from its folder.
+
+    Args:
+        model: the `WorldModel`; it stays as it is.
+        data: a `ClipStore`, or the URL of shards.
+        names: recordings to train on.
+        steps: length of the run; None: `config.train.decoder_steps`.
+        seed: a whole number; decides every random number.
+        device: 'cpu' or 'cuda'.
+        folder: for weights, log and checkpoints; None: nothing is written.
+        minutes: time limit, interruptions included; the schedule is made to fit into it.
+
+    Returns:
+        The EMA copy of the diffusion transformer, the regression head, and the rows of the log:
+        step, and the losses `dit` and `head`.
+
+    Raises:
+        FloatingPointError: numbers are not finite.
+        InUseError: another run is using the folder.
+    """
+    results = _train_decoders(model, data, names, steps, seed, device, folder, minutes)
+    forget_checkpoints(folder, "decoders")
+    return results
+
+
+def _train_decoders(model, data, names, steps, seed, device, folder, minutes):
+    """As `train_decoders`, but the last checkpoint stays."""
+    config, train = model.config, model.config.train
+    steps = train.decoder_steps if steps is None else whole_number(steps, "steps", 1, 10**8 - 1)
+    seed, minutes = whole_number(seed, "seed", 0), _check_minutes(minutes)
+    accelerator = make_accelerator(device)
+    seed_everything(seed)
+    decoders = Decoders(config)
+    model = model.to("cuda" if device == "cuda" else "cpu").eval()
+    run = _run_identity(config, data, names, [], seed, train.decoder_batch, "decoders", steps)
+    run["model"] = _weights_hash(model.encoder)
+    training = _DecoderTraining(model, data, names, seed, device)
     job = Job(
-        "decoders",
-        decoders,
-        {decoders.dit: 1.0, decoders.head: 1.0},
-        batches,
-        t.decoder_batch,
-        t.decoder_lr,
-        steps,
-        run,
-        after=after,
-        evaluate=evaluate,
+        what="decoders",
+        module=decoders,
+        parts={decoders.dit: 1.0, decoders.head: 1.0},
+        batches=training.batches,
+        batch=train.decoder_batch,
+        lr=train.decoder_lr,
+        steps=steps,
+        run=run,
+        after=training.after,
+        evaluate=training.evaluate,
     )
-    with alone(folder, engine):
-        decoders, history = fit(job, t, seed, device, folder, minutes)
+    with alone(folder, accelerator):
+        decoders, history = fit(job, train, seed, device, folder, minutes)
         for network in (decoders.slow, decoders.head):
-            _save_on_main(network, folder)
+            _save_on_main_process(network, folder)
     return decoders.slow.eval(), decoders.head.eval(), history
-
-
-def _decoded_strip(model, decoders, frames, device):
-    """Three rows: frames, the slow diffusion transformer's and the head's drawing of their latents."""
-    frames = frames.to(next(model.parameters()).device)
-    with torch.no_grad(), autocast(device):
-        z = model.target(frames).float()
-    rows = [frames, decoders.slow.decode(z, 4), decoders.head.decode(z)]
-    return torch.cat([torch.cat(list(r), -1) for r in rows], -2).permute(1, 2, 0).cpu().numpy()

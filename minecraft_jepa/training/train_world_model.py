@@ -14,284 +14,391 @@ from pathlib import Path
 import torch
 from accelerate.state import PartialState
 
-from ..data.loader import _LOOK, _is_url, _shards_about, _to_look_at, _windows
+from minecraft_jepa.data.loader import (
+    _NUM_VALIDATION_WINDOWS,
+    _fixed_windows,
+    _is_url,
+    _read_shards_json,
+    _window_batches,
+)
 from ..model.collapse import collapse_alarm, collapse_metrics
 from ..model.ema import momentum_at
 from ..model.world_model import WorldModel, encoder_gradients
-from .checkpoints import _ADVICE, alone
+from .checkpoints import _REMEDY, alone
 from minecraft_jepa.training.distributed import (
-    _save_on_main,
+    _save_on_main_process,
     autocast,
     make_accelerator,
     shards_wanted,
 )
 from .memory import check_memory, spread_of_batch
-from .trainer import Job, _minutes, fit, forget_checkpoints
+from .trainer import Job, _check_minutes, fit, forget_checkpoints
 from ..utils import seed_everything, whole_number, write_json
 
 # %% ../../nbs/training/06_train_world_model.ipynb #a950d31e
 @torch.no_grad()
-def validate(
-    model,  # WorldModel
-    frames,  # (B, 1+K, 3, H, W) uint8
-    actions,  # (B, 24+K, 28)
-    batch=64,  # windows at a time
-):
-    """Mean square latent error by tick, `model` and `copy_last` (K numbers each), with `rank`, `std` and `correlation` of the targets."""
-    was, device = model.training, next(model.parameters()).device
+def validate(model, frames, actions, batch=64):
+    """Evaluate the world model on validation windows.
+
+    Args:
+        model: a `WorldModel`.
+        frames: (B, 1+K, 3, H, W) uint8.
+        actions: (B, T-1+K, 28).
+        batch: windows at a time.
+
+    Returns:
+        Numbers and latents. The numbers: mean squared latent error by tick of `model` and
+        `copy_last` (K each), and `rank`, `std` and `correlation` of the targets. The latents: the
+        targets (B, 1+K, N, D), and what is imagined from the first window (K, N, D).
+    """
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    rows = []
-    for f, a in zip(frames.split(batch), actions.split(batch)):
-        f, a = f.to(device), a.to(device)
+    errors, copy_errors, targets, first_rollouts = [], [], [], []
+    for frame_chunk, action_chunk in zip(frames.split(batch), actions.split(batch)):
+        frame_chunk, action_chunk = frame_chunk.to(device), action_chunk.to(device)
         with autocast(device.type):
-            truth = torch.stack(
-                [model.target(f[:, k]) for k in range(f.shape[1])], 1
-            ).float()  # (b, 1+K, n, d)
-            future = model.imagine(
-                truth[:, 0], a
-            ).float()  # (b, K, n, d), from the teacher's view: the one that ships
-        error = lambda z: ((z - truth[:, 1:]) ** 2).mean((2, 3)).cpu()
-        rows.append((error(future), error(truth[:, :1]), truth.cpu(), future[:1].cpu()))
-    model.train(was)
-    errors, copies, z = (torch.cat([r[i] for r in rows]) for i in range(3))
+            z = [model.target(frame_chunk[:, k]) for k in range(frame_chunk.shape[1])]
+            target = torch.stack(z, 1).float()  # (b, 1+K, N, D)
+            rollout = model.imagine(target[:, 0], action_chunk).float()  # (b, K, N, D)
+        errors.append(_error_by_tick(rollout, target[:, 1:]))
+        copy_errors.append(_error_by_tick(target[:, :1], target[:, 1:]))
+        targets.append(target.cpu())
+        first_rollouts.append(rollout[0].cpu())
+    model.train(was_training)
+
+    targets = torch.cat(targets)
     numbers = {
-        "model": errors.mean(0).tolist(),
-        "copy_last": copies.mean(0).tolist(),
-        **collapse_metrics(z[:, 0]),
+        "model": torch.cat(errors).mean(0).tolist(),
+        "copy_last": torch.cat(copy_errors).mean(0).tolist(),
+        **collapse_metrics(targets[:, 0]),
     }
-    return numbers, (z, rows[0][3][0])
+    return numbers, (targets, first_rollouts[0])
 
 
-def error_over_copying(
-    row,  # of `validate`
-):
-    """What the best model is chosen by: its error at 2 ticks over that of copying. In the first steps latents hardly differ from each other, and every error is small. Infinite where copying makes no error, nan where an error is not finite."""
-    model, copy = row["model"][1], row["copy_last"][1]
-    if not (math.isfinite(model) and math.isfinite(copy)):
+def _error_by_tick(prediction, target):
+    """Mean squared error over patches and features, (b, K)."""
+    return ((prediction - target) ** 2).mean((2, 3)).cpu()
+
+
+def error_over_copying(row):
+    """Error at 2 ticks relative to copying: the best model of a run is the one with the smallest.
+
+    The error itself is no measure: in the first steps latents hardly differ from each other, and
+    every error is small.
+
+    Args:
+        row: numbers of `validate`.
+
+    Returns:
+        The ratio: infinite where copying makes no error, nan where an error is not finite.
+    """
+    error, copy_error = row["model"][1], row["copy_last"][1]
+    if not (math.isfinite(error) and math.isfinite(copy_error)):
         return math.nan
-    return model / copy if copy else math.inf
+    return error / copy_error if copy_error else math.inf
 
 
-def nearest_strip(
-    frames,  # (B, 1+K, 3, H, W) uint8
-    z,  # (B, 1+K, n, d), their latents
-    future,  # (K, n, d), imagined from the first window
-):
-    """Two rows, (2H, KW, 3): the first window's frames t+1 .. t+K, and for each imagined latent the frame of another window whose latent is nearest. No decoder is needed to look."""
-    pool, pictures = z[1:].flatten(0, 1).flatten(1), frames[1:].flatten(0, 1)
-    nearest = torch.cdist(future.flatten(1), pool).argmin(1)
-    rows = [torch.cat(list(x), -1) for x in (frames[0, 1:], pictures[nearest])]
+def nearest_strip(frames, z, future):
+    """Show imagined latents without a decoder, by frames whose latents are nearest to them.
+
+    Args:
+        frames: (B, 1+K, 3, H, W) uint8.
+        z: (B, 1+K, N, D), their latents.
+        future: (K, N, D), imagined from the first window.
+
+    Returns:
+        Picture (2H, KW, 3) of two rows: frames t+1 .. t+K of the first window, and for each
+        imagined latent the frame of another window whose latent is nearest.
+    """
+    other_latents = z[1:].flatten(0, 1).flatten(1)  # (other frames, N * D)
+    other_frames = frames[1:].flatten(0, 1)  # (other frames, 3, H, W)
+    nearest = torch.cdist(future.flatten(1), other_latents).argmin(1)  # (K,)
+    rows = [torch.cat(list(row), -1) for row in (frames[0, 1:], other_frames[nearest])]
     return torch.cat(rows, -2).permute(1, 2, 0).numpy()
 
 # %% ../../nbs/training/06_train_world_model.ipynb #85f5f3df
-_NEUTRAL = {
+_NO_EFFECT_ON_RESULT = {
     "train.save_every",
     "train.keep",
     "train.compile",
     "train.checkpoint_activations",
     "dit.sample_steps",
     "dit.guidance",
-}  # change no result of a training
+}
 
 
-def _leaves(config):
-    """{'section.leaf': value} of all that changes the result of a training."""
-    leaves = {
-        f"{s}.{k}": v
-        for s, d in json.loads(config.to_json()).items()
-        if isinstance(d, dict)
-        for k, v in d.items()
-    }
-    return {k: v for k, v in leaves.items() if k not in _NEUTRAL}
+def _result_settings(config):
+    """{'section.name': value} of all settings that change the result of a training."""
+    settings = {}
+    for section, values in json.loads(config.to_json()).items():
+        if isinstance(values, dict):
+            settings |= {f"{section}.{name}": value for name, value in values.items()}
+    return {name: v for name, v in settings.items() if name not in _NO_EFFECT_ON_RESULT}
 
 
-def _contents(data, names):
-    """Hash of the recordings themselves; of shards, of the segments."""
-    if _is_url(data):
-        wanted = set(names)
-        told = [
-            [g["name"], g["first"], g["frames"], *g["at"][1:]]
-            for s in _shards_about(data)["shards"]
-            for g in s["segments"]
-            if g["name"] in wanted
-        ]
-    else:
-        told = [
-            [n, sorted(v["sha256"] for v in data.about[n].get("source", {}).values())]
-            for n in sorted(names)
-        ]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+def _short_hash(value):
+    """Hash of a value that json can hold, 12 digits."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
-def _run_of(config, data, names, held_out, seed, batch, kind, steps):
-    """What a checkpoint must agree with."""
-    listed = hashlib.sha256(json.dumps([sorted(names), sorted(held_out)]).encode()).hexdigest()[:12]
-    shared = (
-        {"processes": PartialState().num_processes} if _is_url(data) else {}
-    )  # shards are dealt out
-    return {
+def _recordings_hash(data, names):
+    """Hash of the recordings themselves; of shards, of their segments."""
+    if not _is_url(data):
+        sources = {name: data.about[name].get("source", {}) for name in names}
+        return _short_hash(
+            [[n, sorted(file["sha256"] for file in sources[n].values())] for n in sorted(names)]
+        )
+    names = set(names)
+    segments = [s for shard in _read_shards_json(data)["shards"] for s in shard["segments"]]
+    return _short_hash(
+        [[s["name"], s["first"], s["frames"], *s["at"][1:]] for s in segments if s["name"] in names]
+    )
+
+
+def _run_identity(config, data, names, held_out, seed, batch, kind, steps):
+    """What a checkpoint must agree with, {name: value}."""
+    run = {
         "kind": kind,
         "seed": seed,
         "steps": steps,
         "batch": batch,
-        "recordings": listed,
-        "contents": _contents(data, [*names, *held_out]),
-        **shared,
-        **_leaves(config),
+        "recordings": _short_hash([sorted(names), sorted(held_out)]),
+        "contents": _recordings_hash(data, [*names, *held_out]),
     }
+    if _is_url(data):  # which windows a process reads from shards depends on their number
+        run["processes"] = PartialState().num_processes
+    return run | _result_settings(config)
 
 
-def _digest(module):
-    return hashlib.sha256(
-        b"".join(p.detach().float().cpu().numpy().tobytes() for p in module.parameters())
-    ).hexdigest()[:16]
+def _weights_hash(module):
+    """Hash of all parameters, 16 digits."""
+    values = [p.detach().float().cpu().numpy().tobytes() for p in module.parameters()]
+    return hashlib.sha256(b"".join(values)).hexdigest()[:16]
 
-
-def _check_spread(config):
-    """ValueError for a batch in parts whose loss is of the whole batch: of a part the spread is another."""
-    j = config.jepa
-    what = f"floor={j.floor}" if j.anti_collapse == "ema" else f"anti_collapse={j.anti_collapse}"
-    if config.train.accumulate > 1 and spread_of_batch(config):
+# %% ../../nbs/training/06_train_world_model.ipynb #e95ee3fb
+def _check_recordings(names, held_out):
+    """ValueError for recordings that are trained and validated on."""
+    both = set(names) & set(held_out)
+    if both:
         raise ValueError(
-            f"accumulate={config.train.accumulate} cuts the batch into parts, and {what} looks at the spread of the whole batch: take accumulate=1 with checkpoint_activations=true or a smaller batch, or floor=0 with anti_collapse=ema"
+            f"recordings in both training and validation: {', '.join(sorted(both))}; "
+            "keep each in one of them"
         )
 
 
-def _differing(data, held_out, windows):
-    """ValueError where all windows to validate on begin with the same picture: nothing could be judged."""
-    first = windows[0][:, 0]
-    if not (first == first[:1]).all():
-        return windows
+def _check_accumulate(config):
+    """ValueError for a batch cut into chunks whose loss depends on the spread of the batch."""
+    jepa, accumulate = config.jepa, config.train.accumulate
+    if accumulate == 1 or not spread_of_batch(config):
+        return
+    setting = f"anti_collapse={jepa.anti_collapse}"
+    if jepa.anti_collapse == "ema":
+        setting = f"floor={jepa.floor}"
     raise ValueError(
-        f"validation recordings {', '.join(held_out)}: all windows begin with the same picture, so nothing can be judged on them; give longer recordings in which something is to be seen, in split.json"
+        f"accumulate={accumulate} cuts the batch into parts, and {setting} looks at the spread of "
+        "the whole batch: take accumulate=1 with checkpoint_activations=true or a smaller batch, "
+        "or floor=0 with anti_collapse=ema"
     )
 
 
-class _Best:
+def _check_frames_differ(frames, held_out):
+    """ValueError where all validation windows begin with the same picture."""
+    first_frames = frames[:, 0]
+    if (first_frames == first_frames[:1]).all():
+        raise ValueError(
+            f"validation recordings {', '.join(held_out)}: all windows begin with the same "
+            "picture, so nothing can be judged on them; give longer recordings in which "
+            "something is to be seen, in split.json"
+        )
+
+# %% ../../nbs/training/06_train_world_model.ipynb #7b69dc2f
+class _BestModel:
     """The best world model so far: on the disk, or without a folder in memory."""
 
     def __init__(self, folder):
         self.folder, self.state = folder, None
 
-    def keep(self, model):
-        if self.folder:
-            if (
-                PartialState().is_main_process
-            ):  # what an earlier model left says nothing of this one
-                for left in (_done(self.folder), Path(self.folder) / "training.json"):
-                    left.unlink(missing_ok=True)
-            return _save_on_main(model, self.folder)
-        self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    def save(self, model):
+        """Keep the weights of a model."""
+        if not self.folder:
+            self.state = {name: t.detach().clone() for name, t in model.state_dict().items()}
+            return
+        if PartialState().is_main_process:
+            # These belong to an earlier model in the folder.
+            _done_file(self.folder).unlink(missing_ok=True)
+            (Path(self.folder) / "training.json").unlink(missing_ok=True)
+        _save_on_main_process(model, self.folder)
 
-    def give(self, model, config):
+    def load(self, model, config):
+        """The best model, on the device of `model`."""
         if self.folder:
-            return WorldModel.from_pretrained(self.folder, config).to(
-                next(model.parameters()).device
-            )
+            device = next(model.parameters()).device
+            return WorldModel.from_pretrained(self.folder, config).to(device)
         model.load_state_dict(self.state)
         model.adopt_teacher()
         return model
 
-# %% ../../nbs/training/06_train_world_model.ipynb #bded3b87
-def train_world_model(
-    config,  # minecraft_jepa.config.Config
-    data,  # ClipStore, or the URL of shards
-    names,  # recordings to train on
-    held_out,  # recordings to validate on, none of them in `names`
-    steps=None,  # None: config.train.steps
-    seed=0,
-    device="cpu",  # or 'cuda'
-    folder=None,  # weights, log and checkpoints; a run that was killed goes on from there
-    minutes=None,  # time, kills included; the schedule is made to fit into it
-    start=None,  # folder of weights of the same architecture to start from; None: from nothing
-    go_on=False,  # train on after a collapse alarm
-):
-    """Train. Gives (the model with the smallest held-out error at 2 ticks over that of copying, history): rows with step, loss, lr, and at each evaluation the numbers of `validate` and `alarm`. CollapseError when the latents collapse, FloatingPointError when numbers are not finite, InUseError when a run is at work in the folder."""
-    both = set(names) & set(held_out)
-    if both:
-        raise ValueError(f"recordings on both sides of the split: {', '.join(sorted(both))}")
-    t, j, ticks = config.train, config.jepa, config.conditioner.ticks
-    steps = t.steps if steps is None else whole_number(steps, "steps", 1, 10**8 - 1)
-    seed, minutes = whole_number(seed, "seed", 0), _minutes(minutes)
-    seed_everything(seed)
-    engine = make_accelerator(device)
-    _check_spread(config)
-    if device == "cuda" or config.encoder.width > 256:
-        check_memory(config, device, processes=engine.num_processes, sharded=shards_wanted())
-    model = WorldModel(config)
-    if j.inverse and not j.tilt:
-        model.inverse.height.requires_grad_(False)  # has no task then
-    if start:
-        model.start_from(start)
-    check = _differing(data, held_out, _to_look_at(data, held_out, ticks, 8, _LOOK, seed))
 
-    def batches(step, rank, world):
-        return _windows(data, names, ticks, j.longest, t.batch, seed, step, rank, world, j.far)
-
-    def before(model, step, steps):
-        model.rollout = j.longest if j.rollout_late and step >= steps * 2 / 3 else j.rollout
-
-    def after(model, step, steps):
-        model.update_teacher(
-            momentum_at(step, steps, j.ema_start, j.ema_end) if j.anti_collapse == "ema" else 0.0
-        )
-
-    def evaluate(model, step, log, batch):
-        numbers, (z, future) = validate(model, *check)
-        numbers |= _gradients(model, batch, seed)
-        if log:
-            log.picture("world_model", nearest_strip(check[0], z, future), step)
-        return numbers | {
-            "alarm": collapse_alarm(numbers, config),
-            "told": f"error at 2 ticks {numbers['model'][1]:.3f} (copy {numbers['copy_last'][1]:.3f})  rank {numbers['rank']:.0f}",
-        }
-
-    parts = {model.encoder: t.encoder_lr, model.conditioner: 1.0, model.predictor: 1.0} | (
-        {model.inverse: 1.0} if j.inverse else {}
-    )
-    run = _run_of(config, data, names, held_out, seed, t.batch, "world_model", steps) | {
-        "start": _digest(model.encoder) if start else None
-    }
-    best = _Best(folder)
-    job = Job(
-        "world_model",
-        model,
-        parts,
-        batches,
-        t.batch,
-        t.lr,
-        steps,
-        run,
-        before,
-        after,
-        evaluate,
-        error_over_copying,
-        best.keep,
-    )
-    with alone(folder, engine):
-        model, history = fit(job, t, seed, device, folder, minutes, go_on)
-        if not any(_was_kept(r) for r in history):
-            raise FloatingPointError(f"no evaluation gave an error that can be compared: {_ADVICE}")
-        engine.wait_for_everyone()
-        model = best.give(model, config)
-        if folder and engine.is_main_process:
-            write_json(_done(folder), {"run": run})
-        forget_checkpoints(folder, "world_model")
-    return model.eval(), history
-
-
-def _gradients(model, batch, seed, most=16):
-    """{'encoder_gradients': norms} by part of the loss, on some windows of a batch; not of shards."""
-    if any(hasattr(p, "full_tensor") for p in model.parameters()):
-        return {}
-    with autocast(next(model.parameters()).device.type):
-        norms = encoder_gradients(model, *(x[:most] for x in batch), seed)
-    return {"encoder_gradients": {k: v for k, v in norms.items() if math.isfinite(v)}}
-
-
-def _done(folder):
+def _done_file(folder):
+    """File that says that the world model in a folder is trained."""
     return Path(folder) / "world_model.done"
 
 
-def _was_kept(row):
+def _has_error(row):
+    """Whether a row of the log holds an evaluation whose error is a number."""
     return "model" in row and not math.isnan(error_over_copying(row))
+
+# %% ../../nbs/training/06_train_world_model.ipynb #934bdff1
+class _WorldModelTraining:
+    """What `fit` calls around a step of the world model's training."""
+
+    def __init__(self, config, data, names, held_out, seed):
+        self.config, self.data, self.names, self.seed = config, data, names, seed
+        ticks, num_windows = config.conditioner.ticks, _NUM_VALIDATION_WINDOWS
+        self.validation = _fixed_windows(data, held_out, ticks, 8, num_windows, seed)
+        _check_frames_differ(self.validation[0], held_out)
+
+    def batches(self, step, rank, num_processes):
+        """Endless batches of windows from `step` on."""
+        jepa, ticks = self.config.jepa, self.config.conditioner.ticks
+        window, batch_size = (ticks, jepa.longest), self.config.train.batch
+        process = step, rank, num_processes
+        return _window_batches(
+            self.data, self.names, *window, batch_size, self.seed, *process, jepa.far
+        )
+
+    def before(self, model, position, steps):
+        """Set the rollout length: with `rollout_late` it grows in the last third."""
+        jepa = self.config.jepa
+        is_late = jepa.rollout_late and position >= steps * 2 / 3
+        model.rollout = jepa.longest if is_late else jepa.rollout
+
+    def after(self, model, position, steps):
+        """Update the EMA target encoder; without "ema" it is the encoder itself."""
+        jepa, momentum = self.config.jepa, 0.0
+        if jepa.anti_collapse == "ema":
+            momentum = momentum_at(position, steps, jepa.ema_start, jepa.ema_end)
+        model.update_teacher(momentum)
+
+    def evaluate(self, model, step, log, batch):
+        """Numbers of `validate` for the log, with a picture and the collapse alarm."""
+        numbers, (z, future) = validate(model, *self.validation)
+        numbers |= _gradient_norms(model, batch, self.seed)
+        if log:
+            log.picture("world_model", nearest_strip(self.validation[0], z, future), step)
+        error, copy_error = numbers["model"][1], numbers["copy_last"][1]
+        summary = (
+            f"error at 2 ticks {error:.3f} (copy {copy_error:.3f})  rank {numbers['rank']:.0f}"
+        )
+        return numbers | {"alarm": collapse_alarm(numbers, self.config), "told": summary}
+
+
+def _gradient_norms(model, batch, seed, max_windows=16):
+    """{'encoder_gradients': norm by part of the loss} on some windows of a batch.
+
+    {} where the model is sharded.
+    """
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return {}
+    with autocast(next(model.parameters()).device.type):
+        norms = encoder_gradients(model, *(tensor[:max_windows] for tensor in batch), seed)
+    return {"encoder_gradients": {k: v for k, v in norms.items() if math.isfinite(v)}}
+
+
+def _make_model(config, start):
+    """A world model with random weights, or with those in the folder `start`."""
+    model, jepa = WorldModel(config), config.jepa
+    if jepa.inverse and not jepa.tilt:
+        model.inverse.height.requires_grad_(False)  # the pitch loss alone trains it
+    if start:
+        model.start_from(start)
+    return model
+
+
+def _learning_rates(model, encoder_scale):
+    """{network: fraction of the learning rate} of all that is trained."""
+    scales = {model.encoder: encoder_scale, model.conditioner: 1.0, model.predictor: 1.0}
+    if model.config.jepa.inverse:
+        scales[model.inverse] = 1.0
+    return scales
+
+# %% ../../nbs/training/06_train_world_model.ipynb #bded3b87
+def train_world_model(
+    config,
+    data,
+    names,
+    held_out,
+    steps=None,
+    seed=0,
+    device="cpu",
+    folder=None,
+    minutes=None,
+    start=None,
+    go_on=False,
+):
+    """Train a world model. A run that was killed resumes from its folder.
+
+    Args:
+        config: a `Config`.
+        data: a `ClipStore`, or the URL of shards.
+        names: recordings to train on.
+        held_out: recordings to validate on, none of them in `names`.
+        steps: length of the run; None: `config.train.steps`.
+        seed: a whole number; decides every random number.
+        device: 'cpu' or 'cuda'.
+        folder: for weights, log and checkpoints; None: nothing is written.
+        minutes: time limit, interruptions included; the schedule is made to fit into it.
+        start: folder of weights of the same architecture to start from; None: random weights.
+        go_on: do not stop for a collapse alarm.
+
+    Returns:
+        The model with the smallest `error_over_copying`, and the rows of the log: step, loss, lr,
+        and at each evaluation the numbers of `validate` and `alarm`.
+
+    Raises:
+        CollapseError: the latents collapsed.
+        FloatingPointError: numbers are not finite.
+        InUseError: another run is using the folder.
+        ValueError: settings or recordings that can't be trained on.
+    """
+    _check_recordings(names, held_out)
+    train = config.train
+    steps = train.steps if steps is None else whole_number(steps, "steps", 1, 10**8 - 1)
+    seed, minutes = whole_number(seed, "seed", 0), _check_minutes(minutes)
+    seed_everything(seed)
+    accelerator = make_accelerator(device)
+    _check_accumulate(config)
+    if device == "cuda" or config.encoder.width > 256:
+        check_memory(config, device, None, accelerator.num_processes, shards_wanted())
+
+    model = _make_model(config, start)
+    training = _WorldModelTraining(config, data, names, held_out, seed)
+    run = _run_identity(config, data, names, held_out, seed, train.batch, "world_model", steps)
+    run["start"] = _weights_hash(model.encoder) if start else None
+    best = _BestModel(folder)
+    job = Job(
+        what="world_model",
+        module=model,
+        parts=_learning_rates(model, train.encoder_lr),
+        batches=training.batches,
+        batch=train.batch,
+        lr=train.lr,
+        steps=steps,
+        run=run,
+        before=training.before,
+        after=training.after,
+        evaluate=training.evaluate,
+        better=error_over_copying,
+        keep_best=best.save,
+    )
+    with alone(folder, accelerator):
+        model, history = fit(job, train, seed, device, folder, minutes, go_on)
+        if not any(_has_error(row) for row in history):
+            message = "no evaluation gave an error that can be compared"
+            raise FloatingPointError(f"{message}: {_REMEDY}")
+        accelerator.wait_for_everyone()
+        model = best.load(model, config)
+        if folder and accelerator.is_main_process:
+            write_json(_done_file(folder), {"run": run})
+        forget_checkpoints(folder, "world_model")
+    return model.eval(), history

@@ -39,7 +39,8 @@ def plot_latent_errors(ax, horizons, ticks):
     at = "8" if "8" in horizons else str(ticks[-1])
     row = horizons[at]
     ax.set_title(
-        f"Error at {at} ticks: {row['model']['mean']:.2f}, copying {row['copy_last']['mean']:.2f}"
+        f"Error at {at} ticks: {row['model']['mean']:.2f}, copying {row['copy_last']['mean']:.2f}\n"
+        "(band: 95 % interval of the model over recordings)"
     )
     return ax
 
@@ -140,9 +141,10 @@ def plot_retrieval(ax, top1, ticks, candidates=256):
     methods = ("model", "copy_last", "other_actions")
     _plot_intervals(ax, ticks, {m: [top1[str(h)][m] for h in ticks] for m in methods})
     ax.axhline(1 / candidates, color=GREY, linestyle="--", linewidth=1, label="chance")
-    ax.set_ylim(-0.03, 1)
+    ax.set_ylim(-0.03, 1.3)  # room for the legend
+    ax.set_yticks(np.linspace(0, 1, 6))
     ax.set_ylabel("share of windows with the true future first")
-    ax.legend()
+    ax.legend(ncols=2, loc="upper left")
     ax.set_title(
         f"True future first of {candidates}: {100 * top1['4']['model']['mean']:.0f} % at 4 ticks\n"
         "(bars: 95 % interval over recordings)"
@@ -177,7 +179,9 @@ def plot_probes(ax, probes, by_world):
     if not labels:
         ax.set_title("No probe: no recording to learn from")
         return ax
-    ax.legend(title=f"line: 95 % interval over {_num_worlds(by_world)} worlds")
+    ax.set_ylim(top=1.4)  # room for the legend
+    title = f"black line: 95 % interval over {_num_worlds(by_world)} worlds"
+    ax.legend(title=title, ncols=3, loc="upper left", alignment="left")
     named = [(name, probes["model"].get(key)) for name, key in _HEADLINE_PROBES]
     ax.set_title("Read from a latent: " + ", ".join(f"{n} {v:.2f}" for n, v in named if v))
     return ax

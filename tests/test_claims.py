@@ -1,9 +1,12 @@
-"The verdicts on the seed's claims, held against the numbers beside them."
+"""The verdicts on the claims of the original, held against the numbers beside them."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+
+from minecraft_jepa.evaluation import claims
 
 FIGURES = Path(__file__).parent.parent / "figures"
 
@@ -16,22 +19,126 @@ def numbers(name):
 
 
 def test_claims_are_judged_by_the_numbers_beside_them():
-    claims, evaluate = numbers("claims"), numbers("evaluate")
-    assert len(claims["claims"]) == 6 and all(
-        c["verdict"] in ("held", "partly", "not shown") for c in claims["claims"]
-    )
-    assert (
-        claims["recordings"] == evaluate["recordings"] and claims["weights"] == evaluate["weights"]
-    )
-    predicts, keeps = claims["claims"][:2]
-    better = {r: set(t) for r, t in evaluate["ticks_better"].items()}
-    everywhere = set.intersection(
-        *(t for r, t in better.items() if r not in ("other_future", "no_history"))
-    )
-    assert predicts["verdict"] == (
-        "held" if len(everywhere) == 15 else "partly" if everywhere else "not shown"
-    )
-    assert f"{evaluate['retrieval']['top1']['4']['model']['mean']:.2f}" in keeps["evidence"]
-    for c in claims["claims"]:
-        if c["figure"] != "ablations.png" or claims["ablations"]:
+    shipped, report = numbers("claims"), numbers("evaluate")
+    assert len(shipped["claims"]) == 6
+    assert all(c["verdict"] in ("held", "partly", "not shown") for c in shipped["claims"])
+    assert shipped["recordings"] == report["recordings"]
+    assert shipped["weights"] == report["weights"]
+    prediction, content = shipped["claims"][:2]
+    better = {rival: set(ticks) for rival, ticks in report["ticks_better"].items()}
+    rivals = [rival for rival in better if rival not in ("other_future", "no_history")]
+    at_all_rivals = set.intersection(*(better[rival] for rival in rivals))
+    if len(at_all_rivals) == 15:
+        expected = "held"
+    else:
+        expected = "partly" if at_all_rivals else "not shown"
+    assert prediction["verdict"] == expected
+    assert f"{report['retrieval']['top1']['4']['model']['mean']:.2f}" in content["evidence"]
+    for c in shipped["claims"]:
+        if c["figure"] != "ablations.png" or shipped["ablations"]:
             assert (FIGURES / c["figure"]).is_file()
+
+
+# The rules, on numbers with known answers
+
+
+def with_interval(mean, half_width=0.02):
+    return {"mean": mean, "interval": [mean - half_width, mean + half_width]}
+
+
+def toy(ticks=15, r2=0.9, top1=0.6, ratio=1.4, alarm=None, has_head=False):
+    """A report with just what the rules read."""
+    scores = {"mean_f1": 0.5, "always_f1": 0.3, "turn_r2": 0.4}
+    decoded = {kind: {"8": scores} for kind in ("real", "imagined")}
+    rivals = ("copy_last", "shrunk_copy", "noop", "other_actions")
+    relative = {"ratio": 0.7, "interval": [0.6, 0.8], "rival": "shrunk_copy"}
+    found = {"4": {"model": with_interval(top1), "copy_last": with_interval(0.3)}}
+    by_source = (("model", r2), ("untrained", 0.3), ("pixels", 0.5))
+    by_world = {"interval": [r2 - 0.05, r2 + 0.05]}
+    return {
+        "ticks_better": {r: list(range(1, ticks + 1)) for r in rivals} | {"no_history": []},
+        "relative_to_best_rival": {"8": relative},
+        "probes": {source: {"pitch": v, "yaw_change": v} for source, v in by_source},
+        "probes_by_world": {"pitch": by_world, "yaw_change": by_world},
+        "retrieval": {"top1": found, "top1_apart": json.loads(json.dumps(found))},
+        "ratio": {"8": with_interval(ratio)},
+        "actions": {"4": decoded} | ({"own": decoded} if has_head else {}),
+        "collapse": {"alarm": alarm, "rank": 40.0},
+    }
+
+
+@pytest.mark.parametrize(("ticks", "verdict"), [(15, "held"), (3, "partly"), (0, "not shown")])
+def test_prediction_asks_for_all_ticks(ticks, verdict):
+    assert claims.judge_prediction(toy(ticks=ticks))[1] == verdict
+
+
+@pytest.mark.parametrize(
+    ("r2", "top1", "verdict"),
+    [
+        (0.9, 0.6, "held"),
+        (0.9, 0.2, "partly"),
+        (0.7, 0.4, "partly"),
+        (0.7, 0.31, "not shown"),
+        (math.nan, 0.0, "not shown"),
+        (0.82, 0.6, "partly"),  # the interval reaches below the threshold
+    ],
+)
+def test_content_asks_for_probes_and_retrieval(r2, top1, verdict):
+    assert claims.judge_content(toy(r2=r2, top1=top1))[1] == verdict
+
+
+def test_content_is_not_shown_where_copying_finds_the_future_as_often():
+    report = toy(r2=0.1)
+    report["retrieval"]["top1_apart"]["4"]["copy_last"] = with_interval(0.6)
+    assert claims.judge_content(report)[1] == "not shown"
+
+
+def test_actions_are_labels_where_a_head_learns_them():
+    assert claims.judge_labels(toy(has_head=True))[1] == "partly"
+
+
+@pytest.mark.parametrize(
+    ("r2", "alarm", "verdict"),
+    [
+        (0.9, None, "held"),
+        (0.4, None, "partly"),
+        (0.2, None, "not shown"),
+        (-0.1, None, "not shown"),
+        (0.9, "collapsing", "not shown"),
+    ],
+)
+def test_labels_ask_for_more_than_random_weights_and_pixels(r2, alarm, verdict):
+    assert claims.judge_labels(toy(r2=r2, alarm=alarm))[1] == verdict
+
+
+def test_planning_asks_for_action_sensitivity():
+    assert claims.judge_planning(toy(ratio=1.4))[1] == "partly"
+    without_decoders = toy(ratio=1.2) | {"actions": {}}
+    assert claims.judge_planning(without_decoders)[1] == "not shown"
+
+
+@pytest.mark.parametrize(
+    ("flops", "seconds", "verdict"), [(50, 9, "held"), (50, 1, "partly"), (1, 1, "not shown")]
+)
+def test_cost_asks_for_operations_and_seconds(flops, seconds, verdict):
+    sora = {
+        "flops_one_second": {"latents": 1, "with_preview": 1.1, "with_pixels": flops},
+        "seconds_one_second": {"latents": 1, "with_pixels": seconds},
+        "seconds_preset": "tiny",
+    }
+    assert claims.judge_cost(sora)[1] == verdict
+
+
+@pytest.mark.parametrize(
+    ("double", "verdict"),
+    [([0.7, 0.72], "partly"), ([0.79, 0.81], "not shown"), ([], "not shown")],
+)
+def test_scale_asks_for_seeds_that_do_not_overlap(double, verdict):
+    quantity = "error / copying, 4 ticks"
+    depths = {"3": [0.8, 0.82], "1": [0.9, 0.9], "6": double}
+    table = {"predictor blocks": {depth: {quantity: errors} for depth, errors in depths.items()}}
+    assert claims.judge_scale({"steps": 700, "table": table})[1] == verdict
+
+
+def test_scale_is_not_shown_without_ablations():
+    assert claims.judge_scale(None)[1] == "not shown"

@@ -540,7 +540,7 @@ def test_learned_metrics_where_their_networks_are(tmp_path, monkeypatch):
     )
     torch.manual_seed(0)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(pixels, "_is_what_it_says", lambda path: True)
+    monkeypatch.setattr(pixels, "_hash_matches_name", lambda path: True)
     (tmp_path / "checkpoints").mkdir()
     torch.save(
         torchvision.models.alexnet(weights=None).state_dict(),

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .data.actions import ACTION_NAMES, MOUSE
 from .data.clip_store import ClipStore
 from .evaluation.horizon import horizon_errors
 from .evaluation.pixels import psnr
@@ -24,31 +25,41 @@ from .viz.style import TICKS_PER_SECOND
 from .viz.video import save_gif, side_by_side
 
 # %% ../nbs/81_demo.ipynb #cd551729
-def walking(
-    store,  # ClipStore
-    name,  # recording
-    history,  # ticks before
-    ticks,  # ticks to imagine
-) -> int:
-    """The tick after which forward is held the longest, and of these the one with the least turn."""
+def walking(store, name, history, ticks) -> int:
+    """Choose the moment at which the player walks.
+
+    Args:
+        store: ClipStore.
+        name: recording.
+        history: ticks before.
+        ticks: ticks to imagine.
+
+    Returns:
+        The tick after which forward is held the longest, and of these the one with the least turn.
+    """
     starts = store.starts(name, max(history, 2), ticks)
-    future = [store[name].actions[t : t + ticks] for t in starts]
-    walk = np.array([a[:, 0].mean() for a in future])
-    turn = np.array([np.hypot(a[:, 22], a[:, 23]).sum() for a in future])
+    futures = [store[name].actions[t : t + ticks] for t in starts]
+    walk = np.array([actions[:, ACTION_NAMES.index("w")].mean() for actions in futures])
+    turn = np.array([np.hypot(*actions[:, MOUSE].T).sum() for actions in futures])
     return int(starts[int(np.argmax(walk * 1e4 - turn))])
 
 
 @torch.no_grad()
-def imagined(
-    model,  # WorldModel
-    decoders,  # caption -> function from latents (k, n, d) to frames (k, 3, H, W) uint8
-    frames,  # (1+K, 3, H, W) uint8, from t; the model gets the first
-    actions,  # (ticks-1+K, 28), of tick t-ticks+1 and later
-):
-    """Caption -> frames (1+K, 3, H, W) uint8: what each decoder draws of the imagined latents, and the real ones."""
-    z = model.encode(frames[:1])  # (1, N, D): all that the model sees
+def imagined(model, decoders, frames, actions):
+    """Imagine from one frame, and draw it with each decoder.
+
+    Args:
+        model: WorldModel.
+        decoders: {caption: function from latents (k, n, d) to frames (k, 3, H, W) uint8}.
+        frames: (1+K, 3, H, W) uint8, from t; the model gets the first.
+        actions: (ticks-1+K, 28), of tick t-ticks+1 and later.
+
+    Returns:
+        {caption: frames (1+K, 3, H, W) uint8} of each decoder, and the real ones.
+    """
+    z = model.encode(frames[:1])  # (1, N, D): all that the model gets
     future = torch.cat([z, model.imagine(z, actions[None])[0]])  # (1+K, N, D)
-    return {caption: draw(future) for caption, draw in decoders.items()} | {"real": frames}
+    return {caption: decode(future) for caption, decode in decoders.items()} | {"real": frames}
 
 # %% ../nbs/81_demo.ipynb #2b215424
 HORIZONS = 1, 2, 4, 8, 15
@@ -56,17 +67,31 @@ METHODS = "model", "copy_last", "other_actions"
 
 
 def demo(
-    data_dir="data",  # recordings
-    weights="data/weights/tiny",  # folder that the training wrote
-    out_dir="_runs/demo",  # GIF and numbers
-    recordings=3,  # decoded and judged
-    count=8,  # windows of each
+    data_dir="data",
+    weights="data/weights/tiny",
+    out_dir="_runs/demo",
+    recordings=3,
+    count=8,
     seed=0,
 ) -> Path:
-    """Imagine one second and judge a few; print what is done. The path of the GIF."""
-    begin, ticks = time.monotonic(), TICKS_PER_SECOND
-    names = held_out(data_dir, weights)  # first, for it says which of the two folders is not there
-    model, dit, head = (net.from_pretrained(weights) for net in (WorldModel, DiT, RegressionHead))
+    """Imagine one second and judge a few; print what is done.
+
+    Args:
+        data_dir: recordings.
+        weights: folder that the training wrote.
+        out_dir: GIF and numbers.
+        recordings: how many are decoded and judged.
+        count: windows of each.
+        seed: of the diffusion transformer.
+
+    Returns:
+        The path of the GIF.
+    """
+    start_time, ticks = time.monotonic(), TICKS_PER_SECOND
+    # First, because its error says which of the two folders is missing.
+    names = held_out(data_dir, weights)
+    networks = (WorldModel, DiT, RegressionHead)
+    model, dit, head = (network.from_pretrained(weights) for network in networks)
     print(kinship(data_dir, weights))
     names = names[:: max(len(names) // recordings, 1)][:recordings]
     frame, history = model.config.frame, model.config.conditioner.ticks
@@ -92,36 +117,38 @@ def demo(
     table = {h: {m: float(errors[m][:, i].mean()) for m in METHODS} for i, h in enumerate(HORIZONS)}
     print(f"latent error on {count} windows of each recording; 0 is perfect, 1 the best constant:")
     print(*table_lines(table), sep="\n")
-    write_json(
-        gif.with_suffix(".json"),
-        {
-            "recording": name,
-            "tick": t,
-            "frames_seen": 1,
-            "ticks_imagined": ticks,
-            "psnr": {c: psnr(p[1:], frames[1:]).tolist() for c, p in panels.items() if c != "real"},
-            "judged_on": names,
-            "errors": table,
-            "weights_identity": weights_identity(weights),
-        },
-    )
+    drawn = {caption: panel for caption, panel in panels.items() if caption != "real"}
+    numbers = {
+        "recording": name,
+        "tick": t,
+        "frames_seen": 1,
+        "ticks_imagined": ticks,
+        "psnr": {caption: psnr(p[1:], frames[1:]).tolist() for caption, p in drawn.items()},
+        "judged_on": names,
+        "errors": table,
+        "weights_identity": weights_identity(weights),
+    }
+    write_json(gif.with_suffix(".json"), numbers)
     print(
         "Details are blurred: the networks are small. `make study` trains such a model "
-        f"and judges it in full.\n{gif}: imagined beside real ({time.monotonic() - begin:.0f} s)"
+        f"and judges it in full.\n{gif}: imagined beside real ({time.monotonic() - start_time:.0f} s)"
     )
     return gif
 
 
-def table_lines(
-    table,  # {ticks: {"model", "copy_last", "other_actions"}}
-) -> list[str]:
-    """The table as text."""
+def table_lines(table) -> list[str]:
+    """Write the table of errors as text.
+
+    Args:
+        table: {ticks: {"model", "copy_last", "other_actions"}}.
+
+    Returns:
+        Its lines, the heading first.
+    """
     columns = "ticks ahead", "world model", "copy last", "actions of another clip", "model / copy"
-    rows = [
-        (str(h), *(f"{r[m]:.3f}" for m in METHODS), f"{r['model'] / max(r['copy_last'], 1e-9):.2f}")
-        for h, r in table.items()
-    ]
-    return [
-        "".join(f"{cell:>{len(c) + 3}}" for cell, c in zip(row, columns))
-        for row in (columns, *rows)
-    ]
+    rows = [columns]
+    for h, errors in table.items():
+        ratio = errors["model"] / max(errors["copy_last"], 1e-9)
+        rows.append((str(h), *(f"{errors[m]:.3f}" for m in METHODS), f"{ratio:.2f}"))
+    widths = [len(column) + 3 for column in columns]
+    return ["".join(f"{cell:>{width}}" for cell, width in zip(row, widths)) for row in rows]

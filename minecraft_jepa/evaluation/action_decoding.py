@@ -19,142 +19,166 @@ from ..model.inverse_dynamics import Matching
 from ..model.layers import Block, init_weights
 
 # %% ../../nbs/evaluation/07_action_decoding.ipynb #798254be
-TOLD = [
-    ACTION_NAMES.index(n)
-    for n in ("w", "a", "s", "d", "space", "left.shift", "left.control", "attack", "use")
-]  # what can be seen between two frames
+TOLD = [  # columns of keys whose effect can be seen between two frames
+    ACTION_NAMES.index(name)
+    for name in ("w", "a", "s", "d", "space", "left.shift", "left.control", "attack", "use")
+]
+_DEGREES_PER_UNIT = 5  # a turn of so many degrees a tick is 1
 
 
-def done_between(
-    actions,  # (b, gap, 28)
-):
-    """(keys held for at least half of the ticks (b, 9), camera degrees in all (b, 2))."""
+def done_between(actions):
+    """Summarise the actions between two frames.
+
+    Args:
+        actions: (b, gap, 28).
+
+    Returns:
+        Keys held for at least half of the ticks, (b, 9), and the turn of the camera in all,
+        degrees (b, 2).
+    """
     return (actions[..., TOLD].mean(1) >= 0.5).float(), actions[..., MOUSE].sum(1)
 
 
 class ActionReader(nn.Module):
-    """Latents (b, n, d) of two frames, their `flow_field` and `Matching` -> logits of keys (b, 9) and degrees of the camera (b, 2). VPT, app. D: an inverse-dynamics model, here of latents."""
+    """Decodes keys and camera from the latents of two frames.
+
+    Args:
+        grid: (rows, columns) of patches.
+        width: of a latent.
+        heads: attention heads.
+        depth: blocks.
+        gap: ticks between the frames.
+    """
 
     def __init__(self, grid, width, heads=4, depth=1, gap=1):
         super().__init__()
-        self.grid, self.gap, self.place = (
-            grid,
-            gap,
-            nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], width)),
-        )
-        self.enter, self.blocks = (
-            nn.Linear(2 * width + 2, width),
-            nn.ModuleList(Block(width, heads, 0.1) for _ in range(depth)),
-        )
+        self.grid, self.gap = grid, gap
+        self.place = nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], width))
+        self.enter = nn.Linear(2 * width + 2, width)
+        self.blocks = nn.ModuleList(Block(width, heads, 0.1) for _ in range(depth))
         self.match = Matching(grid, width, reach=0.15 * min(gap, 2))
-        self.moved, self.norm = nn.Linear(self.match.width, width), nn.LayerNorm(width)
-        self.keys, self.camera = nn.Linear(2 * width, len(TOLD)), nn.Linear(2 * width, 2)
-        self.register_buffer(
-            "threshold", torch.zeros(len(TOLD))
-        )  # a rare key is said to be held before it is more likely than not
+        self.moved = nn.Linear(self.match.width, width)
+        self.norm = nn.LayerNorm(width)
+        self.keys = nn.Linear(2 * width, len(TOLD))
+        self.camera = nn.Linear(2 * width, 2)
+        # A rare key is predicted as held before it is more likely than not.
+        self.register_buffer("threshold", torch.zeros(len(TOLD)))
         init_weights(self)
 
     def forward(self, z, later):
-        x = (
-            self.enter(torch.cat([z, later, 4 * flow_field(z, later, self.grid)], -1)) + self.place
-        )  # (b, n, d)
+        """Latents (b, n, d) of both frames -> logits of keys (b, 9), camera in degrees (b, 2)."""
+        flow = 4 * flow_field(z, later, self.grid)  # (b, n, 2)
+        x = self.enter(torch.cat([z, later, flow], -1)) + self.place  # (b, n, d)
         for block in self.blocks:
             x = block(x)
-        alike = self.match(z, later)
-        x, seen, back = (
-            self.norm(x).mean(1),
-            *(F.gelu(self.moved(a)) for a in (alike, self.match.other_way_round(alike))),
-        )  # (b, d) each
-        keys, camera = (
-            self.keys(torch.cat([x, seen], -1)),
-            self.camera(torch.cat([x, seen - back], -1)),
-        )  # the other way round a turn is the opposite one
-        return keys - self.threshold, camera * 5 * self.gap  # a turn of five degrees a tick: 1
+        appearance = self.norm(x).mean(1)  # (b, d)
+        similarity = self.match(z, later)
+        forward = F.gelu(self.moved(similarity))  # (b, d)
+        backward = F.gelu(self.moved(self.match.other_way_round(similarity)))  # (b, d)
+        keys = self.keys(torch.cat([appearance, forward], -1))
+        # With the frames swapped a turn is the opposite one.
+        camera = self.camera(torch.cat([appearance, forward - backward], -1))
+        return keys - self.threshold, camera * _DEGREES_PER_UNIT * self.gap
 
+# %% ../../nbs/evaluation/07_action_decoding.ipynb #c1c34091
+def best_threshold(logits, held) -> float:
+    """Find the threshold of a key's logit at which F1 is largest.
 
-def best_threshold(
-    logits,  # (b,)
-    held,  # (b,) 0 or 1
-) -> float:
-    """Above it, a key is said to be held: where F1 is largest; 0 where the key was never held."""
+    Args:
+        logits: (b,).
+        held: 0 or 1, (b,).
+
+    Returns:
+        The threshold; 0 where the key was never held.
+    """
     order = logits.argsort(descending=True)
-    hits = held[order].cumsum(0)
-    f1 = 2 * hits / (torch.arange(1, len(held) + 1, device=held.device) + held.sum().clamp_min(1))
-    cut = int(f1.argmax())
-    return float(logits[order[cut : cut + 2]].mean()) if held.any() else 0.0
+    true_positives = held[order].cumsum(0)
+    num_predicted = torch.arange(1, len(held) + 1, device=held.device)
+    f1 = 2 * true_positives / (num_predicted + held.sum().clamp_min(1))
+    best = int(f1.argmax())
+    return float(logits[order[best : best + 2]].mean()) if held.any() else 0.0
 
 # %% ../../nbs/evaluation/07_action_decoding.ipynb #66d012b3
 @torch.no_grad()
-def real_pairs(
-    look,  # frames -> latents
-    store,  # ClipStore
-    names,  # recordings
-    gap,  # ticks between the two
-    most,  # pairs at most
-    random,  # numpy generator that draws them
-):
-    """Latents of frames t and t+gap, keys and camera between them (`done_between`): encoded once, to be learned from again and again."""
-    starts = [(n, t) for n in names for t in store.starts(n, 1, gap)]
+def real_pairs(look, store, names, gap, most, random):
+    """Encode pairs of real frames once, to be learned from many times.
+
+    Args:
+        look: frames -> latents.
+        store: ClipStore.
+        names: recordings.
+        gap: ticks between the two frames.
+        most: pairs at most.
+        random: numpy generator that draws them.
+
+    Returns:
+        Latents of frames t and of frames t+gap, (b, n, d) each, and keys and camera between them,
+        as `done_between` returns them.
+    """
+    starts = [(name, t) for name in names for t in store.starts(name, 1, gap)]
     starts = [starts[i] for i in sorted(random.permutation(len(starts))[:most])]
-    z, later = (
-        torch.cat(
-            [
-                look(
-                    torch.from_numpy(
-                        np.stack([store[n].frames[t + k] for n, t in starts[i : i + 64]])
-                    )
-                )
-                for i in range(0, len(starts), 64)
-            ]
-        )
-        for k in (0, gap)
-    )
-    return (
-        z,
-        later,
-        *(
-            x.to(z.device)
-            for x in done_between(
-                torch.from_numpy(np.stack([store[n].actions[t : t + gap] for n, t in starts]))
-            )
-        ),
-    )
+
+    def encode(offset):
+        latents = []
+        for i in range(0, len(starts), 64):
+            chunk = [store[name].frames[t + offset] for name, t in starts[i : i + 64]]
+            latents.append(look(torch.from_numpy(np.stack(chunk))))
+        return torch.cat(latents)
+
+    z, z_later = encode(0), encode(gap)
+    actions = np.stack([store[name].actions[t : t + gap] for name, t in starts])
+    keys, camera = done_between(torch.from_numpy(actions))
+    return z, z_later, keys.to(z.device), camera.to(z.device)
 
 
 @torch.no_grad()
-def tuned(
-    reader,  # changed: its `threshold`
-    look,
-    store,
-    names,  # recordings that it did not learn from
-    random,
-    pairs=1000,
-):
-    """The reader, with the thresholds that these recordings ask for."""
-    z, later, keys, _ = real_pairs(look, store, names, reader.gap, pairs, random)
-    said = torch.cat([reader(a, b)[0] for a, b in zip(z.split(64), later.split(64))])
-    reader.threshold = torch.tensor(
-        [best_threshold(s, k) for s, k in zip(said.T, keys.T)], device=z.device
-    )
+def tuned(reader, look, store, names, random, pairs=1000):
+    """Set the thresholds of a decoder's keys where F1 is largest.
+
+    Args:
+        reader: action decoder; its `threshold` is changed.
+        look: frames -> latents.
+        store: ClipStore.
+        names: recordings that it did not learn from.
+        random: numpy generator that draws pairs.
+        pairs: pairs at most.
+
+    Returns:
+        The decoder.
+    """
+    z, z_later, keys, _ = real_pairs(look, store, names, reader.gap, pairs, random)
+    chunks = zip(z.split(64), z_later.split(64))
+    logits = torch.cat([reader(*chunk)[0] for chunk in chunks])  # (b, 9)
+    thresholds = [best_threshold(*columns) for columns in zip(logits.T, keys.T)]
+    reader.threshold = torch.tensor(thresholds, device=z.device)
     return reader
 
 # %% ../../nbs/evaluation/07_action_decoding.ipynb #2bcadcbb
 def fit_reader(
-    look,  # frames -> latents
-    store,  # ClipStore
-    names,  # recordings to learn from
-    tune,  # others, which choose the thresholds of the keys
-    grid,  # patches high and wide
-    gap=1,  # ticks between the two
-    steps=600,
-    batch=64,
-    seed=0,
-    lr=1e-3,
-    pairs=6000,
+    look, store, names, tune, grid, gap=1, steps=600, batch=64, seed=0, lr=1e-3, pairs=6000
 ):
-    """An ActionReader of real pairs, in eval mode."""
+    """Train an action decoder on pairs of real latents.
+
+    Args:
+        look: frames -> latents.
+        store: ClipStore.
+        names: recordings to learn from.
+        tune: other recordings, which choose the thresholds of the keys.
+        grid: (rows, columns) of patches.
+        gap: ticks between the two frames.
+        steps: optimizer steps.
+        batch: pairs a step.
+        seed: of pairs, batches and weights.
+        lr: largest learning rate.
+        pairs: pairs at most.
+
+    Returns:
+        ActionReader, in eval mode.
+    """
     random = np.random.default_rng(seed)
-    z, later, keys, camera = real_pairs(look, store, names, gap, min(pairs, steps * batch), random)
+    num_pairs = min(pairs, steps * batch)
+    z, z_later, keys, camera = real_pairs(look, store, names, gap, num_pairs, random)
+    degrees_per_unit = _DEGREES_PER_UNIT * gap
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         reader = ActionReader(grid, z.shape[-1], gap=gap).to(z.device)
@@ -162,11 +186,11 @@ def fit_reader(
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / 50) * (1 - step / steps)
-            chosen = torch.from_numpy(random.integers(0, len(z), batch)).to(z.device)
-            said, turned = reader(z[chosen], later[chosen])
-            loss = F.binary_cross_entropy_with_logits(said, keys[chosen]) + F.smooth_l1_loss(
-                turned / (5 * gap), camera[chosen] / (5 * gap)
-            )
+            drawn = torch.from_numpy(random.integers(0, len(z), batch)).to(z.device)
+            logits, turn = reader(z[drawn], z_later[drawn])
+            keys_loss = F.binary_cross_entropy_with_logits(logits, keys[drawn])
+            true_turn = camera[drawn] / degrees_per_unit
+            loss = keys_loss + F.smooth_l1_loss(turn / degrees_per_unit, true_turn)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -174,83 +198,100 @@ def fit_reader(
 
 
 class OwnReader:
-    """The inverse-dynamics head that the world model was trained with, as a reader of actions one tick apart."""
+    """The inverse-dynamics head of a world model, as a decoder of actions one tick apart.
+
+    Args:
+        model: WorldModel that was trained with this head.
+    """
 
     gap = 1
 
     def __init__(self, model):
-        self.head, self.threshold = model.inverse, 0.0
+        self.head = model.inverse
+        self.threshold = 0.0
 
     def __call__(self, z, later):
-        said = self.head.say(z, later)
-        return said[:, TOLD] - self.threshold, said[:, MOUSE] * self.head.unit
+        """Latents (b, n, d) of both frames -> logits of keys (b, 9), camera in degrees (b, 2)."""
+        prediction = self.head.say(z, later)
+        return prediction[:, TOLD] - self.threshold, prediction[:, MOUSE] * self.head.unit
 
 # %% ../../nbs/evaluation/07_action_decoding.ipynb #1ffc4b12
-def reading_scores(
-    said,  # (keys, camera) of a reader
-    actions,  # (b, gap, 28), done
-):
-    """F1 of each key that was used (None where it was not), their mean, that of saying always yes, camera error in degrees (mean absolute), that of saying no turn, and R2 of the turn to the right."""
+def reading_scores(said, actions):
+    """Score decoded actions.
+
+    Args:
+        said: (logits of keys (b, 9), camera in degrees (b, 2)), as a decoder returns them.
+        actions: the true ones, (b, gap, 28).
+
+    Returns:
+        `f1` of each key (None where it was not used), their mean `mean_f1`, that of predicting
+        every key as held, `always_f1`, the mean absolute error of the camera `camera_degrees`,
+        that of predicting no turn, `still_degrees`, and R2 of the turn to the right, `turn_r2`.
+    """
+    logits, predicted_camera = said
     keys, camera = done_between(actions)
-    guess = said[0] > 0
-    hits, wrong, missed = (
-        (guess & (keys > 0)).sum(0),
-        (guess & (keys == 0)).sum(0),
-        (~guess & (keys > 0)).sum(0),
-    )
-    f1 = {
-        ACTION_NAMES[i]: float(2 * h / (2 * h + w + m)) if h + m else None
-        for i, h, w, m in zip(TOLD, hits, wrong, missed)
-    }
-    used = [v for v in f1.values() if v is not None]
-    always = [
-        float(2 * p / (1 + p)) for p in keys.mean(0) if p > 0
-    ]  # F1 of who has seen nothing; without it a key held most of the time looks well read
+    predicted, held = logits > 0, keys > 0
+    true_positives = (predicted & held).sum(0)
+    num_wrong = (predicted & ~held).sum(0) + (~predicted & held).sum(0)
+    num_held = held.sum(0)
+    f1 = {}
+    for i, column in enumerate(TOLD):
+        score = 2 * true_positives[i] / (2 * true_positives[i] + num_wrong[i])
+        f1[ACTION_NAMES[column]] = float(score) if num_held[i] else None
+    used = [score for score in f1.values() if score is not None]
+    always_on = [float(2 * share / (1 + share)) for share in keys.mean(0) if share > 0]
     return {
         "f1": f1,
         "mean_f1": float(np.mean(used)) if used else None,
-        "always_f1": float(np.mean(always)) if always else None,
-        "camera_degrees": float((said[1] - camera).abs().mean()),
+        "always_f1": float(np.mean(always_on)) if always_on else None,
+        "camera_degrees": float((predicted_camera - camera).abs().mean()),
         "still_degrees": float(camera.abs().mean()),
-        "turn_r2": r2(said[1][:, :1], camera[:, :1])[0],
+        "turn_r2": r2(predicted_camera[:, :1], camera[:, :1])[0],
     }
 
 # %% ../../nbs/evaluation/07_action_decoding.ipynb #b644ee06
 @torch.no_grad()
-def read_back(
-    reader,  # of `fit_reader`
-    model,  # WorldModel, in eval mode
-    store,  # ClipStore
-    names,  # recordings that neither has seen
-    horizons,  # ticks, at least the reader's gap
-    count=64,  # windows a recording
-):
-    """What the reader makes of the last `gap` ticks before each horizon: {'real'|'imagined': {ticks: scores}}."""
-    gap, ticks, device, last = (
-        reader.gap,
-        model.config.conditioner.ticks,
-        next(model.parameters()).device,
-        max(horizons),
-    )
+def read_back(reader, model, store, names, horizons, count=64):
+    """Decode the last `gap` ticks before each horizon, from real and from imagined latents.
+
+    Args:
+        reader: action decoder, of `fit_reader` or an `OwnReader`.
+        model: WorldModel, in eval mode.
+        store: ClipStore.
+        names: recordings that neither has seen.
+        horizons: ticks, at least the decoder's gap.
+        count: windows a recording.
+
+    Returns:
+        {"real" | "imagined": {ticks: scores}}, as `reading_scores` returns them.
+
+    Raises:
+        ValueError: for a horizon shorter than the gap.
+    """
+    gap, history = reader.gap, model.config.conditioner.ticks
+    device, last = next(model.parameters()).device, max(horizons)
     if min(horizons) < gap:
         raise ValueError(f"horizon {min(horizons)} is shorter than the reader's gap of {gap} ticks")
-    said = {kind: {h: [] for h in horizons} for kind in ("real", "imagined")}
-    done = {h: [] for h in horizons}
+    decoded = {kind: {h: [] for h in horizons} for kind in ("real", "imagined")}
+    true_actions = {h: [] for h in horizons}
     for name in names:
-        frames, actions = evaluation_windows(store, name, ticks, last, count)
+        frames, actions = evaluation_windows(store, name, history, last, count)
         z = model.encode(frames[:, 1].to(device))
-        real = torch.stack(
-            [model.target(frames[:, 1 + k].to(device)) for k in range(last + 1)], 1
-        )  # (b, 1+last, n, d)
-        imagined = torch.cat([z[:, None], model.imagine(z, actions.to(device))], 1)
-        for h in horizons:
-            done[h].append(actions[:, ticks - 1 + h - gap : ticks - 1 + h])
-            for kind, future in (("real", real), ("imagined", imagined)):
-                said[kind][h].append([x.cpu() for x in reader(future[:, h - gap], future[:, h])])
-    return {
-        kind: {
-            str(h): reading_scores([torch.cat(x) for x in zip(*parts)], torch.cat(done[h]))
-            for h, parts in by.items()
+        real = [model.target(frames[:, 1 + k].to(device)) for k in range(last + 1)]
+        imagined = model.imagine(z, actions.to(device))
+        futures = {
+            "real": torch.stack(real, 1),  # (b, 1+last, n, d)
+            "imagined": torch.cat([z[:, None], imagined], 1),
         }
-        for kind, by in said.items()
-    }
+        for h in horizons:
+            end = history - 1 + h
+            true_actions[h].append(actions[:, end - gap : end])
+            for kind, future in futures.items():
+                outputs = reader(future[:, h - gap], future[:, h])
+                decoded[kind][h].append([output.cpu() for output in outputs])
+    scores = {kind: {} for kind in decoded}
+    for kind, by_ticks in decoded.items():
+        for h, outputs in by_ticks.items():
+            joined = [torch.cat(parts) for parts in zip(*outputs)]
+            scores[kind][str(h)] = reading_scores(joined, torch.cat(true_actions[h]))
+    return scores

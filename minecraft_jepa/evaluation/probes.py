@@ -16,312 +16,426 @@ from einops import rearrange
 
 from .windows import window_starts
 from ..model.inverse_dynamics import rows_alike
+from ..viz.style import TICKS_PER_SECOND
 
 # %% ../../nbs/evaluation/06_probes.ipynb #cf7d7f97
-def ridge(
-    x,  # (b, features), to learn from
-    y,  # (b, targets)
-    validation,  # (b,) bool: examples that choose the penalty, of other recordings
-    penalties=tuple(10.0**p for p in range(-2, 7)),
-):
-    """Ridge regression in closed form; gives a function from (b, features) to (b, targets), whose `error` is the mean square one on the validation examples. Hastie et al., sec. 3.4.1, and 18.3.5 where there are more features than examples."""
+_PENALTIES = tuple(10.0**p for p in range(-2, 7))
+
+
+def ridge(x, y, validation, penalties=_PENALTIES):
+    """Fit ridge regression in closed form.
+
+    Hastie et al., sec. 3.4.1, and 18.3.5 where there are more features than examples.
+
+    Args:
+        x: features of the examples, (b, features).
+        y: targets, (b, targets).
+        validation: (b,) bool, examples that choose the penalty; of other recordings.
+        penalties: candidates.
+
+    Returns:
+        A function from (b, features) to (b, targets). Its `error` is the mean square one on the
+        validation examples.
+
+    Raises:
+        ValueError: if all examples are validation examples, or none is.
+    """
     return ridges(x, [y], validation, penalties)[0]
 
 
-def ridges(
-    x,  # (b, features), to learn from
-    answers,  # of (b, targets) each
-    validation,  # (b,) bool, as for `ridge`
-    penalties=tuple(10.0**p for p in range(-2, 7)),
-):
-    """`ridge` for several answers, each with its own penalty: what hangs on x alone is computed once."""
-    x, answers, validation = (
-        torch.as_tensor(x).double(),
-        [torch.as_tensor(y).double() for y in answers],
-        torch.as_tensor(validation),
-    )
+def ridges(x, answers, validation, penalties=_PENALTIES):
+    """Fit `ridge` for several targets, each with its own penalty.
+
+    What depends on x alone is computed once.
+
+    Args:
+        x: features of the examples, (b, features).
+        answers: targets, (b, targets) each.
+        validation: (b,) bool, examples that choose the penalty; of other recordings.
+        penalties: candidates.
+
+    Returns:
+        A function for each of `answers`, as `ridge` returns it.
+
+    Raises:
+        ValueError: if all examples are validation examples, or none is.
+    """
+    x, validation = torch.as_tensor(x).double(), torch.as_tensor(validation)
+    answers = [torch.as_tensor(y).double() for y in answers]
     if validation.all() or not validation.any():
         raise ValueError(
             "the penalty is chosen on other examples than the fit is made of: give some of both"
         )
-    middle, scale = x.mean(0), x.std().clamp_min(1e-12)
-    x = (x - middle) / scale
-    fit, unseen = _solver(x[~validation]), x[validation]
-    levels, errors = [y[~validation].mean(0) for y in answers], [[] for _ in answers]
+    mean, scale = x.mean(0), x.std().clamp_min(1e-12)
+    x = (x - mean) / scale
+    best = _choose_penalties(x, answers, validation, penalties)
+
+    solve, fits = _solver(x), [None] * len(answers)
+    for penalty in {penalty for _, penalty in best}:
+        indices = [i for i, (_, p) in enumerate(best) if p == penalty]
+        weights = solve(penalty, [answers[i] - answers[i].mean(0) for i in indices])
+        for i, w in zip(indices, weights):
+            fits[i] = _linear(mean, scale, w, answers[i].mean(0), error=best[i][0])
+    return fits
+
+
+def _choose_penalties(x, answers, validation, penalties):
+    """(error, penalty) of the best penalty for each target."""
+    solve, x_validation = _solver(x[~validation]), x[validation]
+    target_means = [y[~validation].mean(0) for y in answers]
+    centered = [y[~validation] - mean for y, mean in zip(answers, target_means)]
+    errors = [[] for _ in answers]
     for penalty in penalties:
-        directions = fit(penalty, [y[~validation] - level for y, level in zip(answers, levels)])
-        for error, y, level, direction in zip(errors, answers, levels, directions):
-            error.append(
-                (float(((unseen @ direction + level - y[validation]) ** 2).mean()), penalty)
-            )
-    fit, found = _solver(x), [None] * len(answers)
-    best = [min(error) for error in errors]
-    for penalty in {p for _, p in best}:
-        mine = [i for i, (_, p) in enumerate(best) if p == penalty]
-        for i, direction in zip(
-            mine, fit(penalty, [answers[i] - answers[i].mean(0) for i in mine])
-        ):
-            found[i] = _linear(middle, scale, direction, answers[i].mean(0), best[i][0])
-    return found
+        weights = solve(penalty, centered)
+        for of_target, y, mean, w in zip(errors, answers, target_means, weights):
+            residual = x_validation @ w + mean - y[validation]
+            of_target.append((float((residual**2).mean()), penalty))
+    return [min(of_target) for of_target in errors]
 
 
 def _solver(x):
-    """(penalty, answers) -> a direction (features, targets) for each answer."""
-    wide = x.shape[1] > x.shape[0]
-    products = x @ x.T if wide else x.T @ x
+    """A function of penalty and targets that returns weights (features, targets) for each."""
+    more_features = x.shape[1] > x.shape[0]
+    products = x @ x.T if more_features else x.T @ x
 
-    def solve(penalty, answers):
+    def solve(penalty, targets):
         factor = torch.linalg.cholesky(products + penalty * torch.eye(len(products), dtype=x.dtype))
-        found = [torch.cholesky_solve(y if wide else x.T @ y, factor) for y in answers]
-        return [x.T @ f if wide else f for f in found]
+        sides = targets if more_features else [x.T @ y for y in targets]
+        solutions = [torch.cholesky_solve(side, factor) for side in sides]
+        return [x.T @ s if more_features else s for s in solutions]
 
     return solve
 
 
-def _linear(middle, scale, direction, level, error):
-    """The function that `ridge` gives."""
+def _linear(mean, scale, weights, target_mean, error):
+    """The function that `ridge` returns."""
 
-    def say(new):
-        return (torch.as_tensor(new).double() - middle) / scale @ direction + level
+    def predict(features):
+        return (torch.as_tensor(features).double() - mean) / scale @ weights + target_mean
 
-    say.error = error
-    return say
+    predict.error = error
+    return predict
 
+# %% ../../nbs/evaluation/06_probes.ipynb #73d56f47
+def r2(said, truth):
+    """Measure the share of the variance that is explained.
 
-def r2(
-    said,  # (b, targets)
-    truth,  # (b, targets)
-):
-    """Share of the variance explained, (targets,): 1 is perfect, 0 is the mean of the truth."""
+    Args:
+        said: predictions, (b, targets).
+        truth: targets, (b, targets).
+
+    Returns:
+        (targets,) as a list; 1 is perfect, 0 is always the mean of the truth.
+    """
     truth = torch.as_tensor(truth).double()
-    return (
-        1 - ((said - truth) ** 2).sum(0) / ((truth - truth.mean(0)) ** 2).sum(0).clamp_min(1e-12)
-    ).tolist()
+    residual = ((said - truth) ** 2).sum(0)
+    variation = ((truth - truth.mean(0)) ** 2).sum(0).clamp_min(1e-12)
+    return (1 - residual / variation).tolist()
 
 # %% ../../nbs/evaluation/06_probes.ipynb #6a8cb124
-def flow_field(
-    z,  # (b, n, d)
-    later,  # (b, n, d)
-    grid,  # patches high and wide
-):
-    """How far each token has moved right and down, in patches, (b, n, 2); 0 at the edges, which have no neighbour on one side. Lucas and Kanade 1981, sec. 3, one step: the change between the frames over the slope between neighbouring tokens."""
-    a, b = (F.normalize(x.float(), dim=-1).unflatten(1, grid) for x in (z, later))
-    middle, change, found = (a + b) / 2, b - a, []
-    for axis in (2, 1):
-        inner = a.shape[axis] - 2
-        slope = (middle.narrow(axis, 2, inner) - middle.narrow(axis, 0, inner)) / 2
-        moved = -(change.narrow(axis, 1, inner) * slope).sum(-1) / (
-            slope.square().sum(-1) + 0.05
-        )  # a floor, where all around looks the same
-        found.append(F.pad(moved, (1, 1) if axis == 2 else (0, 0, 1, 1)))
-    return torch.stack(found, -1).flatten(1, 2)
+def flow_field(z, later, grid):
+    """Estimate how far each token has moved (Lucas and Kanade 1981, sec. 3, one step).
+
+    Args:
+        z: latents of a frame, (b, n, d).
+        later: latents of a later frame, (b, n, d).
+        grid: (rows, columns) of patches.
+
+    Returns:
+        Patches right and down, (b, n, 2); 0 at the edges, which have no neighbour on one side.
+    """
+    a, b = (F.normalize(tokens.float(), dim=-1).unflatten(1, grid) for tokens in (z, later))
+    mean, change, motions = (a + b) / 2, b - a, []  # (b, rows, columns, d)
+    for axis, padding in ((2, (1, 1)), (1, (0, 0, 1, 1))):
+        num_inner = a.shape[axis] - 2
+        slope = (mean.narrow(axis, 2, num_inner) - mean.narrow(axis, 0, num_inner)) / 2
+        product = (change.narrow(axis, 1, num_inner) * slope).sum(-1)
+        # The constant matters where all around looks the same.
+        motion = -product / (slope.square().sum(-1) + 0.05)
+        motions.append(F.pad(motion, padding))
+    return torch.stack(motions, -1).flatten(1, 2)
 
 # %% ../../nbs/evaluation/06_probes.ipynb #3d408fd7
-def probe_examples(
-    store,  # ClipStore
-    names,  # recordings
-    gap=1,  # ticks between a frame and the later one; a turn of several ticks leaves the reach of `flow_field`
-    count=200,  # examples a recording
-):
-    """Frames, later frames (b, 3, H, W) uint8, labels {name: (b,)} that the recordings hold, and the recording of each, (b,)."""
-    here, there, labels, owner = [], [], [], []
+def probe_examples(store, names, gap=1, count=200):
+    """Read pairs of frames and what the recordings say of them.
+
+    Args:
+        store: ClipStore.
+        names: recordings.
+        gap: ticks between a frame and the later one; a turn of several ticks is too large for
+            `flow_field`.
+        count: examples a recording.
+
+    Returns:
+        Frames and later frames, (b, 3, H, W) uint8 each; labels {name: (b,)} that all recordings
+        hold; and the index of the recording of each example, (b,).
+    """
+    frames, later_frames, labels, owner = [], [], [], []
     for r, name in enumerate(names):
-        clip, s = store[name], store[name].state
+        clip, state = store[name], store[name].state
         t = window_starts(store, name, 2, gap, count)
-        known = min(
-            (len(clip.frames) - getattr(clip, "spare_frames", 0), *map(len, s.values()))
-        )  # the last frame may have no line, and so no state
-        t = t[t + gap < known]
-        here.append(clip.frames[t])
-        there.append(clip.frames[t + gap])
+        # The last frame may have no line, and so no state.
+        num_with_line = len(clip.frames) - getattr(clip, "spare_frames", 0)
+        t = t[t + gap < min((num_with_line, *map(len, state.values())))]
+        frames.append(clip.frames[t])
+        later_frames.append(clip.frames[t + gap])
         owner.append(np.full(len(t), r))
-        found = {}
-        if "pitch" in s:
-            found["pitch"] = s["pitch"][t]
-        if "yaw" in s:
-            found["yaw_change"] = (s["yaw"][t + gap] - s["yaw"][t] + 180) % 360 - 180
-        if {"xpos", "zpos"} <= set(s):
-            found["speed"] = (
-                np.hypot(s["xpos"][t + gap] - s["xpos"][t], s["zpos"][t + gap] - s["zpos"][t])
-                * 20
-                / gap
-            )
-        if "ypos" in s:
-            found["climb"] = s["ypos"][t + gap] - s["ypos"][t]
-        if "hotbar" in s:
-            found["slot"] = s["hotbar"][t]
-        if "isGuiOpen" in s:
-            found["menu"] = s["isGuiOpen"][t]
-        labels.append(found)
-    shared = [k for k in labels[0] if all(k in found for found in labels)]
+        labels.append(_labels_at(state, t, gap))
+    shared = [key for key in labels[0] if all(key in of_clip for of_clip in labels)]
     return (
-        *(torch.from_numpy(np.concatenate(f)) for f in (here, there)),
-        {k: np.concatenate([found[k] for found in labels]) for k in shared},
+        torch.from_numpy(np.concatenate(frames)),
+        torch.from_numpy(np.concatenate(later_frames)),
+        {key: np.concatenate([of_clip[key] for of_clip in labels]) for key in shared},
         np.concatenate(owner),
     )
 
+
+def _labels_at(state, t, gap):
+    """Labels at ticks t, as far as the state holds them; angles in degrees, speed in blocks/s."""
+
+    def change(key):
+        return state[key][t + gap] - state[key][t]
+
+    labels = {}
+    if "pitch" in state:
+        labels["pitch"] = state["pitch"][t]
+    if "yaw" in state:
+        labels["yaw_change"] = (change("yaw") + 180) % 360 - 180
+    if {"xpos", "zpos"} <= set(state):
+        distance = np.hypot(change("xpos"), change("zpos"))
+        labels["speed"] = distance * TICKS_PER_SECOND / gap
+    if "ypos" in state:
+        labels["climb"] = change("ypos")
+    if "hotbar" in state:
+        labels["slot"] = state["hotbar"][t]
+    if "isGuiOpen" in state:
+        labels["menu"] = state["isGuiOpen"][t]
+    return labels
+
 # %% ../../nbs/evaluation/06_probes.ipynb #909c84bb
-BETWEEN = "yaw_change", "speed", "climb"  # lie between two frames
+BETWEEN = "yaw_change", "speed", "climb"  # labels that lie between two frames
+KINDS = "slot", "menu"  # labels without an order
+_MAX_EXAMPLES = 1600  # of a fit on whole latents, whose time grows with the cube of the examples
 
 
-KINDS = "slot", "menu"  # have no order
+def kappa(said, truth) -> float:
+    """Measure the share of right answers beyond chance (Cohen 1960, eq. 1).
 
+    Args:
+        said: predictions, (b,).
+        truth: targets, (b,).
 
-def kappa(
-    said,  # (b,)
-    truth,  # (b,)
-) -> float:
-    """Share of right answers beyond those that chance gives: 1 is perfect, 0 is chance. Cohen 1960, eq. 1."""
+    Returns:
+        1 is perfect, 0 is chance.
+    """
     said, truth = np.asarray(said), np.asarray(truth)
-    right, chance = (
-        (said == truth).mean(),
-        sum((said == k).mean() * (truth == k).mean() for k in np.unique(truth)),
-    )
-    return float((right - chance) / (1 - chance)) if chance < 1 else 0.0
+    agreement = (said == truth).mean()
+    chance = sum((said == k).mean() * (truth == k).mean() for k in np.unique(truth))
+    return float((agreement - chance) / (1 - chance)) if chance < 1 else 0.0
 
 
 @torch.no_grad()
-def probe_answers(
-    look,  # frames (b, 3, H, W) uint8 -> tokens (b, n, d)
-    examples,  # of `probe_examples`, to learn from
-    unseen,  # of `probe_examples`, of other worlds
-    validation,  # (b,) bool: those of `examples` that choose the penalty
-    grid,  # patches high and wide
-    compare=None,  # tokens of two frames, (b, n, d) each -> (b, features); beside `flow_field` for what lies between them, both ways round or the difference of the two, as the validation examples choose
-):
-    """What linear probes answer on the unseen examples.
+def probe_answers(look, examples, unseen, validation, grid, compare=None):
+    """Fit linear probes and predict the labels of unseen examples.
+
+    Args:
+        look: frames (b, 3, H, W) uint8 -> tokens (b, n, d).
+        examples: of `probe_examples`, to learn from.
+        unseen: of `probe_examples`, of other worlds.
+        validation: (b,) bool, those of `examples` that choose penalty and comparison.
+        grid: (rows, columns) of patches.
+        compare: tokens of two frames, (b, n, d) each -> features (b, features); tried beside
+            `flow_field` for what lies between two frames. None for `flow_field` alone.
 
     Returns:
-        {label: (answers (b,), truth (b,))}. A label that never changes on either side is left out.
+        {label: (predictions (b,), truth (b,))}. A label that never changes among the examples or
+        among the unseen ones is left out.
     """
-    see = lambda frames: torch.cat([look(f).float().cpu() for f in frames.split(64)])
-    pairs = [(see(e[0]), see(e[1])) for e in (examples, unseen)]
-    whole, rows = (
-        [z.flatten(1) for z, _ in pairs],
-        [z.unflatten(1, grid).mean(2).flatten(1) for z, _ in pairs],
-    )
-    each = lambda way, pairs: [
-        torch.cat([way(*part) for part in zip(z.split(64), w.split(64))]) for z, w in pairs
-    ]
-    between = [each(lambda z, w: flow_field(z, w, grid).flatten(1), pairs)]
+    tokens = [[_encode_all(look, frames) for frames in e[:2]] for e in (examples, unseen)]
+    labels, unseen_labels = examples[2], unseen[2]
+    probed = [k for k in labels if k in unseen_labels]
+    probed = [k for k in probed if np.ptp(labels[k]) > 0 and np.ptp(unseen_labels[k]) > 0]
+    between = [k for k in probed if k in BETWEEN]
+    kinds = [k for k in probed if k in KINDS]
+    ordered = [k for k in probed if k not in (*BETWEEN, *KINDS)]
+
+    answers = {}
+    pairs = _pair_features(tokens, grid, compare) if between else []
+    rows = [z.unflatten(1, grid).mean(2).flatten(1) for z, _ in tokens]
+    for names, ways in ((between, pairs), (ordered, [rows])):
+        answers |= _answer_numbers(names, ways, labels, validation)
+    latents = [z.flatten(1) for z, _ in tokens]
+    answers |= _answer_kinds(kinds, latents, labels, validation)
+    truth = {k: unseen_labels[k] if k in KINDS else unseen_labels[k].astype(float) for k in probed}
+    in_order = [k for k in probed if k not in KINDS] + kinds
+    return {k: (answers[k], truth[k]) for k in in_order}
+
+
+def _encode_all(look, frames):
+    """Tokens (b, n, d) of frames, 64 at a time."""
+    return torch.cat([look(chunk).float().cpu() for chunk in frames.split(64)])
+
+
+def _pair_features(tokens, grid, compare):
+    """The comparisons of two frames: of each, features of the examples and of the unseen."""
+
+    def of_all(function):
+        return [
+            torch.cat([function(*chunk) for chunk in zip(z.split(64), w.split(64))])
+            for z, w in tokens
+        ]
+
+    ways = [of_all(lambda z, w: flow_field(z, w, grid).flatten(1))]
     if compare:
-        there, back = each(compare, pairs), each(compare, [(w, z) for z, w in pairs])
-        between += [
-            [torch.cat(x, 1) for x in zip(there, back)],
-            [a - b for a, b in zip(there, back)],
-        ]  # a turn is the opposite one the other way round
-    found, known = (
-        {},
-        [
-            k
-            for k in examples[2]
-            if k in unseen[2] and all(np.ptp(e[2][k]) > 0 for e in (examples, unseen))
-        ],
-    )
-    truth, asked = ({k: e[2][k].astype(float)[:, None] for k in known} for e in (examples, unseen))
-    for labels, ways in (
-        ([k for k in known if k in BETWEEN], between),
-        ([k for k in known if k not in (*BETWEEN, *KINDS)], [rows]),
-    ):
-        if not labels:
-            continue
-        fits = [ridges(x, [truth[k] for k in labels], validation) for x, _ in ways]
-        for i, k in enumerate(labels):
-            way = min(range(len(ways)), key=lambda w: fits[w][i].error)
-            found[k] = fits[way][i](ways[way][1])[:, 0].numpy(), asked[k][:, 0]
-    few = slice(
-        None, None, -(-len(validation) // 1600)
-    )  # whole latents are as wide as this: the time of a fit grows with the cube
-    kinds = {k: np.unique(examples[2][k]) for k in known if k in KINDS}
-    fits = (
-        ridges(
-            whole[0][few],
-            [(examples[2][k][few, None] == v).astype(float) for k, v in kinds.items()],
-            validation[few],
-        )
-        if kinds
-        else []
-    )
-    for (k, v), fit in zip(kinds.items(), fits):
-        found[k] = v[fit(whole[1]).argmax(1).numpy()], unseen[2][k]
-    return {k: found[k] for k in (*(k for k in known if k not in KINDS), *kinds)}
+        forward, backward = of_all(compare), of_all(lambda z, w: compare(w, z))
+        ways.append([torch.cat(both, 1) for both in zip(forward, backward)])
+        ways.append([f - b for f, b in zip(forward, backward)])
+    return ways
+
+
+def _answer_numbers(names, ways, labels, validation):
+    """Predictions of ordered labels, each by the way that validation prefers."""
+    if not names:
+        return {}
+    targets = [labels[name].astype(float)[:, None] for name in names]
+    fits = [ridges(features, targets, validation) for features, _ in ways]
+    answers = {}
+    for i, name in enumerate(names):
+        best = min(range(len(ways)), key=lambda way: fits[way][i].error)
+        answers[name] = fits[best][i](ways[best][1])[:, 0].numpy()
+    return answers
+
+
+def _answer_kinds(names, latents, labels, validation):
+    """Predictions of labels without an order: the value whose one-hot target is largest."""
+    if not names:
+        return {}
+    subset = slice(None, None, -(-len(validation) // _MAX_EXAMPLES))
+    values = {name: np.unique(labels[name]) for name in names}
+    one_hot = [(labels[k][subset, None] == v).astype(float) for k, v in values.items()]
+    fits = ridges(latents[0][subset], one_hot, validation[subset])
+    unseen_latents = latents[1]
+    return {k: v[f(unseen_latents).argmax(1).numpy()] for (k, v), f in zip(values.items(), fits)}
 
 # %% ../../nbs/evaluation/06_probes.ipynb #63586934
-def probe_scores(
-    answers,  # of `probe_answers`
-) -> dict[str, float]:
-    """R2 of each label, and kappa of `KINDS`."""
-    return {k: _probe_score(k, *pair) for k, pair in answers.items()}
+def probe_scores(answers) -> dict[str, float]:
+    """Score the answers of probes.
+
+    Args:
+        answers: of `probe_answers`.
+
+    Returns:
+        {label: R2, or kappa of `KINDS`}.
+    """
+    return {label: _probe_score(label, *pair) for label, pair in answers.items()}
 
 
 def probe(look, examples, unseen, validation, grid, compare=None) -> dict[str, float]:
-    """`probe_scores` of `probe_answers`, whose parameters these are."""
+    """Fit probes and score them: `probe_scores` of `probe_answers`.
+
+    Args:
+        look: as for `probe_answers`.
+        examples: as for `probe_answers`.
+        unseen: as for `probe_answers`.
+        validation: as for `probe_answers`.
+        grid: as for `probe_answers`.
+        compare: as for `probe_answers`.
+
+    Returns:
+        {label: R2, or kappa of `KINDS`}.
+    """
     return probe_scores(probe_answers(look, examples, unseen, validation, grid, compare))
 
 
 def _probe_score(label, answers, truth):
+    """R2, or kappa of a label without an order."""
     if label in KINDS:
         return kappa(answers, truth)
     return r2(torch.as_tensor(answers)[:, None], truth[:, None])[0]
 
 # %% ../../nbs/evaluation/06_probes.ipynb #79b0842c
-def probe_by_world(
-    answers,  # of `probe_answers`
-    worlds,  # (b,), the world or session of each unseen example
-    resamples=2000,
-    seed=0,
-) -> dict[str, dict]:
-    """{label: `worlds` {world: score}, and the 95 % `interval` of the score over worlds}.
+def probe_by_world(answers, worlds, resamples=2000, seed=0) -> dict[str, dict]:
+    """Score the answers of probes world by world.
 
-    A world in which the label never changes has no score of its own (None).
+    Args:
+        answers: of `probe_answers`.
+        worlds: the world or session of each unseen example, (b,).
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        {label: {"worlds": {world: score}, "interval": [low, high]}}, the 95 % interval over worlds.
+        A world in which the label never changes has no score of its own (None).
     """
-    names, of = np.unique(worlds, return_inverse=True)
+    names, index = np.unique(worlds, return_inverse=True)
     draws = np.random.default_rng(seed).integers(0, len(names), (resamples, len(names)))
-    places = [np.flatnonzero(of == i) for i in range(len(names))]
+    examples_of = [np.flatnonzero(index == i) for i in range(len(names))]
     table = {}
-    for label, (answers_of, truth) in answers.items():
+    for label, (predictions, truth) in answers.items():
         truth = np.asarray(truth)
-        own = {}
-        for name, place in zip(names, places):
-            changes = np.ptp(truth[place].astype(float)) > 0
-            score = _probe_score(label, answers_of[place], truth[place]) if changes else None
-            own[str(name)] = score
+        by_world = {}
+        for name, examples in zip(names, examples_of):
+            is_constant = np.ptp(truth[examples].astype(float)) == 0
+            score = None
+            if not is_constant:
+                score = _probe_score(label, predictions[examples], truth[examples])
+            by_world[str(name)] = score
         scores = []
         for draw in draws:
-            place = np.concatenate([places[i] for i in draw])
-            scores.append(_probe_score(label, answers_of[place], truth[place]))
-        table[label] = {"worlds": own, "interval": np.quantile(scores, [0.025, 0.975]).tolist()}
+            examples = np.concatenate([examples_of[i] for i in draw])
+            scores.append(_probe_score(label, predictions[examples], truth[examples]))
+        interval = np.quantile(scores, [0.025, 0.975]).tolist()
+        table[label] = {"worlds": by_world, "interval": interval}
     return table
 
 # %% ../../nbs/evaluation/06_probes.ipynb #b1d34eab
-def head_compares(
-    model,  # WorldModel
-):
-    """What its inverse-dynamics head draws its answer from: `compare` of `probe`; None without that head."""
+def head_compares(model):
+    """Use the features of the model's inverse-dynamics head to compare two frames.
+
+    Args:
+        model: WorldModel.
+
+    Returns:
+        `compare` of `probe_answers`; None for a model without that head.
+    """
     if not model.config.jepa.inverse:
         return None
     device = next(model.parameters()).device
-    return lambda z, later: model.inverse.compare(z.to(device), later.to(device)).float().cpu()
+
+    def compare(z, later):
+        return model.inverse.compare(z.to(device), later.to(device)).float().cpu()
+
+    return compare
 
 
-def pixels_of(
-    patch,  # pixels a side
-):
-    """The baseline that has learned nothing: frames -> the pixels of each patch as its token."""
+def pixels_of(patch):
+    """Use the pixels of each patch as its token: a baseline that has learned nothing.
+
+    Args:
+        patch: pixels a side.
+
+    Returns:
+        A function from frames (b, 3, H, W) uint8 to tokens (b, n, 3 * patch**2).
+    """
     return lambda frames: F.unfold(frames.float() / 255, patch, stride=patch).transpose(1, 2)
 
 
-def pixels_compare(
-    patch,  # pixels a side
-    grid,  # patches high and wide
-):
-    """`rows_alike` of the tokens of `pixels_of`, four columns a patch (or two, or one, where it cannot be cut in four): `compare` of `probe`."""
-    columns = lambda z: rearrange(
-        z,
-        "b (r c) (rgb y f x) -> b r (c f) 1 (rgb y x)",
-        r=grid[0],
-        rgb=3,
-        y=patch,
-        f=math.gcd(patch, 4),
-    )
-    return lambda z, later: rows_alike(columns(z), columns(later), 6)
+def pixels_compare(patch, grid):
+    """Compare two frames by the row correlation of their pixels.
+
+    A patch is cut into four columns (or two, or one, where it cannot be cut in four).
+
+    Args:
+        patch: pixels a side.
+        grid: (rows, columns) of patches.
+
+    Returns:
+        `compare` of `probe_answers`, for tokens of `pixels_of`.
+    """
+    pattern = "b (r c) (rgb y f x) -> b r (c f) 1 (rgb y x)"
+    sizes = {"r": grid[0], "rgb": 3, "y": patch, "f": math.gcd(patch, 4)}
+
+    def compare(z, later):
+        return rows_alike(rearrange(z, pattern, **sizes), rearrange(later, pattern, **sizes), 6)
+
+    return compare

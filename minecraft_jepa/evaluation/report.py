@@ -11,134 +11,164 @@ from pathlib import Path
 
 # %% ../../nbs/evaluation/09_report.ipynb #93a74168
 SCHEMA = 3  # of evaluate.json; raise it when a key changes its meaning
-
-
 BARS = {"pitch_r2": 0.8, "yaw_change_r2": 0.8, "top1_at_4_ticks": 0.5, "ratio_at_8_ticks": 1.3}
 
 
-def bars(
-    found,  # the report, without its bars
-):
-    """[{'bar', 'number', 'interval', 'wanted', 'met'}]: what a model that follows its actions reaches.
+def bars(found):
+    """Check the criteria that a model which follows its actions should meet.
 
-    An R2 meets its bar where the lower end of its interval over worlds does.
+    An R2 meets its criterion where the lower end of its interval over worlds does.
+
+    Args:
+        found: the report, without its criteria.
+
+    Returns:
+        [{"bar", "number", "interval", "wanted", "met"}].
     """
     rows = []
     for rival, ticks in found["ticks_better"].items():
         name = f"ticks of 1-15 better than {rival}, by pairs"
         rows.append({"bar": name, "number": len(ticks), "interval": None, "wanted": 15})
-    worlds = found["probes_by_world"]
     for label in ("pitch", "yaw_change"):
-        number, interval = (
-            found["probes"]["model"].get(label),
-            worlds.get(label, {}).get("interval"),
-        )
-        rows.append({"bar": f"{label}_r2", "number": number, "interval": interval})
-    top1, sensitivity = found["retrieval"]["top1"]["4"]["model"], found["ratio"]["8"]
-    for name, value in (("top1_at_4_ticks", top1), ("ratio_at_8_ticks", sensitivity)):
-        rows.append({"bar": name, "number": value["mean"], "interval": value["interval"]})
+        r2 = found["probes"]["model"].get(label)
+        interval = found["probes_by_world"].get(label, {}).get("interval")
+        rows.append({"bar": f"{label}_r2", "number": r2, "interval": interval})
+    means = {
+        "top1_at_4_ticks": found["retrieval"]["top1"]["4"]["model"],
+        "ratio_at_8_ticks": found["ratio"]["8"],
+    }
+    for name, row in means.items():
+        rows.append({"bar": name, "number": row["mean"], "interval": row["interval"]})
     for row in rows:
         row.setdefault("wanted", BARS.get(row["bar"]))
-        low = (
-            row["interval"][0] if row["interval"] and row["bar"].endswith("_r2") else row["number"]
-        )
-        row["met"] = low is not None and low >= row["wanted"]
+        is_probe = row["bar"].endswith("_r2") and row["interval"]
+        value = row["interval"][0] if is_probe else row["number"]
+        row["met"] = value is not None and value >= row["wanted"]
     return rows
 
 
-def read_report(
-    path,  # evaluate.json
-):
-    """A report of this version. ValueError where it is of another."""
+def read_report(path):
+    """Load a report of this version.
+
+    Args:
+        path: evaluate.json.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: if the file is missing, no JSON, or of another version.
+    """
     path = Path(path)
     try:
-        found = json.loads(path.read_text())
+        report = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; nbs/study/3_evaluate.ipynb writes it") from None
     except json.JSONDecodeError as e:
         raise ValueError(f"{path}, line {e.lineno}: not JSON ({e.msg}); evaluate again") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+    schema = report.get("schema") if isinstance(report, dict) else None
+    if schema != SCHEMA:
         raise ValueError(
-            f"{path}: schema {found.get('schema') if isinstance(found, dict) else None}, this version reads {SCHEMA}; evaluate again with nbs/study/3_evaluate.ipynb"
+            f"{path}: schema {schema}, this version reads {SCHEMA}; "
+            "evaluate again with nbs/study/3_evaluate.ipynb"
         )
-    return found
+    return report
+
+# %% ../../nbs/evaluation/09_report.ipynb #9ad85f48
+def _comparable(report):
+    """The quantities of a report that can be compared with another's."""
+    quantities = {}
+    for h, row in report["share_of_copying"].items():
+        quantities[f"error over copying, {h} ticks"] = row["model"]["mean"]
+    for h, row in report["ratio"].items():
+        quantities[f"other over true future actions, {h} ticks"] = row["mean"]
+    for h, row in report["retrieval"]["top1"].items():
+        quantities[f"top-1 retrieval, {h} ticks"] = row["model"]["mean"]
+    for label, r2 in report["probes"]["model"].items():
+        quantities[f"R2 of {label}"] = r2
+    return quantities
 
 
-def compare(
-    first,  # report
-    second,  # report on the same recordings
-):
-    """{quantity: (first, second, whether the second is better)} of two reports. ValueError where they were judged on different recordings."""
+def compare(first, second):
+    """Compare two reports.
+
+    Args:
+        first: report.
+        second: report on the same recordings.
+
+    Returns:
+        {quantity: (first, second, whether the second is better)}.
+
+    Raises:
+        ValueError: if they were judged on different recordings.
+    """
     if first["recordings"] != second["recordings"]:
+        examples = [f"{', '.join(r['recordings'][:3])}.." for r in (first, second)]
         raise ValueError(
-            f"judged on different recordings ({', '.join(first['recordings'][:3])}.. and {', '.join(second['recordings'][:3])}..): give both the same data_dir"
+            f"judged on different recordings ({' and '.join(examples)}): give both the same "
+            "data_dir"
         )
-    pick = lambda r: (
-        {
-            f"error over copying, {h} ticks": r["share_of_copying"][h]["model"]["mean"]
-            for h in r["share_of_copying"]
-        }
-        | {f"other over true future actions, {h} ticks": v["mean"] for h, v in r["ratio"].items()}
-        | {
-            f"top-1 retrieval, {h} ticks": v["model"]["mean"]
-            for h, v in r["retrieval"]["top1"].items()
-        }
-        | {f"R2 of {k}": v for k, v in r["probes"]["model"].items()}
-    )
-    a, b = (
-        pick(first),
-        pick(second),
-    )  # latents of two encoders differ, so no error is compared as it is
-    return {
-        k: (a[k], b[k], b[k] < a[k] if k.startswith("error") else b[k] > a[k]) for k in a if k in b
-    }
+    values, other_values = _comparable(first), _comparable(second)
+    compared = {}
+    for quantity, value in values.items():
+        if quantity in other_values:
+            other = other_values[quantity]
+            is_better = other < value if quantity.startswith("error") else other > value
+            compared[quantity] = (value, other, is_better)
+    return compared
 
 # %% ../../nbs/evaluation/09_report.ipynb #63fed891
-def beside(
-    yours,  # report
-    shipped,  # report of the shipped weights
-):
-    """The bars and the error over copying of two reports, in rows, and in words whether they can be compared."""
-    ticks, reports = ("1", "2", "4", "8", "15"), {"yours": yours, "shipped": shipped}
+def beside(yours, shipped):
+    """Put the criteria and the error relative to copying of two reports into rows.
+
+    Args:
+        yours: report.
+        shipped: report of the shipped weights.
+
+    Returns:
+        "comparable", whether the recordings are the same; "told", that in words; "rows" of
+        {"what", "wanted", "yours", "shipped"}; "share_of_copying"; and "about" each report.
+    """
+    reports = {"yours": yours, "shipped": shipped}
+    ticks = ("1", "2", "4", "8", "15")
     share = {
-        who: {h: r["share_of_copying"][h]["model"] for h in ticks} for who, r in reports.items()
+        who: {h: report["share_of_copying"][h]["model"] for h in ticks}
+        for who, report in reports.items()
     }
     numbers = {who: {b["bar"]: b["number"] for b in r["bars"]} for who, r in reports.items()}
-    rows = [
-        {
-            "what": b["bar"],
-            "wanted": b["wanted"],
-            **{who: numbers[who].get(b["bar"]) for who in reports},
-        }
-        for b in yours["bars"]
-    ]
-    rows += [
-        {
-            "what": f"error over copying, {h} tick{'s' * (h != '1')}",
-            "wanted": None,
-            **{who: share[who][h]["mean"] for who in reports},
-        }
-        for h in ticks
-    ]
-    same = yours["recordings"] == shipped["recordings"]
-    count = {who: len(r["recordings"]) for who, r in reports.items()}
-    some = {who: ", ".join(r["recordings"][:2]) for who, r in reports.items()}
-    told = f"judged on the same {count['yours']} recordings. Errors of two encoders can't be compared, ratios can."
-    if not same:
-        told = (
-            f"not comparable, for yours was judged on {count['yours']} recordings ({some['yours']}..) and the "
-            f"shipped on {count['shipped']} ({some['shipped']}..). Read each column by itself."
-        )
-    if yours["preset"] != shipped["preset"]:
-        told += f" Yours is of the preset {yours['preset']}, the shipped of {shipped['preset']}."
-    about = {
-        who: {k: r.get(k) for k in ("preset", "recordings", "weights", "weights_identity", "data")}
-        for who, r in reports.items()
-    }
+    rows = []
+    for criterion in yours["bars"]:
+        values = {who: numbers[who].get(criterion["bar"]) for who in reports}
+        rows.append({"what": criterion["bar"], "wanted": criterion["wanted"]} | values)
+    for h in ticks:
+        name = f"error over copying, {h} tick{'s' * (h != '1')}"
+        values = {who: share[who][h]["mean"] for who in reports}
+        rows.append({"what": name, "wanted": None} | values)
+    keys = ("preset", "recordings", "weights", "weights_identity", "data")
+    about = {who: {key: r.get(key) for key in keys} for who, r in reports.items()}
     return {
-        "comparable": same,
-        "told": told,
+        "comparable": yours["recordings"] == shipped["recordings"],
+        "told": _describe_comparison(yours, shipped),
         "rows": rows,
         "share_of_copying": share,
         "about": about,
     }
+
+
+def _describe_comparison(yours, shipped):
+    """Say whether the numbers of two reports can be compared."""
+    num_yours, num_shipped = len(yours["recordings"]), len(shipped["recordings"])
+    if yours["recordings"] == shipped["recordings"]:
+        text = (
+            f"judged on the same {num_yours} recordings. "
+            "Errors of two encoders can't be compared, ratios can."
+        )
+    else:
+        some_yours, some_shipped = (", ".join(r["recordings"][:2]) for r in (yours, shipped))
+        text = (
+            f"not comparable, for yours was judged on {num_yours} recordings ({some_yours}..) and "
+            f"the shipped on {num_shipped} ({some_shipped}..). Read each column by itself."
+        )
+    if yours["preset"] != shipped["preset"]:
+        text += f" Yours is of the preset {yours['preset']}, the shipped of {shipped['preset']}."
+    return text

@@ -12,126 +12,146 @@ import torch
 from .windows import evaluation_windows, window_starts
 
 # %% ../../nbs/evaluation/05_retrieval.ipynb #88e42952
-def rank_of_truth(
-    guess,  # (b, n, d)
-    candidates,  # (c, n, d), real latents
-    true,  # (b,), which candidate is the right one
-):
-    """Rank of the true candidate by latent distance, (b,), 1 is best; equals stand before it."""
-    g, c = guess.flatten(1).float(), candidates.flatten(1).float()
-    distance = c.square().sum(1) - 2 * g @ c.T  # (b, c), up to what is the same for all candidates
-    own = distance.gather(1, true[:, None])
-    return (distance <= own + 1e-4 * own.abs()).sum(1)  # float32 tells no smaller difference apart
+def rank_of_truth(guess, candidates, true):
+    """Rank the true candidate by latent distance to the prediction.
+
+    Args:
+        guess: predicted latents, (b, n, d).
+        candidates: real latents, (c, n, d).
+        true: which candidate is the right one, (b,).
+
+    Returns:
+        Ranks (b,), 1 is best; candidates at the same distance stand before the true one.
+    """
+    guess, candidates = guess.flatten(1).float(), candidates.flatten(1).float()
+    # Square distance (b, c), up to what is the same for all candidates.
+    distance = candidates.square().sum(1) - 2 * guess @ candidates.T
+    true_distance = distance.gather(1, true[:, None])
+    tolerance = 1e-4 * true_distance.abs()  # float32 tells no smaller difference apart
+    return (distance <= true_distance + tolerance).sum(1)
 
 # %% ../../nbs/evaluation/05_retrieval.ipynb #d0ff375f
-RETRIEVAL = ("top1", "mrr", "top1_apart", "mrr_apart", "top1_dense", "ticks_off")
+RETRIEVAL = ("top1", "mrr", "top1_apart", "mrr_apart", "top1_dense", "ticks_off")  # measures
 
 
 class _Candidates:
     """Real latents of one recording and of the others, to choose from."""
 
     def __init__(self, model, store, name, names, candidates):
-        self.model, self.store, self.device = model, store, next(model.parameters()).device
+        self.model, self.store = model, store
+        self.device = next(model.parameters()).device
         self.frames = store[name].frames
         self.times = self.spread(name, 2 * candidates)
         self.own = self.encode(name, self.times)
-        share = max(2048 // len(names), 2)  # not all frames: of hours of play they would not fit
-        self.others = torch.cat(
-            [self.encode(other, self.spread(other, share)) for other in names if other != name]
-        )
+        # Not all frames: of hours of play they would not fit into memory.
+        count = max(2048 // len(names), 2)
+        others = [self.encode(other, self.spread(other, count)) for other in names if other != name]
+        self.others = torch.cat(others)
 
     def spread(self, name, count):
+        """Evenly spread ticks of a recording."""
         last = len(self.store[name].frames) - 1
         return np.unique(np.linspace(0, last, count).round().astype(int))
 
     def encode(self, name, times):
-        parts = np.array_split(times, max(len(times) // 64, 1))
-        frames = (torch.from_numpy(self.store[name].frames[part]) for part in parts)
-        return torch.cat([self.model.target(part.to(self.device)) for part in frames])
+        """Latents of frames, about 64 at a time."""
+        chunks = np.array_split(times, max(len(times) // 64, 1))
+        frames = (torch.from_numpy(self.store[name].frames[chunk]) for chunk in chunks)
+        return torch.cat([self.model.target(chunk.to(self.device)) for chunk in frames])
 
-    def draw(self, t, h, count, apart, random):
-        """Latents of `count` frames; half of the same recording, `apart` ticks from frame t+h."""
-        far = np.flatnonzero((np.abs(self.times - (t + h)) >= apart) & (self.times != t))
-        hard = random.choice(far, min(count // 2, len(far)), replace=False)
-        few = len(self.others) < count
-        easy = random.choice(len(self.others), count - len(hard), replace=few)
-        return torch.cat([self.own[hard], self.others[easy]])
+    def draw(self, t, h, count, min_gap, random):
+        """Latents of `count` frames; half of the same recording, `min_gap` ticks from frame t+h."""
+        is_far = (np.abs(self.times - (t + h)) >= min_gap) & (self.times != t)
+        allowed = np.flatnonzero(is_far)
+        own = random.choice(allowed, min(count // 2, len(allowed)), replace=False)
+        is_small = len(self.others) < count
+        others = random.choice(len(self.others), count - len(own), replace=is_small)
+        return torch.cat([self.own[own], self.others[others]])
 
 # %% ../../nbs/evaluation/05_retrieval.ipynb #c65bc16d
 @torch.no_grad()
-def retrieval(
-    model,  # WorldModel, in eval mode
-    store,  # ClipStore
-    names,  # recordings, at least two
-    horizons,  # ticks
-    count=32,  # windows a recording
-    candidates=256,  # real frames to choose from
-    apart=8,  # ticks that other frames of the recording keep from the true one
-    near=16,  # ticks around the true frame, for `top1_dense` and `ticks_off`
-    seed=0,  # draws the candidates
-):
-    """Is the true future frame the nearest of many real ones to the imagined latent?
+def retrieval(model, store, names, horizons, count=32, candidates=256, apart=8, near=16, seed=0):
+    """Measure whether the true future frame is the nearest of many real ones.
 
     Among the candidates are the true frame, the given frame, and others, half of them of the same
-    recording. So who copies never finds the true one first.
+    recording. So copying never finds the true one first.
+
+    Args:
+        model: WorldModel, in eval mode.
+        store: ClipStore.
+        names: recordings, at least two.
+        horizons: ticks.
+        count: windows a recording.
+        candidates: real frames to choose from.
+        apart: ticks that other frames of the recording keep from the true one.
+        near: ticks around the true frame, for `top1_dense` and `ticks_off`.
+        seed: draws the candidates.
 
     Returns:
         {measure: {method: (recordings, horizons)}}. `top1` and `mrr` with the given frame among the
         candidates; `top1_apart` and `mrr_apart` without it; `top1_dense` among all frames within
-        `near` ticks of the true one; `ticks_off`, the mean distance in ticks of what is found there.
+        `near` ticks of the true one; `ticks_off`, the mean distance in ticks of the nearest there.
         Chance is 1 / candidates, and 1 / (2 near + 1) for the dense one.
+
+    Raises:
+        ValueError: for a single recording.
     """
     if len(names) < 2:
         raise ValueError(
             f"{len(names)} recording(s) given, at least 2 are needed: "
             "half of the candidates are of another one"
         )
-    random, ticks = np.random.default_rng(seed), model.config.conditioner.ticks
-    shape = len(names), len(horizons)
+    random, history = np.random.default_rng(seed), model.config.conditioner.ticks
+    horizon, shape = max(horizons), (len(names), len(horizons))
     methods = ("model", "copy_last", "other_actions")
-    scores = {s: {m: np.zeros(shape) for m in methods} for s in RETRIEVAL}
+    scores = {measure: {m: np.zeros(shape) for m in methods} for measure in RETRIEVAL}
     for r, name in enumerate(names):
         pool = _Candidates(model, store, name, names, candidates)
-        frames, actions = evaluation_windows(store, name, ticks, max(horizons), count)
+        frames, actions = evaluation_windows(store, name, history, horizon, count)
         rival = names[(r + len(names) // 2) % len(names)]
-        other = evaluation_windows(store, rival, ticks, max(horizons), count)[1]
+        other = evaluation_windows(store, rival, history, horizon, count)[1]
         other = other[torch.arange(len(actions)) % len(other)]
-        starts = window_starts(store, name, ticks, max(horizons), count)
+        starts = window_starts(store, name, history, horizon, count)
         z = model.encode(frames[:, 1].to(pool.device))
-        guesses = {
+        predictions = {
             "model": model.imagine(z, actions.to(pool.device)),
             "other_actions": model.imagine(z, other.to(pool.device)),
-            "copy_last": z[:, None].expand(-1, max(horizons), -1, -1),
+            "copy_last": z[:, None].expand(-1, horizon, -1, -1),
         }
         for b, t in enumerate(starts):
-            first, last = max(t - near, 0), min(t + max(horizons) + near, len(pool.frames) - 1)
+            first, last = max(t - near, 0), min(t + horizon + near, len(pool.frames) - 1)
             local = pool.encode(name, np.arange(first, last + 1))  # every frame from first on
             for i, h in enumerate(horizons):
                 true, given = local[t + h - first], local[t - first]
                 drawn = pool.draw(t, h, candidates - 2, apart, random)
-                few = torch.cat([torch.stack([true, given]), drawn])
+                pool_of_h = torch.cat([torch.stack([true, given]), drawn])
                 low = max(t + h - near, first)
                 dense = local[low - first : t + h + near + 1 - first]
-                together = torch.stack([guess[b, h - 1] for guess in guesses.values()])
-                for measure, values in _retrieval_scores(together, few, dense, t + h - low).items():
-                    for m, value in zip(guesses, values.tolist()):
-                        scores[measure][m][r, i] += value / len(starts)
+                at_h = torch.stack([p[b, h - 1] for p in predictions.values()])
+                of_window = _retrieval_scores(at_h, pool_of_h, dense, t + h - low)
+                for measure, values in of_window.items():
+                    for method, value in zip(predictions, values.tolist()):
+                        scores[measure][method][r, i] += value / len(starts)
     return scores
 
 # %% ../../nbs/evaluation/05_retrieval.ipynb #4ddf5218
-def _retrieval_scores(guess, few, dense, place):
-    """Scores of guesses (m, n, d). First of `few` is the true frame, second the given one; in
-    `dense` the true one stands at `place`. Each score is (m,).
+def _retrieval_scores(predictions, candidates, dense, true_index):
+    """Score predictions (m, n, d); each score is (m,).
+
+    First of `candidates` is the true frame, second the given one; in `dense` the true one stands
+    at `true_index`.
     """
-    zero = torch.zeros(len(guess), dtype=torch.long, device=guess.device)
-    rank = rank_of_truth(guess, few, zero).double()
-    rank_apart = rank_of_truth(guess, few[[0, *range(2, len(few))]], zero).double()
-    off = (torch.cdist(guess.flatten(1), dense.flatten(1)).argmin(1) - place).abs().double()
+    zero = torch.zeros(len(predictions), dtype=torch.long, device=predictions.device)
+    without_given = candidates[[0, *range(2, len(candidates))]]
+    rank = rank_of_truth(predictions, candidates, zero).double()
+    rank_apart = rank_of_truth(predictions, without_given, zero).double()
+    nearest = torch.cdist(predictions.flatten(1), dense.flatten(1)).argmin(1)
+    ticks_off = (nearest - true_index).abs().double()
     return {
         "top1": (rank == 1).double(),
         "mrr": 1 / rank,
         "top1_apart": (rank_apart == 1).double(),
         "mrr_apart": 1 / rank_apart,
-        "top1_dense": (off == 0).double(),
-        "ticks_off": off,
+        "top1_dense": (ticks_off == 0).double(),
+        "ticks_off": ticks_off,
     }

@@ -47,7 +47,7 @@ _PARAMETERS = ("preset_name", "data_dir", "out_dir", "weights", "steps", "seed",
 
 def _injected(names):
     """The names that papermill's own cell sets, of the cells run so far."""
-    cells = [c for c in names.get("In") or () if isinstance(c, str)]
+    cells = [cell for cell in names.get("In") or () if isinstance(cell, str)]
     for cell in cells:
         if not cell.lstrip().startswith("# Parameters"):
             continue
@@ -55,23 +55,19 @@ def _injected(names):
             tree = ast.parse(cell)
         except SyntaxError:
             continue
-        yield from (
-            t.id
-            for n in tree.body
-            if isinstance(n, ast.Assign)
-            for t in n.targets
-            if isinstance(t, ast.Name)
-        )
+        assignments = [node for node in tree.body if isinstance(node, ast.Assign)]
+        targets = [target for node in assignments for target in node.targets]
+        yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
 def _refuse_misspelt(names):
-    """ValueError for a parameter that is unknown, with the nearest known ones."""
-    plain = (str, int, float, list, dict, tuple, type(None))
-    mine = [n for n, v in names.items() if isinstance(v, plain) and not n.startswith("_")]
-    near = [n for n in mine if difflib.get_close_matches(n, _PARAMETERS, 1, 0.8)]
-    for n in (*_injected(names), *near):
-        if n not in _PARAMETERS:
-            raise ValueError(_unknown("parameter", n, list(_PARAMETERS)))
+    """ValueError for a parameter that is unknown, with the nearest valid ones."""
+    simple = (str, int, float, list, dict, tuple, type(None))
+    own = [n for n, v in names.items() if isinstance(v, simple) and not n.startswith("_")]
+    near = [n for n in own if difflib.get_close_matches(n, _PARAMETERS, 1, 0.8)]
+    for name in (*_injected(names), *near):
+        if name not in _PARAMETERS:
+            raise ValueError(_unknown("parameter", name, list(_PARAMETERS)))
 
 
 def _text(name, value, empty=False):
@@ -81,21 +77,38 @@ def _text(name, value, empty=False):
     raise ValueError(f"{name}={value!r} must be text" + ("" if empty else ", and not empty"))
 
 
-def study_parameters(
-    names: dict,  # `globals()` of the notebook
-) -> Study:
-    """Check the parameters in `names`, seed everything and make `out_dir`. ValueError names the parameter and the remedy."""
-    again = isinstance(names.get("study"), Study)  # run a second time: the names are the notebook's
-    if not again:
+def _parameter_number(name, value):
+    """A parameter that is a whole number."""
+    try:
+        return whole_number(value, name, 0)
+    except ValueError as e:
+        raise ValueError(f"{e}: whole numbers from 0 on are allowed, as in -p {name} 3") from None
+
+# %% ../nbs/80_study.ipynb #4085996c
+def study_parameters(names: dict) -> Study:
+    """Check the parameters of a notebook, seed everything and make `out_dir`.
+
+    Args:
+        names: `globals()` of the notebook.
+
+    Returns:
+        The checked parameters.
+
+    Raises:
+        ValueError: for a wrong parameter; names it and the remedy.
+    """
+    # Run a second time, the other names are the notebook's own.
+    if not isinstance(names.get("study"), Study):
         _refuse_misspelt(names)
-    lacking = [n for n in _PARAMETERS if n not in names and n != "weights"]
-    if lacking:
-        raise ValueError(f"parameter {lacking[0]!r} is not set: run the first cell")
+    missing = [n for n in _PARAMETERS if n not in names and n != "weights"]
+    if missing:
+        raise ValueError(f"parameter {missing[0]!r} is not set: run the first cell")
     steps, seed = (_parameter_number(n, names[n]) for n in ("steps", "seed"))
     data_dir = Path(_text("data_dir", names["data_dir"]))
     if not data_dir.is_dir():
         raise ValueError(
-            f"data_dir={str(data_dir)!r}: no such folder (looked from {Path.cwd()}); give one that holds NAME.mp4 and NAME.jsonl"
+            f"data_dir={str(data_dir)!r}: no such folder (looked from {Path.cwd()}); "
+            "give one that holds NAME.mp4 and NAME.jsonl"
         )
     device = check_device(names["device"], "pass -p device cpu")
     config = preset(_text("preset_name", names["preset_name"]))
@@ -104,81 +117,99 @@ def study_parameters(
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        told = f"out_dir={str(out_dir)!r} can't be made ({e.strerror}): give another"
-        raise ValueError(told) from None
+        raise ValueError(
+            f"out_dir={str(out_dir)!r} can't be made ({e.strerror}): give another"
+        ) from None
     seed_everything(seed)
     return Study(config, data_dir, out_dir, weights, steps, seed, device)
-
-
-def _parameter_number(name, value):
-    try:
-        return whole_number(value, name, 0)
-    except ValueError as e:
-        raise ValueError(f"{e}: whole numbers from 0 on are allowed, as in -p {name} 3") from None
 
 # %% ../nbs/80_study.ipynb #2a20a185
 HOURS = ("8_ablations",)  # run by a command of their own
 
 
-def study_notebooks(
-    folder,  # holds 1_data.ipynb, 2_train.ipynb, ...; or one notebook
-) -> list[Path]:
-    """Notebooks of the study by number, without those that take hours. FileNotFoundError where there is none."""
+def study_notebooks(folder) -> list[Path]:
+    """List the notebooks of the study by number, without those that take hours.
+
+    Args:
+        folder: holds 1_data.ipynb, 2_train.ipynb, ...; or one notebook.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
     if Path(folder).is_file():
         return [Path(folder)]
-    found = [
-        p for p in Path(folder).glob("*.ipynb") if re.match(r"\d+_", p.name) and p.stem not in HOURS
-    ]
-    if not found:
+    numbered = [path for path in Path(folder).glob("*.ipynb") if re.match(r"\d+_", path.name)]
+    notebooks = [path for path in numbered if path.stem not in HOURS]
+    if not notebooks:
         raise FileNotFoundError(
             f"{folder}: no notebook named like 1_data.ipynb; run from the root of the repository"
         )
-    return sorted(found, key=lambda p: int(p.name.split("_")[0]))
+    return sorted(notebooks, key=lambda path: int(path.name.split("_")[0]))
 
 # %% ../nbs/80_study.ipynb #bb68bc8d
-def recorded_seconds(
-    path,  # the study.json that a study left
-    settings,  # must be those it was run with
-) -> dict[str, float]:
-    """Seconds of each notebook in an earlier study, {} where none fits."""
+def recorded_seconds(path, settings) -> dict[str, float]:
+    """Read how long each notebook of an earlier study took.
+
+    Args:
+        path: the study.json that a study left.
+        settings: must be those that it was run with.
+
+    Returns:
+        {notebook: seconds}; empty where no record fits.
+    """
     try:
         record = json.loads(Path(path).read_text())
         return dict(record["seconds"]) if record["settings"] == settings else {}
     except (OSError, ValueError, TypeError, KeyError):
-        return {}  # only an estimate hangs on it
+        return {}  # it is only used for an estimate
 
 
-def time_left(
-    recorded,  # {notebook: seconds} of an earlier study
-    took,  # {notebook: seconds} of this one, so far
-    ahead,  # notebooks to come
-) -> float | None:
-    """Seconds, or None where the record lacks a notebook to come."""
-    if any(n not in recorded for n in ahead):
+def time_left(recorded, took, ahead) -> float | None:
+    """Estimate how long the notebooks to come will take.
+
+    Args:
+        recorded: {notebook: seconds} of an earlier study.
+        took: {notebook: seconds} of this one, so far.
+        ahead: notebooks to come.
+
+    Returns:
+        Seconds, or None where the record lacks a notebook to come.
+    """
+    if any(name not in recorded for name in ahead):
         return None
-    known = [n for n in took if n in recorded]
-    pace = sum(took[n] for n in known) / sum(recorded[n] for n in known) if known else 1
-    return pace * sum(recorded[n] for n in ahead)
+    both = [name for name in took if name in recorded]
+    pace = 1
+    if both:
+        pace = sum(took[name] for name in both) / sum(recorded[name] for name in both)
+    return pace * sum(recorded[name] for name in ahead)
 
 # %% ../nbs/80_study.ipynb #e13e412e
 class AboveBar:
-    """A stream of whole lines, written above tqdm's bars; of a line that redraws itself, its last state."""
+    """A stream that writes whole lines above tqdm's bars.
+
+    Of a line that redraws itself, the last state is written.
+    """
 
     def __init__(self):
         self.rest = ""
 
     def write(self, text):
+        """Write the lines that are complete, and keep the rest."""
         *lines, self.rest = (self.rest + text).replace("\r\n", "\n").split("\n")
         for line in lines:
             tqdm.write("    " + line.rstrip("\r").rsplit("\r")[-1])
 
     def flush(self):
+        """Flush stdout."""
         sys.stdout.flush()
 
 # %% ../nbs/80_study.ipynb #6db3f11e
 def _papermill():
-    """Papermill and what comes with it, imported as late as it is needed. ImportError names what installs it."""
-    needed = (
+    """Papermill and what comes with it, imported as late as it is needed."""
+    modules = (
         "papermill",
         "jupyter_client",
         "jupyter_client.kernelspec",
@@ -186,17 +217,17 @@ def _papermill():
         "ipykernel",
     )
     try:
-        return [importlib.import_module(m) for m in needed][:4]
-    except Exception as e:  # lacking, or installed and broken
+        return [importlib.import_module(module) for module in modules][:4]
+    except Exception as e:  # missing, or installed and broken
         raise ImportError(
-            f"notebooks are run by papermill, which can't be imported here ({type(e).__name__}: {e}); "
-            "install it: pip install -e '.[dev]'"
+            "notebooks are run by papermill, which can't be imported here "
+            f"({type(e).__name__}: {e}); install it: pip install -e '.[dev]'"
         ) from None
 
 
 @contextmanager
 def _own_kernel():
-    """What papermill needs to start a kernel of this Python, with its files in a temporary folder."""
+    """What papermill needs to start a kernel of this Python, with files of its own."""
     _, client, specs, traits = _papermill()
     with tempfile.TemporaryDirectory(prefix="kernel-", ignore_cleanup_errors=True) as folder:
         env = {
@@ -206,42 +237,42 @@ def _own_kernel():
             "TQDM_MININTERVAL": "5",
         }
         quiet = "--log-level=CRITICAL"  # at its end a kernel is interrupted, which is no error
-        spec = specs.KernelSpec(
-            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", quiet],
-            name="python3",
-            display_name="Python 3",
-            language="python",
-            env=env,
-        )
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", quiet]
+        names = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        spec = specs.KernelSpec(argv=command, env=env, **names)
 
         class ThisPython(client.AsyncKernelManager):
             kernel_spec = property(lambda self: spec)
 
-        fits = (
-            os.name == "posix" and len(folder) < 80
-        )  # the path of a socket is 107 bytes long at most
+        # The path of a socket is 107 bytes long at most. A socket opens no port, so that there is
+        # no warning about one.
+        use_sockets = os.name == "posix" and len(folder) < 80
         files = {
             "connection_file": f"{folder}/kernel.json",
-            "transport": "ipc" if fits else "tcp",
-        }  # no open port, no warning about one
-        yield {
-            "kernel_manager_class": ThisPython,
-            "config": traits.Config({"KernelManager": files}),
+            "transport": "ipc" if use_sockets else "tcp",
         }
+        config = traits.Config({"KernelManager": files})
+        yield {"kernel_manager_class": ThisPython, "config": config}
 
 # %% ../nbs/80_study.ipynb #7682e5bf
-def run_notebook(
-    notebook,  # path of the notebook
-    copy,  # the executed copy is written here, failed or not
-    parameters,  # values for its cell tagged `parameters`; a Path is made relative to the notebook
-):
-    """Execute one notebook, showing what it prints. PapermillExecutionError carries the failed cell's traceback."""
+def run_notebook(notebook, copy, parameters):
+    """Execute one notebook, showing what it prints.
+
+    Args:
+        notebook: path of the notebook.
+        copy: the executed copy is written here, failed or not.
+        parameters: values for its cell tagged `parameters`; a Path is made relative to the
+            notebook.
+
+    Raises:
+        PapermillExecutionError: carries the failed cell's traceback.
+    """
     papermill = _papermill()[0]
     notebook, copy = Path(notebook).resolve(), Path(copy).resolve()
     copy.parent.mkdir(parents=True, exist_ok=True)
     values = {
-        k: os.path.relpath(v, notebook.parent) if isinstance(v, Path) else v
-        for k, v in parameters.items()
+        name: os.path.relpath(value, notebook.parent) if isinstance(value, Path) else value
+        for name, value in parameters.items()
     }
     prints = AboveBar()
     bar = {
@@ -265,107 +296,125 @@ def run_notebook(
                 **kernel,
             )
         finally:
-            _last_states(copy)
+            _keep_last_states(copy)
 
 
-def _last_states(copy):
-    """Of each line that redraws itself, keep the last state: a bar leaves a line in the executed notebook, not hundreds."""
+def _keep_last_states(copy):
+    """Keep one line of a progress bar in the executed notebook, not hundreds."""
     try:
         notebook = json.loads(copy.read_text())
     except (OSError, ValueError):
         return  # nothing was executed
-    for cell in (c for c in notebook["cells"] if c["cell_type"] == "code"):
-        outputs, cell["outputs"], streams = cell["outputs"], [], {}
-        for out in outputs:
-            name = out.get("name") if out["output_type"] == "stream" else None
-            if name:
-                out["text"] = "".join(out["text"])
-            else:
-                streams.pop("stdout", None)  # what is printed after a picture stays after it
-            if name in streams:
-                streams[name]["text"] += out["text"]
-            else:
-                cell["outputs"].append(out)
-                if name:
-                    streams[name] = out
-        for out in cell["outputs"]:
-            if out["output_type"] == "stream":
-                out["text"] = _drawn(out["text"])
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = _join_streams(cell["outputs"])
     write_json(copy, notebook)
+
+
+def _join_streams(outputs):
+    """Outputs of a cell, with what was printed in pieces joined."""
+    joined, streams = [], {}
+    for output in outputs:
+        name = output.get("name") if output["output_type"] == "stream" else None
+        if name is None:
+            streams.pop("stdout", None)  # what is printed after a picture stays after it
+            joined.append(output)
+            continue
+        text = "".join(output["text"])
+        if name in streams:
+            streams[name]["text"] += text
+        else:
+            streams[name] = output | {"text": text}
+            joined.append(streams[name])
+    for output in joined:
+        if output["output_type"] == "stream":
+            output["text"] = _drawn(output["text"])
+    return joined
 
 
 def _drawn(text):
     """What a terminal shows of a text in which lines are redrawn."""
-    return "".join(
-        line.rstrip("\r").rsplit("\r")[-1] + "\n" * whole for line, whole in _lines(text)
-    )
-
-
-def _lines(text):
-    """(line, whether it ended) of a text."""
-    *lines, rest = text.replace("\r\n", "\n").split("\n")
-    return [(line, True) for line in lines] + [(rest, False)] * bool(rest)
+    lines = text.replace("\r\n", "\n").split("\n")
+    return "\n".join(line.rstrip("\r").rsplit("\r")[-1] for line in lines)
 
 # %% ../nbs/80_study.ipynb #b9842931
 def _shipped(notebooks):
-    """The checkout that holds these notebooks, where its shipped numbers are; None elsewhere."""
-    return next(
-        (
-            p
-            for p in Path(notebooks).resolve().parents
-            if (p / "data/weights/tiny/evaluate.json").is_file()
-        ),
-        None,
-    )
+    """The checkout that holds these notebooks and the shipped numbers; None elsewhere."""
+    for folder in Path(notebooks).resolve().parents:
+        if (folder / "data/weights/tiny/evaluate.json").is_file():
+            return folder
+    return None
 
 
 def _beside_shipped(out_dir, notebooks):
-    """Print and draw what this run reached beside the shipped weights; nothing where one of the two is not there."""
+    """Print and draw what this run reached beside the shipped weights, where both are there."""
     root = _shipped(notebooks)
     if root is None:
-        return None
+        return
     try:
         yours = read_report(Path(out_dir) / "evaluate.json")
         shipped = read_report(root / "data/weights/tiny/evaluate.json")
     except ValueError as e:
-        return print(f"not set beside the shipped weights: {e}")
-    found = beside(yours, shipped)
-    print(f"\nyours beside the shipped weights (three hours of two cores): {found['told']}")
-    print(f"  {'':<52}" + "".join(f"{who:>9}" for who in ("yours", "shipped", "wanted")))
-    for row in found["rows"]:
-        cells = "".join(f"{_number(row[who]):>9}" for who in ("yours", "shipped", "wanted"))
+        print(f"not set beside the shipped weights: {e}")
+        return
+    comparison = beside(yours, shipped)
+    message = comparison["told"]
+    print(f"\nyours beside the shipped weights (three hours of two cores): {message}")
+    columns = ("yours", "shipped", "wanted")
+    print(f"  {'':<52}" + "".join(f"{column:>9}" for column in columns))
+    for row in comparison["rows"]:
+        cells = "".join(f"{_number(row[column]):>9}" for column in columns)
         print(f"  {row['what']:<52}{cells}")
-    save_figure(beside_plot(found), out_dir, "compare", found)
+    save_figure(beside_plot(comparison), out_dir, "compare", comparison)
     print(f"  drawn in {Path(out_dir) / 'compare.png'}\n")
 
 
 def _number(value):
     """As the table shows it."""
-    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
-def clock(
-    seconds: float,  # 0 or more
-) -> str:
-    """`61.4 -> '1:01'`"""
+def clock(seconds: float) -> str:
+    """Write a duration: `61.4 -> '1:01'`.
+
+    Args:
+        seconds: 0 or more.
+
+    Returns:
+        Minutes and seconds.
+    """
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 # %% ../nbs/80_study.ipynb #c99a206d
 def run_study(
-    preset_name="tiny",  # a name in config.PRESETS
-    data_dir="data",  # recordings
-    out_dir="_runs/figures",  # figures, their numbers and study.json
-    steps=0,  # length of each notebook's main loop; 0: its own default
+    preset_name="tiny",
+    data_dir="data",
+    out_dir="_runs/figures",
+    steps=0,
     seed=0,
-    device="cpu",  # or 'cuda'
-    notebooks="nbs/study",  # folder of the study's notebooks
-    runs="_runs",  # executed copies, and weights/PRESET
+    device="cpu",
+    notebooks="nbs/study",
+    runs="_runs",
 ) -> dict[str, float]:
-    """Run the study's notebooks in order; gives the seconds each took."""
-    found, settings = (
-        study_notebooks(notebooks),
-        {"preset": preset_name, "steps": steps, "device": device},
-    )
+    """Run the study's notebooks in order.
+
+    Args:
+        preset_name: a name in config.PRESETS.
+        data_dir: recordings.
+        out_dir: figures, their numbers and study.json.
+        steps: length of each notebook's main loop; 0: its own default.
+        seed: of the study.
+        device: "cpu" or "cuda".
+        notebooks: folder of the study's notebooks, or one notebook.
+        runs: executed copies, and weights/PRESET.
+
+    Returns:
+        {notebook: seconds that it took}.
+    """
+    paths = study_notebooks(notebooks)
+    settings = {"preset": preset_name, "steps": steps, "device": device}
     parameters = {
         "preset_name": preset_name,
         "data_dir": Path(data_dir).resolve(),
@@ -375,26 +424,19 @@ def run_study(
         "seed": seed,
         "device": device,
     }
-    record = (
-        Path(out_dir)
-        / f"{Path(notebooks).stem if Path(notebooks).name == 'bench' or Path(notebooks).is_file() else 'study'}.json"
-    )
-    root, took, start = _shipped(notebooks), {}, time.monotonic()
-    of_the_sample = (
-        root is not None and Path(data_dir).resolve() == root / "data"
-    )  # how long other recordings take is not known
-    records = [record, root / "figures" / record.name] if of_the_sample else [record]
-    recorded = next((r for p in records if (r := recorded_seconds(p, settings))), {})
-    for i, notebook in enumerate(found):
-        left = time_left(recorded, took, [n.stem for n in found[i:]])
-        print(
-            f"[{i + 1}/{len(found)}] {notebook.stem}  {clock(time.monotonic() - start)} elapsed, "
-            + (f"about {clock(left)} left" if left else "no record of how long this takes"),
-            flush=True,
-        )
-        begin = time.monotonic()
-        run_notebook(notebook, Path(runs) / notebook.name, parameters)
-        took[notebook.stem] = round(time.monotonic() - begin, 1)
+    record = Path(out_dir) / _record_name(notebooks)
+    recorded = _find_record(record, settings, _shipped(notebooks), data_dir)
+    took, start_time = {}, time.monotonic()
+    for i, path in enumerate(paths):
+        remaining = time_left(recorded, took, [p.stem for p in paths[i:]])
+        estimate = "no record of how long this takes"
+        if remaining:
+            estimate = f"about {clock(remaining)} left"
+        elapsed = clock(time.monotonic() - start_time)
+        print(f"[{i + 1}/{len(paths)}] {path.stem}  {elapsed} elapsed, {estimate}", flush=True)
+        notebook_start = time.monotonic()
+        run_notebook(path, Path(runs) / path.name, parameters)
+        took[path.stem] = round(time.monotonic() - notebook_start, 1)
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     write_json(record, {"settings": settings, "seconds": took})
     if "3_evaluate" in took:
@@ -402,7 +444,24 @@ def run_study(
     gifs = sorted(Path(out_dir).glob("rollout_*.gif")) if "4_rollout" in took else []
     if gifs:
         print("one second imagined beside reality: " + ", ".join(map(str, gifs)))
-    print(
-        f"done in {clock(time.monotonic() - start)}: figures in {out_dir}, executed notebooks in {runs}"
-    )
+    elapsed = clock(time.monotonic() - start_time)
+    print(f"done in {elapsed}: figures in {out_dir}, executed notebooks in {runs}")
     return took
+
+
+def _record_name(notebooks):
+    """The file that keeps the seconds: that of the study, of the benchmarks or of one notebook."""
+    path = Path(notebooks)
+    return f"{path.stem if path.name == 'bench' or path.is_file() else 'study'}.json"
+
+
+def _find_record(own, settings, root, data_dir):
+    """Seconds of an earlier run; the shipped ones count for the bundled recordings alone."""
+    records = [own]
+    if root is not None and Path(data_dir).resolve() == root / "data":
+        records.append(root / "figures" / own.name)
+    for path in records:
+        recorded = recorded_seconds(path, settings)
+        if recorded:
+            return recorded
+    return {}

@@ -1,6 +1,6 @@
 """From an index to a trained model: every recording is used or named.
 
-The data set holds everything that is found in OpenAI's files.
+The data set has every oddity of OpenAI's files.
 """
 
 import gzip
@@ -83,7 +83,7 @@ USED = [name for name in RECORDINGS if name not in LEFT_OUT]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `server.files` as Azure does; where it is told, gzipped."""
+    """Serves `server.files` as Azure does, one of them gzipped."""
 
     def log_message(self, *words):
         pass

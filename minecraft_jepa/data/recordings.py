@@ -158,7 +158,7 @@ def _cursor_position(recording, t):
     pixels = action[MOUSE] / DEGREES_PER_PIXEL
     return (action[CURSOR] + pixels / np.array(WINDOW)).clip(0, 1)
 
-# %% ../../nbs/data/02_recordings.ipynb #901e2662
+# %% ../../nbs/data/02_recordings.ipynb #db22483c
 def _import_av():
     """The module of PyAV; ImportError says what works without it."""
     try:
@@ -178,6 +178,18 @@ def _planes_to_rgb(frame):
         rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)  # padded
         rgb[channel] = rows[: frame.height, : frame.width]
     return rgb.transpose(1, 2, 0)
+
+
+def _to_pixels(frame, cursor, scaler, height, width):
+    """A decoded frame with its cursor, scaled, (height, width, 3) uint8 RGB."""
+    if cursor is not None:
+        pixels = frame.to_ndarray(format="rgb24")
+        paint_cursor(pixels, *cursor)
+        frame = _import_av().VideoFrame.from_ndarray(pixels, format="rgb24")
+    width = height and width  # a width alone is ignored
+    # one thread: more of them wait for each other longer than they work
+    scaled = scaler.reformat(frame, width, height, "gbrp", interpolation="AREA", threads=1)
+    return _planes_to_rgb(scaled)
 
 # %% ../../nbs/data/02_recordings.ipynb #8c07c7f3
 class Recording:
@@ -262,7 +274,8 @@ class Recording:
                         raise RecordingError(
                             f"{self.path}: frame {num_frames} of {len(self)} is damaged; {_REMEDY}"
                         )
-                    yield self._to_pixels(frame, num_frames, scaler, height, width)
+                    cursor = _cursor_position(self, num_frames)
+                    yield _to_pixels(frame, cursor, scaler, height, width)
                     num_frames += 1
         except (av.error.FFmpegError, IndexError, MemoryError) as e:
             raise RecordingError(
@@ -273,18 +286,6 @@ class Recording:
             raise RecordingError(
                 f"{self.path}: only {num_frames} of {len(self)} frames can be decoded; {_REMEDY}"
             )
-
-    def _to_pixels(self, frame, t, scaler, height, width):
-        """Frame t with its cursor, scaled, (height, width, 3)."""
-        cursor = _cursor_position(self, t)
-        if cursor is not None:
-            pixels = frame.to_ndarray(format="rgb24")
-            paint_cursor(pixels, *cursor)
-            frame = _import_av().VideoFrame.from_ndarray(pixels, format="rgb24")
-        width = height and width  # a width alone is ignored
-        # one thread: more of them wait for each other longer than they work
-        scaled = scaler.reformat(frame, width, height, "gbrp", interpolation="AREA", threads=1)
-        return _planes_to_rgb(scaled)
 
 # %% ../../nbs/data/02_recordings.ipynb #e784303b
 @dataclass(frozen=True)
@@ -396,7 +397,7 @@ def _read_lines(path, num_frames):
             raise RecordingError(f"{path}, line {number}: not JSON ({reason}); {_REMEDY}") from None
     return decoded, max(len(rows) - num_frames, 0)
 
-# %% ../../nbs/data/02_recordings.ipynb #23f7b0c4
+# %% ../../nbs/data/02_recordings.ipynb #eeacc84e
 _MAX_SIDE = 4096  # pixels: a damaged header may ask for more memory than there is
 
 

@@ -31,6 +31,17 @@ import httpx
 class DownloadError(RuntimeError):
     """What keeps an index from being read or a folder from being filled, and the remedy."""
 
+
+def _check_disk_space(folder, num_bytes, reserve=2**28):
+    """Raise DownloadError unless the bytes, and 256 MiB besides, fit on the disk."""
+    free = shutil.disk_usage(folder).free
+    if num_bytes + reserve > free:
+        raise DownloadError(
+            f"{folder}: {num_bytes / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are "
+            "free; choose fewer hours, or another disk. What is there is kept, and fetch "
+            "continues from it"
+        )
+
 # %% ../../nbs/data/05_transfer.ipynb #14e25f76
 def _address_fault(address, schemes=("http", "https")):
     """What is wrong with an address; '' if nothing is."""
@@ -99,7 +110,7 @@ def _check_proxies(proxies):
                 "set it as http://HOST:PORT, or unset it"
             )
 
-# %% ../../nbs/data/05_transfer.ipynb #7bb6f9a7
+# %% ../../nbs/data/05_transfer.ipynb #358a8479
 def _open_client(**options):
     """An httpx client. DownloadError names the environment variable that prevents one."""
     proxies = urllib.request.getproxies()
@@ -202,7 +213,7 @@ def _check_status(response, part):
     if status not in (200, 206):
         raise _Refused(_error_reason(response))
 
-# %% ../../nbs/data/05_transfer.ipynb #de99f138
+# %% ../../nbs/data/05_transfer.ipynb #61a60d7e
 def _encodings(response):
     """How the server compressed the file, in the order in which it did so."""
     header = response.headers.get("content-encoding", "").lower().replace("x-", "")
@@ -279,7 +290,7 @@ def _open_compressed(path, kind):
         return io.BytesIO(brotli.decompress(path.read_bytes()))
     raise _Refused(f"sent packed as {kind!r}, which is not known here; ask for another server")
 
-# %% ../../nbs/data/05_transfer.ipynb #07925561
+# %% ../../nbs/data/05_transfer.ipynb #50dc44f8
 _MAX_LAYERS = 5  # of compression
 
 
@@ -366,17 +377,6 @@ def _verify_md5(path, response):
     if base64.b64encode(digest).decode() != expected:
         path.unlink()
         raise _Interrupted("the bytes do not match the server's MD5")
-
-
-def _check_disk_space(folder, num_bytes, reserve=2**28):
-    """Raise DownloadError unless the bytes, and 256 MiB besides, fit on the disk."""
-    free = shutil.disk_usage(folder).free
-    if num_bytes + reserve > free:
-        raise DownloadError(
-            f"{folder}: {num_bytes / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are "
-            "free; choose fewer hours, or another disk. What is there is kept, and fetch "
-            "continues from it"
-        )
 
 # %% ../../nbs/data/05_transfer.ipynb #792cce6f
 def _part_paths(target):

@@ -81,6 +81,9 @@ class _FileCache:
         return self.clips[name]
 
 # %% ../../nbs/data/09_clip_store.ipynb #64b128a6
+_MAX_LOADED_CLIPS = 16
+
+
 def _read_windows(clips, picks, ticks, rollout, far):
     """Frames and actions of `Clips.read`, of windows [(name, t)] that are known to exist."""
     if not picks:
@@ -137,9 +140,6 @@ def _refuse_window(clips, name, t, ticks, rollout):
     )
 
 # %% ../../nbs/data/09_clip_store.ipynb #55c639e3
-_MAX_LOADED_CLIPS = 16
-
-
 class Clips:
     """Clips by name, and windows from them."""
 
@@ -377,7 +377,7 @@ def _decode_all(paths, frame, store_dir, workers, progress):
         raise DecodingStopped(
             f"{store_dir}: a decoding process was killed, most likely because memory was short. "
             f"What is decoded is kept; run the same again with fewer workers than {workers}: "
-            f"python -m minecraft_jepa.clips {folder} {store_dir} --workers {workers // 2}"
+            f"minecraft-jepa store {folder} {store_dir} --workers {workers // 2}"
         ) from None
     finally:
         # On Ctrl-C: those that began are finished, no other begins.
@@ -425,8 +425,7 @@ def _build_command(folder, frame, store_dir, delete=False):
             size = f"--preset {presets[0]}"
     remove = f"rm -r {store_dir} && " if delete else ""
     return (
-        f"build it with: {remove}"
-        f"python -m minecraft_jepa.clips {folder or 'RECORDINGS'} {store_dir} {size}"
+        f"build it with: {remove}minecraft-jepa store {folder or 'RECORDINGS'} {store_dir} {size}"
     )
 
 

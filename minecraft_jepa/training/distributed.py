@@ -61,7 +61,7 @@ def _refuse_lone_launch():
         raise ValueError(
             "accelerate launch was asked for several processes and started one, as it does "
             "where it finds no GPU, so the batch can't be shared: start them with "
-            "torchrun --nproc_per_node N -m minecraft_jepa.training ..."
+            "torchrun --nproc_per_node N -m minecraft_jepa train ..."
         )
 
 

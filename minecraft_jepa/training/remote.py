@@ -363,7 +363,7 @@ def write_card(folder, command=None, data=None):
     command = command or summary.get("command")
     if not command:
         options = f"--data RECORDINGS --out {folder.name} --preset {summary['preset']}"
-        command = f"python -m minecraft_jepa.training {options}"
+        command = f"minecraft-jepa train {options}"
     lines = [f"# Weights of `{summary['preset']}`", ""]
     data = data or summary.get("data", "")
     if data:

@@ -1,4 +1,4 @@
-"""Recordings carried away in parts, weights brought back: on any Python 3.11, whole, and nobody else's."""
+"""Recordings carried away in parts, weights brought back: whole, on any Python 3.11, checked."""
 
 import hashlib
 import io
@@ -16,340 +16,366 @@ from minecraft_jepa.data.splits import split_recordings
 from minecraft_jepa.training import remote
 from minecraft_jepa.training.remote import MIB, bring, cut_weights, pack, unpack, write_card
 
+NAMES = [name_of(player) for player in ("a", "b", "c", "d", "e")]
+WHOLE_NAMES, BROKEN_NAME = NAMES[:4], NAMES[4]
+
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def recordings(tmp_path_factory):
     """Five recordings of five players, one of them broken, and their split."""
     folder = tmp_path_factory.mktemp("recordings")
-    names = [name_of(player) for player in ("a", "b", "c", "d", "e")]
-    for seed, name in enumerate(names):
+    for seed, name in enumerate(NAMES):
         write_pair(folder, name, 20, lines_of(19), seed)
-    (folder / f"{names[4]}.mp4").write_bytes(b"no video")
-    split = {"train": [names[0], names[1], names[4]], "validation": [names[2]], "test": [names[3]]}
+    (folder / f"{BROKEN_NAME}.mp4").write_bytes(b"no video")
+    a, b, c, d, e = NAMES
+    split = {"train": [a, b, e], "validation": [c], "test": [d]}
     (folder / "split.json").write_text(json.dumps(split))
     check_folder(folder, decode=True, progress=False)
-    return folder, names
+    return folder
 
 
-def content(folder, names):
-    """{file: bytes} of these recordings."""
-    return {f"{n}{s}": (folder / f"{n}{s}").read_bytes() for n in names for s in (".mp4", ".jsonl")}
-
-
-def test_what_was_left_out_is_known_where_the_rest_arrives(made, tmp_path):
-    folder, names = made
+def pack_and_unpack(folder, tmp_path):
+    """The recordings of a folder, where they arrive."""
     pack(folder, tmp_path / "parts")
-    unpack(tmp_path / "parts", tmp_path / "there")
-    there = tmp_path / "there"
-    assert [p.stem for p in find_recordings(there)] == sorted(names[:4])
-    assert content(there, names[:4]) == content(folder, names[:4])
-    assert split_recordings(there) == split_recordings(folder)
-    here, checks = read_checks(folder), read_checks(there)
-    assert set(checks) == set(names)  # every row holds where it arrives
-    for name in names:
-        assert {k: v for k, v in checks[name].items() if k != "files"} == {
-            k: v for k, v in here[name].items() if k != "files"
-        }
-    assert not checks[names[4]]["used"] and checks[names[4]]["why"]
-    rows = check_folder(there, progress=False)
-    assert [r["used"] for r in rows] == [True] * 4 and all(r["decoded"] for r in rows)
+    unpack(tmp_path / "parts", tmp_path / "arrived")
+    return tmp_path / "arrived"
 
 
-def test_split_holds_when_others_unpack_the_parts(made, tmp_path):
-    folder, names = made
-    for part in pack(folder, tmp_path / "parts"):
+def file_bytes(folder, names):
+    """{file: bytes} of these recordings."""
+    files = [f"{name}{suffix}" for name in names for suffix in (".mp4", ".jsonl")]
+    return {file: (folder / file).read_bytes() for file in files}
+
+
+def without_files(check):
+    """A recording's check without size and time of its files."""
+    return {key: value for key, value in check.items() if key != "files"}
+
+
+# Recordings
+
+
+def test_what_was_left_out_is_known_where_the_rest_arrives(recordings, tmp_path):
+    arrived = pack_and_unpack(recordings, tmp_path)
+    assert [path.stem for path in find_recordings(arrived)] == sorted(WHOLE_NAMES)
+    assert file_bytes(arrived, WHOLE_NAMES) == file_bytes(recordings, WHOLE_NAMES)
+    assert split_recordings(arrived) == split_recordings(recordings)
+    packed_checks, arrived_checks = read_checks(recordings), read_checks(arrived)
+    assert set(arrived_checks) == set(NAMES)  # every check holds where it arrives
+    for name in NAMES:
+        assert without_files(arrived_checks[name]) == without_files(packed_checks[name])
+    assert not arrived_checks[BROKEN_NAME]["used"]
+    assert arrived_checks[BROKEN_NAME]["why"]
+    rows = check_folder(arrived, progress=False)
+    assert [row["used"] for row in rows] == [True] * 4
+    assert all(row["decoded"] for row in rows)
+
+
+def test_split_holds_when_others_unpack_the_parts(recordings, tmp_path):
+    arrived = tmp_path / "arrived"
+    for part in pack(recordings, tmp_path / "parts"):
         with tarfile.open(part) as tar:
-            tar.extractall(tmp_path / "there")
-    assert split_recordings(tmp_path / "there") == split_recordings(folder)
-    assert set(read_checks(tmp_path / "there")) == set(names)
+            tar.extractall(arrived)
+    assert split_recordings(arrived) == split_recordings(recordings)
+    assert set(read_checks(arrived)) == set(NAMES)
 
 
-def test_checks_kept_in_the_cache_travel_too(made, tmp_path, monkeypatch):
-    """Of a folder that may only be read they are not beside the recordings."""
-    folder, names = made
+def test_checks_kept_in_the_cache_travel_too(recordings, tmp_path, monkeypatch):
+    """The checks of a folder that may only be read are not beside the recordings."""
     monkeypatch.setenv("MINECRAFT_JEPA_CACHE", str(tmp_path / "cache"))
-    here = tmp_path / "here"
-    shutil.copytree(folder, here)
-    (here / CHECKED).unlink()
-    write, refused = checks.write_json, []
+    folder = tmp_path / "read only"
+    shutil.copytree(recordings, folder)
+    (folder / CHECKED).unlink()
+    write_json, refused = checks.write_json, []
 
     def refuse(path, value):
-        if path == here / CHECKED:
+        if path == folder / CHECKED:
             refused.append(path)
             raise PermissionError(13, "Permission denied")
-        write(path, value)
+        write_json(path, value)
 
     monkeypatch.setattr(checks, "write_json", refuse)
-    check_folder(here, progress=False)
-    assert refused and not (here / CHECKED).exists()
-    unpack(pack(here, tmp_path / "parts")[0].parent, tmp_path / "there")
-    assert set(read_checks(tmp_path / "there")) == set(names)
-    assert split_recordings(tmp_path / "there") == split_recordings(here)
+    check_folder(folder, progress=False)
+    assert refused
+    assert not (folder / CHECKED).exists()
+    arrived = pack_and_unpack(folder, tmp_path)
+    assert set(read_checks(arrived)) == set(NAMES)
+    assert split_recordings(arrived) == split_recordings(folder)
 
 
 @pytest.mark.parametrize("by", ["manifest", "nothing"])
-def test_split_is_the_same_without_a_split_file(made, tmp_path, by):
-    folder, names = tmp_path / "here", made[1]
-    for name in names:
+def test_split_is_the_same_without_a_split_file(tmp_path, by):
+    folder = tmp_path / "recordings"
+    for name in NAMES:
         write_pair(folder, name, 20, lines_of(19))
-    (folder / f"{names[4]}.jsonl").write_text("{")
+    (folder / f"{BROKEN_NAME}.jsonl").write_text("{")
     if by == "manifest":
-        sides = dict(zip(names, ("train", "validation", "test", "train", "train")))
-        rows = {n: {"url": f"http://a/{n}.mp4", "side": side} for n, side in sides.items()}
-        (folder / "manifest.json").write_text(
-            json.dumps({"split_by": "player", "recordings": rows})
-        )
+        splits = zip(NAMES, ("train", "validation", "test", "train", "train"))
+        rows = {name: {"url": f"http://a/{name}.mp4", "side": split} for name, split in splits}
+        manifest = {"split_by": "player", "recordings": rows}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     check_folder(folder, progress=False)
-    pack(folder, tmp_path / "parts")
-    unpack(tmp_path / "parts", tmp_path / "there")
-    assert split_recordings(tmp_path / "there") == split_recordings(folder)
+    arrived = pack_and_unpack(folder, tmp_path)
+    assert split_recordings(arrived) == split_recordings(folder)
 
 
-def test_links_are_carried_as_the_files_they_point_to(made, tmp_path):
-    folder, names = made
+def test_links_are_carried_as_the_files_they_point_to(recordings, tmp_path):
     links = tmp_path / "links"
     links.mkdir()
-    for path in folder.iterdir():
-        if path.name != CHECKED and not path.name.startswith(names[4]):
+    for path in recordings.iterdir():
+        if path.name not in (CHECKED, "split.json") and not path.name.startswith(BROKEN_NAME):
             (links / path.name).symlink_to(path)
-    split = {
-        s: [n for n in found if n != names[4]] for s, found in split_recordings(folder).items()
-    }
-    (links / "split.json").unlink()
-    (links / "split.json").write_text(json.dumps(split))
-    os.link(folder / f"{names[0]}.mp4", links / "again.mp4")  # the same file once more
-    os.link(folder / f"{names[0]}.jsonl", links / "again.jsonl")
+    for suffix in (".mp4", ".jsonl"):  # the same file once more
+        os.link(recordings / f"{NAMES[0]}{suffix}", links / f"again{suffix}")
+    split = split_recordings(recordings)
+    split = {part: [n for n in names if n != BROKEN_NAME] for part, names in split.items()}
     split["train"].append("again")
     (links / "split.json").write_text(json.dumps(split))
-    unpack(pack(links, tmp_path / "parts")[0].parent, tmp_path / "there")
-    assert content(tmp_path / "there", names[:4]) == content(folder, names[:4])
-    assert (tmp_path / "there/again.mp4").read_bytes() == (folder / f"{names[0]}.mp4").read_bytes()
-    assert not any(p.is_symlink() for p in (tmp_path / "there").iterdir())
+    arrived = pack_and_unpack(links, tmp_path)
+    assert file_bytes(arrived, WHOLE_NAMES) == file_bytes(recordings, WHOLE_NAMES)
+    first_video = (recordings / f"{NAMES[0]}.mp4").read_bytes()
+    assert (arrived / "again.mp4").read_bytes() == first_video
+    assert not any(path.is_symlink() for path in arrived.iterdir())
 
 
 @pytest.mark.parametrize(
-    "file, told",
+    ("file", "message"),
     [
         ("store.json", "a clip store, not recordings"),
         ("shards.json", "a folder of shards, not recordings"),
     ],
 )
-def test_clip_store_in_place_of_recordings_is_told(tmp_path, file, told):
+def test_clip_store_in_place_of_recordings_is_told(tmp_path, file, message):
     (tmp_path / file).write_text("{}")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         pack(tmp_path, tmp_path / "parts")
     assert not (tmp_path / "parts").exists()
 
 
-def test_parts_are_of_the_size_asked_for(made, tmp_path):
-    folder, names = made
-    largest = max(map(len, content(folder, names[:4]).values()))
-    parts = pack(folder, tmp_path / "parts", largest + 12 * 1024)
-    assert len(parts) > 2 and max(p.stat().st_size for p in parts) <= largest + 12 * 1024
+def largest_file(folder):
+    return max(map(len, file_bytes(folder, WHOLE_NAMES).values()))
+
+
+def test_parts_are_of_the_size_asked_for(recordings, tmp_path):
+    largest, out = largest_file(recordings), tmp_path / "parts"
+    limit = largest + 12 * 1024
+    parts = pack(recordings, out, limit)
+    assert len(parts) > 2
+    assert max(part.stat().st_size for part in parts) <= limit
     with pytest.raises(ValueError, match="raise limit"):
-        pack(folder, tmp_path / "parts", largest)
-    assert sorted((tmp_path / "parts").iterdir()) == parts  # those of before
+        pack(recordings, out, largest)
+    assert sorted(out.iterdir()) == parts  # the earlier ones
 
 
-def made_part(folder, *members):
-    """part-000.tar of (TarInfo, bytes), as nobody honest would write it."""
+# Parts that can't be trusted
+
+
+def write_part(folder, *members):
+    """part-000.tar of (TarInfo, bytes), as `pack` would never write it."""
     folder.mkdir()
     with tarfile.open(folder / "part-000.tar", "w") as tar:
-        for member, data in members:
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+        for member, contents in members:
+            member.size = len(contents)
+            tar.addfile(member, io.BytesIO(contents))
     return folder
 
 
-def member(name, kind=tarfile.REGTYPE, target=""):
-    found = tarfile.TarInfo(name)
-    found.type, found.linkname = kind, target
-    return found
+def make_member(name, kind=tarfile.REGTYPE, target=""):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
 
 
 HOSTILE = {
-    "absolute": member("/tmp/outside.mp4"),
-    "up": member("../outside.mp4"),
-    "deep": member("a/b.mp4"),
-    "up from within": member("a/../../outside.mp4"),
-    "back slash": member("..\\outside.mp4"),
-    "hidden": member(".bashrc"),
-    "hidden recording": member(".a.mp4"),
-    "a program": member("train.py"),
-    "symbolic link": member("a.mp4", tarfile.SYMTYPE, "/etc/passwd"),
-    "hard link": member("a.mp4", tarfile.LNKTYPE, "../outside"),
-    "pipe": member("a.mp4", tarfile.FIFOTYPE),
-    "device": member("a.mp4", tarfile.CHRTYPE),
-    "block device": member("a.mp4", tarfile.BLKTYPE),
-    "folder": member("a.mp4", tarfile.DIRTYPE),
+    "absolute": make_member("/tmp/outside.mp4"),
+    "up": make_member("../outside.mp4"),
+    "deep": make_member("a/b.mp4"),
+    "up from within": make_member("a/../../outside.mp4"),
+    "back slash": make_member("..\\outside.mp4"),
+    "hidden": make_member(".bashrc"),
+    "hidden recording": make_member(".a.mp4"),
+    "a program": make_member("train.py"),
+    "symbolic link": make_member("a.mp4", tarfile.SYMTYPE, "/etc/passwd"),
+    "hard link": make_member("a.mp4", tarfile.LNKTYPE, "../outside"),
+    "pipe": make_member("a.mp4", tarfile.FIFOTYPE),
+    "device": make_member("a.mp4", tarfile.CHRTYPE),
+    "block device": make_member("a.mp4", tarfile.BLKTYPE),
+    "folder": make_member("a.mp4", tarfile.DIRTYPE),
 }
 
 
-@pytest.mark.parametrize("bad", HOSTILE.values(), ids=HOSTILE)
-def test_parts_that_lead_out_of_the_folder_are_refused(tmp_path, bad):
-    parts = made_part(tmp_path / "parts", (member("first.mp4"), b"fine"), (bad, b""))
+@pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
+def test_parts_that_lead_out_of_the_folder_are_refused(tmp_path, hostile):
+    honest = make_member("first.mp4")
+    parts = write_part(tmp_path / "parts", (honest, b"fine"), (hostile, b""))
     with pytest.raises(ValueError, match="do not trust these parts"):
-        unpack(parts, tmp_path / "there")
-    assert not (tmp_path / "there").exists() and sorted(tmp_path.iterdir()) == [parts]
+        unpack(parts, tmp_path / "arrived")
+    assert sorted(tmp_path.iterdir()) == [parts]
 
 
 def test_link_where_a_file_is_unpacked_is_not_followed(tmp_path):
-    outside, there = tmp_path / "outside", tmp_path / "there"
+    outside, arrived = tmp_path / "outside", tmp_path / "arrived"
     outside.write_text("mine")
-    there.mkdir()
+    arrived.mkdir()
     for name in ("a.mp4", "a.mp4.part"):
-        (there / name).symlink_to(outside)
-    strange = member("a.mp4")
-    strange.mode, strange.uid, strange.mtime = 0o6777, 0, 2**40
-    unpack(made_part(tmp_path / "parts", (strange, b"theirs")), there)
-    assert outside.read_text() == "mine" and not (there / "a.mp4").is_symlink()
-    assert (there / "a.mp4").read_bytes() == b"theirs" and (
-        there / "a.mp4"
-    ).stat().st_mode & 0o7000 == 0
+        (arrived / name).symlink_to(outside)
+    member = make_member("a.mp4")
+    member.mode, member.uid, member.mtime = 0o6777, 0, 2**40
+    unpack(write_part(tmp_path / "parts", (member, b"theirs")), arrived)
+    assert outside.read_text() == "mine"
+    unpacked = arrived / "a.mp4"
+    assert not unpacked.is_symlink()
+    assert unpacked.read_bytes() == b"theirs"
+    assert unpacked.stat().st_mode & 0o7000 == 0
 
 
-def test_part_that_is_missing_or_cut_is_named(made, tmp_path):
-    folder, names = made
-    largest = max(map(len, content(folder, names[:4]).values()))
-    parts = pack(folder, tmp_path / "parts", largest + 12 * 1024)
+def test_part_that_is_missing_or_cut_is_named(recordings, tmp_path):
+    out, arrived = tmp_path / "parts", tmp_path / "arrived"
+    parts = pack(recordings, out, largest_file(recordings) + 12 * 1024)
     assert len(parts) > 2
-    whole = parts[1].read_bytes()
-    for size in (0, 100, 700, len(whole) // 2, len(whole) - 10240, len(whole) - 1):
-        parts[1].write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="part-001.tar: no whole tar file"):
-            unpack(tmp_path / "parts", tmp_path / "there")
+    contents = parts[1].read_bytes()
+    num_bytes = len(contents)
+    for size in (0, 100, 700, num_bytes // 2, num_bytes - 10240, num_bytes - 1):
+        parts[1].write_bytes(contents[:size])
+        with pytest.raises(ValueError, match=r"part-001.tar: no whole tar file"):
+            unpack(out, arrived)
     parts[1].unlink()
-    with pytest.raises(ValueError, match="part-001.tar is missing; bring it too"):
-        unpack(tmp_path / "parts", tmp_path / "there")
-    assert not (tmp_path / "there").exists()
+    with pytest.raises(ValueError, match=r"part-001.tar is missing; bring it too"):
+        unpack(out, arrived)
+    assert not arrived.exists()
 
 
-def test_nothing_newer_than_the_first_python_3_11_is_used(made, tmp_path, monkeypatch):
+def test_nothing_newer_than_the_first_python_3_11_is_used(recordings, tmp_path, monkeypatch):
     """3.11.2's tarfile has neither `filter` nor what comes with it."""
     for name in ("data_filter", "tar_filter", "fully_trusted_filter", "FilterError"):
         monkeypatch.delattr(tarfile, name, raising=False)
     monkeypatch.setattr(tarfile.TarFile, "extractall", None)
     monkeypatch.setattr(tarfile.TarFile, "extract", None)
-    unpack(pack(made[0], tmp_path / "parts")[0].parent, tmp_path / "there")
-    assert split_recordings(tmp_path / "there")
+    assert split_recordings(pack_and_unpack(recordings, tmp_path))
 
 
-def test_recordings_of_other_parts_are_not_trained_on_too(made, tmp_path, monkeypatch):
-    folder, names = made
-    monkeypatch.setattr(remote, "train_all", lambda *words: {})
-    monkeypatch.setattr(remote, "make_accelerator", lambda *words: None)
-    pack(folder, tmp_path / "parts")
-    remote.train(tmp_path / "parts", tmp_path / "run", None)
-    remote.train(tmp_path / "parts", tmp_path / "run", None)  # again after a stop
-    write_pair(tmp_path / "run/recordings", "stray", 4, lines_of(4))
-    with pytest.raises(ValueError, match="stray.jsonl is there, and not in .*parts"):
-        remote.train(tmp_path / "parts", tmp_path / "run", None)
+def test_recordings_of_other_parts_are_not_trained_on_too(recordings, tmp_path, monkeypatch):
+    parts, run = tmp_path / "parts", tmp_path / "run"
+    monkeypatch.setattr(remote, "train_all", lambda *args: {})
+    monkeypatch.setattr(remote, "make_accelerator", lambda *args: None)
+    pack(recordings, parts)
+    remote.train(parts, run, None)
+    remote.train(parts, run, None)  # again after a stop
+    write_pair(run / "recordings", "stray", 4, lines_of(4))
+    with pytest.raises(ValueError, match=r"stray.jsonl is there, and not in .*parts"):
+        remote.train(parts, run, None)
 
 
 # Weights: no networks are needed, files of bytes will do
 
 
-def told(**over):
-    found = {
-        "preset": "tiny",
-        "steps": 7,
-        "decoder_steps": 3,
-        "seed": 1,
-        "device": "cpu",
-        "seconds": {"world_model": 60, "decoders": 60},
-        "train": ["a"],
-        "validation": ["b"],
-    }
-    return found | over
-
-
+SUMMARY = {
+    "preset": "tiny",
+    "steps": 7,
+    "decoder_steps": 3,
+    "seed": 1,
+    "device": "cpu",
+    "seconds": {"world_model": 60, "decoders": 60},
+    "train": ["a"],
+    "validation": ["b"],
+}
 CONFIG = {
     "train": {"batch": 4, "decoder_batch": 4},
     "frame": {"height": 48, "width": 80},
     "jepa": {"anti_collapse": "ema"},
 }
-JUDGED = {
+METHODS = "model", "copy_last", "other_actions", "noop"
+REPORT = {
     "recordings": ["c"],
-    "horizons": {
-        "1": {m: {"mean": 0.125} for m in ("model", "copy_last", "other_actions", "noop")}
-    },
+    "horizons": {"1": {method: {"mean": 0.125} for method in METHODS}},
 }
 
 
-def run_of(folder, weights, log=True, **over):
+def write_run(folder, weights, with_log=True, **changes):
     """A folder as training leaves it."""
     folder.mkdir(parents=True)
     for name in ("world_model", "dit", "head"):
         (folder / f"{name}.safetensors").write_bytes(f"{name} {weights}".encode() * 99)
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "training.json").write_text(json.dumps(told(**over)))
-    if log:
-        rows = [{"step": i, "loss": 1.0 / (i + 1)} for i in range(5)]
-        (folder / "world_model.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "training.json").write_text(json.dumps(SUMMARY | changes))
+    if with_log:
+        rows = [json.dumps({"step": i, "loss": 1.0 / (i + 1)}) for i in range(5)]
+        (folder / "world_model.jsonl").write_text("\n".join(rows) + "\n")
     return folder
 
 
-def judge(folder, **over):
-    """An evaluation beside the weights."""
-    (folder / "evaluate.json").write_text(json.dumps(JUDGED | over))
+def evaluate(folder, **changes):
+    """An evaluation beside the weights; returns their card."""
+    (folder / "evaluate.json").write_text(json.dumps(REPORT | changes))
     write_card(folder)
     return (folder / "README.md").read_text()
 
 
 def test_nothing_of_the_old_weights_stays_beside_new_ones(tmp_path):
-    target = run_of(tmp_path / "weights", "old", seed=1)
+    target = write_run(tmp_path / "weights", "old", seed=1)
     (target / "world_model.png").write_bytes(b"old picture")
     (target / "mine.txt").write_text("kept")
-    assert "| 1 | 0.125 |" in judge(target) and (target / "curves.png").is_file()
-    run = run_of(tmp_path / "run", "new", log=False, seed=2)
+    assert "| 1 | 0.125 |" in evaluate(target)
+    assert (target / "curves.png").is_file()
+    run = write_run(tmp_path / "run", "new", with_log=False, seed=2)
     cut_weights(run, run / "parts", 1000)
     bring(run / "parts", target)
     card = (target / "README.md").read_text()
-    assert "seed 2" in card and "0.125" not in card and "curves.png" not in card
-    kept = {p.name for p in run.iterdir() if p.is_file()} | {"README.md", "mine.txt"}
-    assert {p.name for p in target.iterdir()} == kept
+    assert "seed 2" in card
+    assert "0.125" not in card
+    assert "curves.png" not in card
+    brought = {path.name for path in run.iterdir() if path.is_file()}
+    assert {path.name for path in target.iterdir()} == brought | {"README.md", "mine.txt"}
 
 
 def test_the_same_weights_brought_again_keep_their_evaluation(tmp_path):
-    run = run_of(tmp_path / "run", "new", log=False)
+    run, target = write_run(tmp_path / "run", "new", with_log=False), tmp_path / "weights"
     cut_weights(run, run / "parts")
-    bring(run / "parts", tmp_path / "weights")
-    assert "0.125" in judge(tmp_path / "weights")
-    bring(run / "parts", tmp_path / "weights")
-    assert "0.125" in (tmp_path / "weights/README.md").read_text()
+    bring(run / "parts", target)
+    assert "0.125" in evaluate(target)
+    bring(run / "parts", target)
+    assert "0.125" in (target / "README.md").read_text()
 
 
 def test_card_shows_no_evaluation_of_other_weights(tmp_path, capsys):
-    folder = run_of(tmp_path / "weights", "mine", log=False)
-    mine = hashlib.sha256((folder / "world_model.safetensors").read_bytes()).hexdigest()
-    assert (
-        "0.125" in judge(folder, weights_identity={"sha256": mine}) and not capsys.readouterr().out
-    )
-    assert "0.125" not in judge(folder, weights_identity={"sha256": mine, "seed": 4242})
+    folder = write_run(tmp_path / "weights", "mine", with_log=False)
+    sha256 = hashlib.sha256((folder / "world_model.safetensors").read_bytes()).hexdigest()
+    assert "0.125" in evaluate(folder, weights_identity={"sha256": sha256})
+    assert not capsys.readouterr().out
+    assert "0.125" not in evaluate(folder, weights_identity={"sha256": sha256, "seed": 4242})
     assert "of other weights" in capsys.readouterr().out
-    assert "0.125" not in judge(folder, weights_identity={"sha256": "0" * 64})
+    assert "0.125" not in evaluate(folder, weights_identity={"sha256": "0" * 64})
     assert "evaluate.json: of other weights" in capsys.readouterr().out
-    assert "0.125" in judge(
-        folder
-    )  # an evaluation that names no weights, and is not older than they are
+    # An evaluation that names no weights counts if it is not older than they are.
+    assert "0.125" in evaluate(folder)
     os.utime(folder / "evaluate.json", (1, 1))
     write_card(folder)
     assert "0.125" not in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("lacks", ["config.json", "training.json", "world_model.safetensors"])
-def test_parts_without_a_whole_model_change_nothing(tmp_path, lacks):
-    run, target = run_of(tmp_path / "run", "new", False), run_of(tmp_path / "weights", "old", False)
-    before = {p.name: p.read_bytes() for p in target.iterdir()}
-    (run / lacks).unlink()
+def test_card_says_how_many_recordings_it_does_not_list(tmp_path):
+    names = [f"r{i:02d}" for i in range(30)]
+    folder = write_run(tmp_path / "weights", "mine", with_log=False, train=names)
+    write_card(folder)
+    card = (folder / "README.md").read_text()
+    assert "trained on 30 recordings: r00, r01" in card
+    assert "r23 and 6 more" in card
+
+
+@pytest.mark.parametrize("missing", ["config.json", "training.json", "world_model.safetensors"])
+def test_parts_without_a_whole_model_change_nothing(tmp_path, missing):
+    run = write_run(tmp_path / "run", "new", with_log=False)
+    target = write_run(tmp_path / "weights", "old", with_log=False)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    (run / missing).unlink()
     cut_weights(run, run / "parts")
-    with pytest.raises(ValueError, match=f"{lacks} is not listed"):
+    with pytest.raises(ValueError, match=f"{missing} is not listed"):
         bring(run / "parts", target)
-    assert {p.name: p.read_bytes() for p in target.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
 
 def test_no_folder_of_something_else_is_emptied_for_parts(tmp_path):
-    run = run_of(tmp_path / "run", "new", log=False)
+    run = write_run(tmp_path / "run", "new", with_log=False)
     before = sorted(run.iterdir())
     with pytest.raises(ValueError, match="give another folder for the parts"):
         cut_weights(run, run)

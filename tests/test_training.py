@@ -1,28 +1,35 @@
-"Training: killed at any moment it ends with the same bits, two processes do what one does, collapse is stopped, memory is planned."
+"""Training by the command line: what it leaves, resumes and refuses."""
 
-import dataclasses
-import itertools
 import json
-import math
-import multiprocessing
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from commands import refused
+<<<<<<< HEAD
 from safetensors.torch import load_file, save_file
 from soak import repeats
+=======
+from minecraft_jepa.cli import _option_of, main
+from training_runs import (
+    HELD_OUT,
+    ROOT,
+    TINY,
+    TRAIN,
+    folder_of,
+    interrupt,
+    spoil_gradients,
+    store_fixture,  # noqa: F401
+    weights,
+)
+>>>>>>> d5389816651e3593dbc3315416d642030dc712e2
 
 from minecraft_jepa.cli import _option_of, main
 from minecraft_jepa.config import preset
+<<<<<<< HEAD
 from minecraft_jepa.data import loader
 from minecraft_jepa.data.clip_store import ClipStore
 from minecraft_jepa.data.shard_reader import ShardWindows, deal_evenly
@@ -570,20 +577,24 @@ def test_run_that_does_not_fit_is_told_what_would():
         shared["optimizer"] == alone["optimizer"] // 4
         and shared["activations"] < 0.3 * alone["activations"]
     )
+=======
+from minecraft_jepa.training import checkpoints, pipeline
+from minecraft_jepa.training.train_world_model import train_world_model
+>>>>>>> d5389816651e3593dbc3315416d642030dc712e2
 
 
 @pytest.fixture
 def few(store, tmp_path):
-    "A store of its own with a split, which may be changed."
+    """A store of its own with a split, which may be changed."""
     folder = tmp_path / "few"
-    shutil.copytree(next(iter(store.folders.values())).parent, folder)
-    (folder / "split.json").write_text(
-        json.dumps({"train": TRAIN, "validation": HELD_OUT, "test": []})
-    )
+    shutil.copytree(folder_of(store), folder)
+    split = {"train": TRAIN, "validation": HELD_OUT, "test": []}
+    (folder / "split.json").write_text(json.dumps(split))
     return folder
 
 
 def command(data, out, *more, **changes):
+<<<<<<< HEAD
     "Words of the command line; `changes` are settings by their short names."
     settings = (
         TINY | {"steps": 4, "decoder_steps": 3, "evaluate_every": 2, "save_every": 2} | changes
@@ -595,12 +606,31 @@ def command(data, out, *more, **changes):
 def test_command_line_trains_and_goes_on(few, tmp_path, capsys):
     words = command(few, tmp_path / "run")
     done = subprocess.run(
+=======
+    """Words of the command line; `changes` are settings by their short names."""
+    settings = TINY | {"steps": 4, "decoder_steps": 3, "evaluate_every": 2, "save_every": 2}
+    options = []
+    for name, value in (settings | changes).items():
+        options += _option_of(f"{name}={value}").split()
+    return ["train", "--data", str(data), "--out", str(out), "--device", "cpu", *more, *options]
+
+
+def read_summary(out):
+    return json.loads((out / "training.json").read_text())
+
+
+def test_command_line_trains_and_goes_on(few, tmp_path, capsys):
+    out, words = tmp_path / "run", command(few, tmp_path / "run")
+    result = subprocess.run(
+>>>>>>> d5389816651e3593dbc3315416d642030dc712e2
         [sys.executable, "-m", "minecraft_jepa", *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
+        check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+<<<<<<< HEAD
     assert done.returncode == 0 and '"steps": 4' in done.stdout, done.stderr[-2000:]
     told = json.loads((tmp_path / "run/training.json").read_text())
     assert (told["train"], told["validation"]) == (TRAIN, HELD_OUT) and set(
@@ -621,6 +651,21 @@ def test_best_is_not_the_one_whose_latents_are_all_alike():
 
 @pytest.mark.parametrize(
     ("more", "said", "status"),
+=======
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert '"steps": 4' in result.stdout, result.stderr[-2000:]
+    summary = read_summary(out)
+    assert (summary["train"], summary["validation"]) == (TRAIN, HELD_OUT)
+    files = {"dit.safetensors", "head.safetensors", "world_model.safetensors"}
+    assert set(weights(out)) == files
+    assert main(words) == 0
+    assert "trained already" in capsys.readouterr().out
+    refused(capsys, [*words, "--train.stpes", "4"], "stpes.*meant: --train.steps", 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "status"),
+>>>>>>> d5389816651e3593dbc3315416d642030dc712e2
     [
         (["--train.lr", "nan"], "train: train.lr=nan must be a finite", 2),
         (["batch", "64"], "batch", 2),
@@ -631,10 +676,17 @@ def test_best_is_not_the_one_whose_latents_are_all_alike():
         (["--start", "/nonexistent"], "/nonexistent: no such folder", 1),
     ],
 )
+<<<<<<< HEAD
 def test_what_cannot_be_is_told_in_a_line(few, tmp_path, capsys, more, said, status):
     words = ["train", "--data", few, "--out", tmp_path / "out", "--device", "cpu", *more]
     refused(capsys, words, said, status)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))
+=======
+def test_what_cannot_be_is_told_in_a_line(few, tmp_path, capsys, options, message, status):
+    words = ["train", "--data", few, "--out", tmp_path / "out", "--device", "cpu", *options]
+    refused(capsys, words, message, status)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+>>>>>>> d5389816651e3593dbc3315416d642030dc712e2
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_a_line(few, tmp_path, capsys):
@@ -651,6 +703,7 @@ def test_cuda_without_a_gpu_is_told_as_the_notebooks_tell_it(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device='cuda', but torch sees no GPU here"):
         train_world_model(preset("tiny"), store, TRAIN, HELD_OUT, device="cuda")
+<<<<<<< HEAD
     refused(
         capsys,
         ["train", "--data", few, "--out", tmp_path / "out", "--device", "cuda"],
@@ -886,6 +939,17 @@ def interrupt(monkeypatch, module, name):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, name, stop)
+=======
+    words = ["train", "--data", few, "--out", tmp_path / "out", "--device", "cuda"]
+    refused(capsys, words, "torch sees no GPU here: take --device cpu")
+
+
+def test_the_same_run_started_twice_is_told(few, tmp_path, capsys):
+    lock = checkpoints._FolderLock(tmp_path / "out")
+    words = command(few, tmp_path / "out")
+    refused(capsys, words, f"a run is at work here already .process {os.getpid()} on ")
+    lock.release()
+>>>>>>> d5389816651e3593dbc3315416d642030dc712e2
 
 
 def test_a_run_goes_on_with_the_recordings_it_began_with(few, tmp_path, monkeypatch, capsys):
@@ -894,6 +958,7 @@ def test_a_run_goes_on_with_the_recordings_it_began_with(few, tmp_path, monkeypa
         interrupt(m, pipeline, "_train_decoders")
         assert main(words) == 1
         assert "stopped; the same command goes on" in capsys.readouterr().err
+<<<<<<< HEAD
     assert (out / "world_model.done").is_file() and not (out / "training.json").exists()
     shutil.copytree(
         few / TRAIN[0], few / "later"
@@ -910,6 +975,21 @@ def test_a_run_goes_on_with_the_recordings_it_began_with(few, tmp_path, monkeypa
         TRAIN,
         HELD_OUT,
     ) and "that the run began with" in capsys.readouterr().out
+=======
+    assert (out / "world_model.done").is_file()
+    assert not (out / "training.json").exists()
+
+    # A recording is added, and the recordings are split anew.
+    shutil.copytree(few / TRAIN[0], few / "later")
+    clip = few / "later/clip.json"
+    clip.write_text(clip.read_text().replace(TRAIN[0], "later"))
+    split = {"train": ["later"], "validation": HELD_OUT, "test": TRAIN}
+    (few / "split.json").write_text(json.dumps(split))
+    assert main(words) == 0
+    summary = read_summary(out)
+    assert (summary["train"], summary["validation"]) == (TRAIN, HELD_OUT)
+    assert "that the run began with" in capsys.readouterr().out
+>>>>>>> d5389816651e3593dbc3315416d642030dc712e2
 
 
 @pytest.mark.parametrize("when", ["begun", "half done", "all done", "all done by an older version"])
@@ -919,7 +999,7 @@ def test_another_seed_or_recipe_in_the_same_folder_is_refused_by_name(
     out, words = tmp_path / "out", command(few, tmp_path / "out")
     with monkeypatch.context() as m:
         if when == "begun":
-            spoil(m, {3, 4, 5, 6, 7, 8})
+            spoil_gradients(m, {3, 4, 5, 6, 7, 8})
             words = command(few, out, steps=9)
         if when == "half done":
             interrupt(m, pipeline, "_train_decoders")
@@ -927,6 +1007,7 @@ def test_another_seed_or_recipe_in_the_same_folder_is_refused_by_name(
     if when.endswith("version"):
         (out / "run.json").unlink()
         (out / "world_model.done").unlink()
+<<<<<<< HEAD
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     refused(
         capsys,
@@ -998,12 +1079,23 @@ def test_killed_between_the_last_step_and_the_final_files_no_step_is_done_again(
         and set(weights(tmp_path)) == {"dit.safetensors", "head.safetensors"}
         and not list(tmp_path.glob("*_checkpoints"))
     )
+=======
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    message = "holds another run .seed was 0, is 7.; run with those settings, or give another"
+    refused(capsys, [*words, "--seed", "7"], message + " folder")
+    message = "train.batch was 4, is 8; train.lr was 0.0008, is 1e-05"
+    refused(capsys, [*words, "--train.batch", "8", "--train.lr", "1e-5"], message)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    assert main(words) == 0  # its own settings go on, and are what training.json tells
+    assert read_summary(out)["seed"] == 0
+>>>>>>> d5389816651e3593dbc3315416d642030dc712e2
 
 
 def test_the_same_command_after_a_collapse_alarm_says_so_and_goes_on_only_when_told_to(
     few, tmp_path, capsys
 ):
     words = command(few, tmp_path / "out", rank_alarm=2.0, steps=6)
+<<<<<<< HEAD
     refused(capsys, words, "step 2: the latent is collapsing")
     refused(
         capsys,
@@ -1187,3 +1279,10 @@ def test_every_parameter_that_learns_has_a_task(store):
 
 def test_gradients_of_several_processes_are_kept_once():
     assert distributed.make_accelerator("cpu").ddp_handler.gradient_as_bucket_view
+=======
+    message = "step 2: the latent is collapsing"
+    refused(capsys, words, message)
+    refused(capsys, words, f"was stopped at {message}.*To go on all the same: --go-on")
+    assert main([*words, "--go-on"]) == 0
+    assert read_summary(tmp_path / "out")["steps"] == 6
+>>>>>>> d5389816651e3593dbc3315416d642030dc712e2

@@ -81,6 +81,9 @@ class _FileCache:
         return self.clips[name]
 
 # %% ../../nbs/data/09_clip_store.ipynb #64b128a6
+_MAX_LOADED_CLIPS = 16
+
+
 def _read_windows(clips, picks, ticks, rollout, far):
     """Frames and actions of `Clips.read`, of windows [(name, t)] that are known to exist."""
     if not picks:
@@ -137,9 +140,6 @@ def _refuse_window(clips, name, t, ticks, rollout):
     )
 
 # %% ../../nbs/data/09_clip_store.ipynb #55c639e3
-_MAX_LOADED_CLIPS = 16
-
-
 class Clips:
     """Clips by name, and windows from them."""
 

@@ -195,6 +195,16 @@ class _SkipCounter:
             times = f"for the {self.max_skipped}th time in a row"
             raise FloatingPointError(f"step {step}: {reason}, {times}: {_REMEDY}")
 
+
+def _make_row(step, numbers, grad_norm, lr):
+    """Row of the log of a step; JSON has no inf and nan, so these are left out."""
+    row = {"step": step}
+    row |= {name: value for name, value in numbers.items() if math.isfinite(value)}
+    row |= {"gradient_norm": grad_norm, "lr": lr}
+    if not math.isfinite(grad_norm):
+        row |= {"gradient_norm": None, "skipped": True}
+    return row
+
 # %% ../../nbs/training/04_trainer.ipynb #ad65fd6e
 class _TimeBudget:
     """Time that a run has spent, interruptions included, and how many steps still fit."""
@@ -227,6 +237,22 @@ class _TimeBudget:
         seconds_per_step = (time.monotonic() - self.pace_time) / (step - self.pace_step)
         return self.last_step(step, seconds_per_step)
 
+# %% ../../nbs/training/04_trainer.ipynb #384a0e2b
+def _load_newest_checkpoint(learner, checkpoint_dir, run, go_on):
+    """Load the newest usable checkpoint; returns its metadata, None without any."""
+    if not checkpoint_dir:
+        return None
+    about = find_checkpoint(checkpoint_dir, run, learner.can_load)
+    if not about:
+        return None
+    if about.get("alarm") and not go_on:
+        raise CollapseError(
+            f"{checkpoint_dir.parent} was stopped at step {about['step']}: {about['alarm']}. "
+            "To go on all the same: --go-on (go_on=True); to begin anew: another folder"
+        )
+    learner.load(about)
+    return about
+
 
 def _read_seconds_spent(checkpoint_dir, run, log, is_resumed, accelerator):
     """Seconds that a run spent before, also where it left no checkpoint; notes them for later."""
@@ -244,9 +270,6 @@ def _read_seconds_spent(checkpoint_dir, run, log, is_resumed, accelerator):
     return seconds
 
 # %% ../../nbs/training/04_trainer.ipynb #fa8a83e2
-_SHOWN = "loss", "dit", "head"  # numbers of the progress line
-
-
 class _ResumableTrainer:
     """State of a training between two steps: new, or read from the newest checkpoint."""
 
@@ -256,7 +279,8 @@ class _ResumableTrainer:
         self.name = job.what.replace("_", " ")
         self.checkpoint_dir = Path(folder) / f"{job.what}_checkpoints" if folder else None
         self.learner = _Learner(job, settings, accelerator)
-        self._restore(self._load_newest_checkpoint() or {})
+        about = _load_newest_checkpoint(self.learner, self.checkpoint_dir, job.run, go_on)
+        self._restore(about or {})
         self.log = Log(folder, job.what, self.first_step, self.is_main)
         if self.checkpoint_dir and minutes:
             spent_before = _read_seconds_spent(
@@ -274,22 +298,6 @@ class _ResumableTrainer:
             self.close()
             raise
         self.progress = Progress(self.name, self.schedule.steps, self.first_step)
-
-    def _load_newest_checkpoint(self):
-        """Load the newest usable checkpoint; returns its metadata, None without any."""
-        if not self.checkpoint_dir:
-            return None
-        about = find_checkpoint(self.checkpoint_dir, self.job.run, self.learner.can_load)
-        if not about:
-            return None
-        if about.get("alarm") and not self.go_on:
-            raise CollapseError(
-                f"{self.checkpoint_dir.parent} was stopped at step {about['step']}: "
-                f"{about['alarm']}. To go on all the same: --go-on (go_on=True); "
-                "to begin anew: another folder"
-            )
-        self.learner.load(about)
-        return about
 
     def _restore(self, about):
         """Take step, schedule, best score and time from a checkpoint's metadata; {}: start anew."""
@@ -351,6 +359,9 @@ class _ResumableTrainer:
         self.log.close()
 
 # %% ../../nbs/training/04_trainer.ipynb #1758da8e
+_SHOWN = "loss", "dit", "head"  # numbers of the progress line
+
+
 class Trainer(_ResumableTrainer):
     """Trains a `Job`. Its arguments are those of the function `fit`, with an accelerator."""
 
@@ -444,16 +455,6 @@ class Trainer(_ResumableTrainer):
             "seconds": self.time_budget.spent(),
         }
         self.learner.save(self.checkpoint_dir, self.step, about)
-
-
-def _make_row(step, numbers, grad_norm, lr):
-    """Row of the log of a step; JSON has no inf and nan, so these are left out."""
-    row = {"step": step}
-    row |= {name: value for name, value in numbers.items() if math.isfinite(value)}
-    row |= {"gradient_norm": grad_norm, "lr": lr}
-    if not math.isfinite(grad_norm):
-        row |= {"gradient_norm": None, "skipped": True}
-    return row
 
 # %% ../../nbs/training/04_trainer.ipynb #0f44a9bb
 def fit(job, settings, seed, device, folder=None, minutes=None, go_on=False):

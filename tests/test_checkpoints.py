@@ -1,0 +1,160 @@
+"""Checkpoints are whole, finite and of their own run; a folder belongs to one run at a time."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_runs import (
+    FORKS,
+    HELD_OUT,
+    SMALL,
+    TRAIN,
+    assert_same_weights,
+    losses,
+    store_fixture,  # noqa: F401
+    train_small,
+    train_until,
+    weights,
+)
+
+from minecraft_jepa.config import preset
+from minecraft_jepa.data.clip_store import ClipStore
+from minecraft_jepa.training import checkpoints, optim
+from minecraft_jepa.training.checkpoints import InUseError, find_checkpoint
+from minecraft_jepa.training.train_world_model import train_world_model
+from minecraft_jepa.training.trainer import CollapseError
+
+
+def collapse(store, folder, **changes):
+    """A run that stops with a collapse alarm at its first evaluation."""
+    config = preset("tiny", **SMALL, steps=20, rank_alarm=2.0, **changes)
+    with pytest.raises(CollapseError):
+        train_world_model(config, store, TRAIN, HELD_OUT, folder=folder)
+    return config
+
+
+def test_checkpoint_of_another_run_is_refused(store, tmp_path):
+    config = collapse(store, tmp_path, evaluate_every=4, save_every=4)
+    other = preset("tiny", **SMALL, steps=20, evaluate_every=4, rank_alarm=2.0, lr=1e-3)
+    message = r"another run .*train.lr was 0.0008, is 0.001.*give another folder"
+    with pytest.raises(ValueError, match=message):
+        train_world_model(other, store, TRAIN, HELD_OUT, folder=tmp_path)
+    with pytest.raises(ValueError, match="recordings was"):
+        train_world_model(config, store, TRAIN[:1], HELD_OUT, folder=tmp_path)
+
+
+def test_accumulate_is_part_of_what_a_run_is(store, tmp_path, monkeypatch):
+    changes = {"floor": 0.0, "steps": 6, "save_every": 2, "evaluate_every": 6}
+    train_until(store, tmp_path, 5, monkeypatch, **changes)
+    with pytest.raises(ValueError, match=r"train.accumulate was 1, is 2"):
+        train_small(store, tmp_path, accumulate=2, **changes)
+
+
+def test_other_recordings_under_the_same_names_are_another_run(store, tmp_path, monkeypatch):
+    changes = {"steps": 6, "save_every": 2, "evaluate_every": 6}
+    train_until(store, tmp_path, 5, monkeypatch, **changes)
+    other_source = {"source": {"mp4": {"sha256": "other"}}}
+    about = store.about | {TRAIN[0]: store.about[TRAIN[0]] | other_source}
+    with pytest.raises(ValueError, match="contents was"):
+        train_small(ClipStore(store.folders, about), tmp_path, **changes)
+
+
+def test_half_written_checkpoints_are_passed_over(store, tmp_path):
+    collapse(store, tmp_path, evaluate_every=5, save_every=2)
+    folder = tmp_path / "world_model_checkpoints"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["step_00000004", "step_00000005"]  # two are kept
+    (folder / ".step_00000009.part").mkdir()
+    (folder / ".step_00000009.part/rank_00000.safetensors").write_bytes(b"half")
+    (folder / "step_00000010").mkdir()  # without about.json, as a tool that copies might leave it
+    assert find_checkpoint(folder, {})["step"] == 5
+
+
+def test_no_checkpoint_holds_a_number_that_is_not_finite(tmp_path):
+    layer = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        layer.weight[0, 0] = math.inf
+    optimizer = optim.make_optimizer({layer: 1.0}, 1.0, 0.0)
+    with pytest.raises(FloatingPointError, match="step 3: a weight is not finite"):
+        checkpoints.save_checkpoint(tmp_path, 3, layer, optimizer, {})
+    assert not any(tmp_path.iterdir())
+
+
+def spoil(checkpoint, fault):
+    """Damage a checkpoint."""
+    path = checkpoint / "rank_00000.safetensors"
+    if fault == "nan":
+        tensors = load_file(path)
+        weight = next(t for name, t in tensors.items() if name.startswith("module/"))
+        weight.view(-1)[0] = math.nan
+        save_file(tensors, path)
+    elif fault == "cut short":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        (checkpoint / "about.json").write_text("{")
+
+
+@pytest.mark.parametrize("fault", ["nan", "cut short", "no about"])
+def test_a_checkpoint_that_is_not_sound_is_passed_over(store, tmp_path, monkeypatch, fault, capsys):
+    run, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
+    changes = {"steps": 8, "save_every": 2, "evaluate_every": 4}
+    train_small(store, uninterrupted, **changes)
+    train_until(store, run, 8, monkeypatch, **changes)
+    newest = max((run / "world_model_checkpoints").glob("step_*"))
+    spoil(newest, fault)
+    capsys.readouterr()
+    train_small(store, run, **changes)
+    message = f"{newest}: not readable or not finite; going back"
+    assert (message in capsys.readouterr().out) == (fault != "no about")
+    assert_same_weights(weights(run), weights(uninterrupted))
+    assert losses(run) == losses(uninterrupted)
+
+
+def test_a_folder_in_use_is_refused(store, tmp_path):
+    lock = checkpoints._FolderLock(tmp_path / "out")
+    with pytest.raises(InUseError, match=r"a run is at work here already \(process"):
+        train_small(store, tmp_path / "out")
+    lock.release()
+    train_small(store, tmp_path / "out", steps=1)
+    assert not (tmp_path / "out/.running").exists()
+
+
+def test_the_same_run_started_twice_is_told_on_a_disk_without_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_try_flock", lambda file: None)
+    lock = checkpoints._FolderLock(tmp_path)
+    with pytest.raises(InUseError):
+        checkpoints._FolderLock(tmp_path)
+    lock.release()
+
+    ended = FORKS.Process(target=int)
+    ended.start()
+    ended.join()
+    identity = checkpoints._process_identity()
+    killed = {"pid": ended.pid}  # it left its file
+    of_another_process = {"started": "1"}  # its number is another process's now
+    for change in (killed, of_another_process):
+        (tmp_path / ".running").write_text(json.dumps(identity | change))
+        checkpoints._FolderLock(tmp_path).release()
+
+
+def test_a_run_on_another_machine_is_told_while_its_heartbeat_moves(tmp_path, monkeypatch):
+    process_identity = checkpoints._process_identity
+
+    def identity_elsewhere():
+        return process_identity() | {"host": "elsewhere", "boot": "another"}
+
+    monkeypatch.setattr(checkpoints._FolderLock, "heartbeat_seconds", 0.1)
+    monkeypatch.setattr(checkpoints._FolderLock, "watch_seconds", 20.0)
+    # A lock that holds on one machine alone.
+    monkeypatch.setattr(checkpoints, "_try_flock", lambda file: True)
+    with monkeypatch.context() as m:
+        m.setattr(checkpoints, "_process_identity", identity_elsewhere)
+        lock = checkpoints._FolderLock(tmp_path)
+    with pytest.raises(InUseError, match="on elsewhere"):
+        checkpoints._FolderLock(tmp_path)
+    lock.stop.set()
+    lock.thread.join()
+    monkeypatch.setattr(checkpoints._FolderLock, "watch_seconds", 0.6)
+    checkpoints._FolderLock(tmp_path).release()

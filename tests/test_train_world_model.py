@@ -1,0 +1,253 @@
+"""The world model's training: collapse is stopped, the best model is kept, the log says why."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training_runs import (
+    HELD_OUT,
+    SMALL,
+    TINY,
+    TRAIN,
+    read_log,
+    shards_fixture,  # noqa: F401
+    store_fixture,  # noqa: F401
+    train_small,
+    weights,
+)
+
+from minecraft_jepa.config import preset
+from minecraft_jepa.data import loader
+from minecraft_jepa.data.clip_store import ClipStore
+from minecraft_jepa.model.world_model import WorldModel
+from minecraft_jepa.training import train_decoders as decoder_training
+from minecraft_jepa.training import train_world_model as world_model_training
+from minecraft_jepa.training.checkpoints import find_checkpoint
+from minecraft_jepa.training.train_decoders import train_decoders
+from minecraft_jepa.training.train_world_model import error_over_copying, train_world_model
+from minecraft_jepa.training.trainer import CollapseError
+
+
+def train(data, folder=None, start=None, seed=0, **changes):
+    """Train a world model with settings `SMALL | changes`."""
+    config = preset("tiny", **SMALL | changes)
+    return train_world_model(config, data, TRAIN, HELD_OUT, seed=seed, folder=folder, start=start)
+
+
+def test_chunks_of_a_batch_give_the_same_step_as_the_batch(store):
+    # The spread of a chunk is not that of the batch, so the variance hinge is left out.
+    changes = {"steps": 3, "evaluate_every": 3, "floor": 0.0}
+    _, rows = train(store, **changes)
+    _, rows_of_chunks = train(store, accumulate=4, **changes)
+    losses = [[row["loss"] for row in history] for history in (rows, rows_of_chunks)]
+    assert np.allclose(*losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({}, "floor=0.3"),
+        ({"anti_collapse": "sigreg"}, "sigreg"),
+        ({"anti_collapse": "vicreg", "floor": 0.0}, "vicreg"),
+    ],
+)
+def test_chunks_of_a_batch_with_a_loss_on_its_spread_are_refused(store, changes, setting):
+    message = f"accumulate=2 .*{setting} looks at the spread of the whole batch"
+    with pytest.raises(ValueError, match=message):
+        train_small(store, accumulate=2, **changes)
+
+
+def test_collapse_stops_the_run_with_advice(store, tmp_path):
+    message = r"step 4: the latent is collapsing: effective rank .* Try a smaller lr.*sigreg"
+    with pytest.raises(CollapseError, match=message):
+        train(store, tmp_path, steps=20, evaluate_every=4, rank_alarm=2.0)
+    assert find_checkpoint(tmp_path / "world_model_checkpoints", {})["step"] == 4
+
+
+def test_constant_encoder_is_kept_from_collapse_by_each_loss(store):
+    """A few steps at a large rate empty the latents; each of these losses keeps them apart."""
+    variants = {
+        "none": {"anti_collapse": "vicreg", "vicreg_std": 0.0, "vicreg_cov": 0.0},
+        "sigreg": {"anti_collapse": "sigreg", "slices": 128, "sigreg": 1.0},
+        "vicreg": {"anti_collapse": "vicreg"},
+        "variance hinge": {"floor": 1.0, "ema_start": 0.0, "ema_end": 0.0},
+    }
+    shared = {"steps": 60, "evaluate_every": 60, "lr": 3e-3, "encoder_lr": 1.0}
+    shared |= {"rank_alarm": 0.0, "std_alarm": 0.0}
+    std = {}
+    for name, changes in variants.items():
+        _, history = train(store, **shared, **changes)
+        std[name] = history[-1]["std"]
+    without = std.pop("none")
+    assert without < 0.7 * min(std.values()), (without, std)
+
+
+def test_a_run_may_start_from_the_weights_of_another(store, tmp_path):
+    first_folder = tmp_path / "first"
+    changes = {"steps": 2, "evaluate_every": 2, "rank_alarm": 0.0}
+    # Without the inverse-dynamics head that the next one has.
+    first, _ = train(store, first_folder, inverse=0.0, **changes)
+    started, _ = train(store, tmp_path / "started", first_folder, lr=1e-12, **changes)
+    random, _ = train(store, tmp_path / "random", seed=1, lr=1e-12, **changes)
+    frames = torch.randint(0, 256, (2, 3, 48, 80), dtype=torch.uint8)
+    z = first.encode(frames)
+    assert torch.allclose(started.encode(frames), z, atol=1e-4)
+    assert not torch.allclose(random.encode(frames), z, atol=1e-2)
+    with pytest.raises(ValueError, match="no such folder"):
+        train(store, start=tmp_path / "nowhere", **changes)
+
+
+def test_trains_from_shards(shards):
+    _, history = train(shards, steps=4, evaluate_every=4)
+    assert len(history) == 4
+    assert history[-1]["loss"] < 1
+
+
+def test_log_and_pictures_are_left(store, tmp_path):
+    model, history = train(store, tmp_path, steps=6, evaluate_every=3)
+    rows = read_log(tmp_path)
+    assert rows == history
+    assert {"step", "loss", "lr", "gradient_norm", "waited", "seconds"} <= rows[0].keys()
+    assert {"rank", "std", "correlation"} <= rows[2].keys()
+    assert list((tmp_path / "tensorboard/world_model").glob("events*"))
+    assert Image.open(tmp_path / "world_model.png").size == (8 * 80, 2 * 48)
+    train_decoders(model, store, TRAIN, steps=3, folder=tmp_path)
+    assert Image.open(tmp_path / "decoders.png").size == (6 * 80, 3 * 48)
+
+
+def test_log_tells_what_shapes_the_encoder(store):
+    _, history = train(store, steps=4, evaluate_every=2)
+    gradients = [row["encoder_gradients"] for row in history if "encoder_gradients" in row]
+    assert len(gradients) == 2
+    for norms in gradients:
+        assert set(norms) == {"prediction", "spread", "inverse_dynamics", "pitch"}
+        assert all(0 <= norm < math.inf for norm in norms.values())
+        assert norms["pitch"] > 0
+
+
+def test_last_third_feeds_more_ticks_back(store, monkeypatch):
+    rollouts, forward = [], WorldModel.forward
+
+    def forward_and_note(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        rollouts.append(len(out["errors"]))
+        return out
+
+    monkeypatch.setattr(WorldModel, "forward", forward_and_note)
+    train_small(store, steps=6, evaluate_every=6, rollout=2, rollout_late=5)
+    assert rollouts == [2, 2, 2, 2, 5, 5]
+
+
+def test_best_model_ships_the_ema_target_encoder(store, tmp_path):
+    model, _ = train(store, tmp_path, steps=6, evaluate_every=3)
+    pairs = zip(model.encoder.parameters(), model.teacher.parameters())
+    assert all(torch.equal(a, b) for a, b in pairs)
+    names = weights(tmp_path)["world_model.safetensors"]
+    assert not [name for name in names if name.startswith("teacher.")]
+
+
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_the_best_model_is_given_with_a_folder_and_without(
+    store, tmp_path, monkeypatch, with_folder
+):
+    # The first evaluation is the best.
+    monkeypatch.setattr(world_model_training, "error_over_copying", lambda row: row["step"])
+    folder = tmp_path if with_folder else None
+    model, history = train_small(store, folder, steps=4, evaluate_every=2, lr=0.1)
+    windows = loader._fixed_windows(store, HELD_OUT, 5, 8, 16, 0)
+    errors = world_model_training.validate(model, *windows)[0]["model"]
+    assert np.allclose(errors, history[1]["model"], rtol=1e-3)
+    assert not np.allclose(errors, history[3]["model"], rtol=1e-2)
+
+
+def test_best_is_not_the_one_whose_latents_are_all_alike():
+    """At the first evaluations of a run every error is tiny, that of copying too."""
+    early = {"model": [0, 0.023], "copy_last": [0, 0.027]}
+    late = {"model": [0, 0.072], "copy_last": [0, 0.126]}
+    assert error_over_copying(late) < error_over_copying(early)
+
+
+def test_error_relative_to_copying_where_it_is_not_defined():
+    assert error_over_copying({"model": [0.1, 0.1], "copy_last": [0.0, 0.0]}) == math.inf
+    assert math.isnan(error_over_copying({"model": [0.1, math.inf], "copy_last": [0.1, 0.1]}))
+
+
+def test_equal_frames_in_validation_are_told_by_name(store):
+    class BlackStore(ClipStore):
+        def read(self, *args, **kwargs):
+            frames, actions = super().read(*args, **kwargs)
+            return torch.zeros_like(frames), actions
+
+    black_store = BlackStore(store.folders, store.about)
+    message = f"validation recordings {HELD_OUT[0]}: all windows begin with the same picture"
+    with pytest.raises(ValueError, match=message):
+        train_small(black_store)
+
+
+def test_recordings_in_training_and_validation_are_refused(store):
+    message = f"recordings in both training and validation: {HELD_OUT[0]}"
+    with pytest.raises(ValueError, match=message):
+        train_world_model(preset("tiny"), store, [*TRAIN, *HELD_OUT], HELD_OUT)
+
+
+def test_whole_numbers_of_any_type_train(store):
+    config = preset("tiny", **TINY)
+    _, history = train_world_model(
+        config, store, TRAIN, HELD_OUT, steps=np.int16(2), seed=np.uint8(3)
+    )
+    assert len(history) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 2.5),
+        ("steps", 0),
+        ("steps", True),
+        ("seed", -1),
+        ("seed", None),
+        ("minutes", math.inf),
+        ("minutes", "x"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(store, name, value):
+    with pytest.raises(ValueError, match=f"{name}="):
+        train_world_model(preset("tiny", **TINY), store, TRAIN, HELD_OUT, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"inverse": 0.1, "tilt": 0.0},
+        {"inverse": 0.0},
+        {"rollout": 1},
+        {"kind": "adaln"},
+        {"anti_collapse": "sigreg", "slices": 8},
+        {"drop_latent": 0.0},
+    ],
+    ids=json.dumps,
+)
+def test_every_parameter_that_learns_has_a_task(store, monkeypatch, changes):
+    """Without one, several processes end at the second step."""
+    without_gradient, trained = [], []
+
+    def backward_once(job, *_):
+        job.module(*next(job.batches(0, 0, 1)))["loss"].backward()
+        parameters = job.module.named_parameters()
+        without_gradient.extend(n for n, p in parameters if p.requires_grad and p.grad is None)
+        trained.append(job.what)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(world_model_training, "fit", backward_once)
+    monkeypatch.setattr(decoder_training, "fit", backward_once)
+    config = preset("tiny", **TINY | changes)
+    with pytest.raises(KeyboardInterrupt):
+        train_world_model(config, store, TRAIN, HELD_OUT)
+    with pytest.raises(KeyboardInterrupt):
+        train_decoders(WorldModel(config), store, TRAIN)
+    assert trained == ["world_model", "decoders"]
+    assert not without_gradient

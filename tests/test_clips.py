@@ -19,14 +19,10 @@ import torch
 from commands import refused
 from hypothesis import given
 from hypothesis import strategies as st
-<<<<<<< HEAD
-=======
 from minecraft_jepa.cli import main
 from numbered_clips import NumberedClips
->>>>>>> d5389816651e3593dbc3315416d642030dc712e2
 from soak import repeats
 
-from minecraft_jepa.cli import main
 from minecraft_jepa.config import preset
 from minecraft_jepa.data import clip_store
 from minecraft_jepa.data.checks import check_folder
@@ -166,25 +162,6 @@ def change_recording(folder, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".mp4"])
-<<<<<<< HEAD
-def test_changed_source_is_refused_and_decoded_anew(folder, tmp_path, suffix, changed):
-    first = ClipStore.build(folder, FRAME, tmp_path / "store", progress=False)
-    old = first[SHORT].actions
-    changed(suffix)
-    assert np.array_equal(
-        ClipStore.open(tmp_path / "store", FRAME)[SHORT].actions, old
-    )  # without the source it can't be known
-    with pytest.raises(
-        StaleStore,
-        match=f"{SHORT} has changed since.*minecraft-jepa store {folder} {tmp_path}/store --preset tiny",
-    ):
-        ClipStore.open(tmp_path / "store", FRAME, folder)
-    assert (
-        main(["store", str(folder), str(tmp_path / "store"), "--preset", "tiny"]) == 0
-    )  # the command it names
-    assert not np.array_equal(ClipStore.open(tmp_path / "store", FRAME, folder)[SHORT].actions, old)
-    assert clips(tmp_path / "store") == [SHORT]
-=======
 def test_changed_source_is_refused_and_decoded_anew(folder, tmp_path, suffix):
     store_dir = tmp_path / "store"
     old_actions = build(folder, store_dir)[SHORT].actions
@@ -198,7 +175,6 @@ def test_changed_source_is_refused_and_decoded_anew(folder, tmp_path, suffix):
     new_actions = ClipStore.open(store_dir, FRAME, folder)[SHORT].actions
     assert not np.array_equal(new_actions, old_actions)
     assert clip_names(store_dir) == [SHORT]
->>>>>>> d5389816651e3593dbc3315416d642030dc712e2
 
 
 def test_touched_source_is_the_same(folder, tmp_path):
@@ -218,26 +194,6 @@ def test_store_of_another_size_or_format_is_refused(folder, tmp_path):
     with pytest.raises(StaleStore, match="not a clip store"):
         ClipStore.open(folder, FRAME)
     with pytest.raises(StaleStore, match=f"no clip of {OTHER}"):
-<<<<<<< HEAD
-        ClipStore.open(tmp_path / "store", FRAME, names=[OTHER])
-    about = tmp_path / "store/store.json"
-    about.write_text(about.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT - 1}'))
-    with pytest.raises(StaleStore, match=f"rm -r {tmp_path}/store && minecraft-jepa store"):
-        ClipStore.open(tmp_path / "store", FRAME)
-    assert ClipStore.build(folder, small, progress=False)[SHORT].frames.shape[2:] == (
-        24,
-        40,
-    )  # in the cache each size has its own
-
-
-def test_a_store_stands_in_for_the_recordings(store):
-    "`build` and `split_recordings` take a store where they take a folder of recordings."
-    folder = store.folders[SHORT].parent
-    assert (
-        ClipStore.build(folder, FRAME).folders == store.folders
-        and split_recordings(folder) == SPLIT
-    )
-=======
         ClipStore.open(store_dir, FRAME, names=[OTHER])
     settings = store_dir / "store.json"
     old_format = settings.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT - 1}')
@@ -247,7 +203,6 @@ def test_a_store_stands_in_for_the_recordings(store):
     # In the cache each size has its own store.
     in_cache = ClipStore.build(folder, small, progress=False)
     assert in_cache[SHORT].frames.shape[2:] == (24, 40)
->>>>>>> d5389816651e3593dbc3315416d642030dc712e2
 
 
 def test_clip_that_was_cut_short_is_refused(folder, tmp_path):
@@ -306,11 +261,7 @@ def build_in_a_fork(*args):
     if pid:
         return pid
     try:
-<<<<<<< HEAD
-        main(["store", *words])
-=======
         main(["store", *map(str, args)])
->>>>>>> d5389816651e3593dbc3315416d642030dc712e2
     finally:
         os._exit(0)
 
@@ -684,75 +635,7 @@ def test_reading_beyond_a_recording_is_refused(toy_store, t):
 NAMES = {"long": "n" * 240, "accents": "\u00e9" * 120, "dots": "with.dots.in it", "dash": "-dash"}
 
 
-<<<<<<< HEAD
-def test_clips_may_be_read_by_others(tmp_path):
-    old = os.umask(0o022)
-    try:
-        store = small(tmp_path)
-    finally:
-        os.umask(old)
-    for p in [store.folders["toy"], *store.folders["toy"].iterdir()]:
-        assert p.stat().st_mode & 0o044 == 0o044, p
-
-
-@pytest.mark.parametrize("number", ["EACCES", "EROFS", "ENOSPC", "ENOTDIR"])
-def test_disk_that_refuses_is_named_with_a_remedy(tmp_path, monkeypatch, capsys, number):
-    pairs.make_pair(tmp_path / "v", "toy", 4)
-    code = getattr(errno, number)
-
-    def refuse(path, *_):
-        raise OSError(code, os.strerror(code), None if number == "ENOSPC" else str(path))
-
-    monkeypatch.setattr(clip_store, "write_json", refuse)
-    with pytest.raises(
-        OSError, match=rf"{os.strerror(code)}; .*MINECRAFT_JEPA_CACHE.*'{tmp_path}/store"
-    ):
-        ClipStore.build(tmp_path / "v", FRAME, tmp_path / "store", progress=False, workers=1)
-    words = ["store", tmp_path / "v", tmp_path / "store", "--workers", "1"]
-    refused(capsys, words, "MINECRAFT_JEPA_CACHE")
-
-
-@pytest.mark.parametrize("number", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
-def test_disk_that_knows_no_locks_is_told_and_used(tmp_path, monkeypatch, capsys, number):
-    def flock(*_):
-        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    (tmp_path / "store/.other.part-1").mkdir(parents=True)  # perhaps another process at work
-    assert small(tmp_path).names == ["toy"] and (tmp_path / "store/.other.part-1").is_dir()
-    assert f"{tmp_path}/store: this disk does not lock files" in capsys.readouterr().err
-
-
-def test_killed_decoding_process_is_told_and_the_build_goes_on(tmp_path, monkeypatch, capsys):
-    for n in "abcd":
-        pairs.make_pair(tmp_path / "v", n, 4)
-    real = clip_store.decode_clip
-
-    def killed(path, *rest):
-        if path.stem in "cd":
-            os.kill(os.getpid(), 9)
-        real(path, *rest)
-
-    monkeypatch.setattr(clip_store, "decode_clip", killed)
-    words = ["store", str(tmp_path / "v"), str(tmp_path / "store"), "--workers", "2"]
-    text = refused(capsys, words, "a decoding process was killed")
-    assert "memory" in text and "--workers 1" in text
-    with pytest.raises(DecodingStopped):
-        ClipStore.build(tmp_path / "v", FRAME, tmp_path / "store", progress=False, workers=2)
-    assert issubclass(DecodingStopped, OSError)  # training's command tells these in a line
-    monkeypatch.setattr(clip_store, "decode_clip", real)
-    assert main(words) == 0
-    assert ClipStore.open(tmp_path / "store").names == list("abcd")
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["n" * 240, "\u00e9" * 120, "with.dots.in it", "-dash"],
-    ids=["long", "accents", "dots", "dash"],
-)
-=======
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
->>>>>>> d5389816651e3593dbc3315416d642030dc712e2
 def test_recordings_of_any_name_are_stored(tmp_path, name):
     frames, _ = make_toy_store(tmp_path, name).window(name, 20, 5)
     assert frames.shape == (2, 3, 48, 80)
@@ -762,47 +645,3 @@ def test_hidden_folders_are_no_clips(tmp_path):
     store = make_toy_store(tmp_path)
     shutil.copytree(store.folders["toy"], tmp_path / "store/.toy.part-1")
     assert ClipStore.open(tmp_path / "store").names == ["toy"]
-<<<<<<< HEAD
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of other tests
-@pytest.mark.parametrize(
-    "frames",
-    [
-        np.zeros((9, 3, 48, 80), np.uint8),
-        np.random.default_rng(0).integers(0, 255, (1, 3, 48, 80), dtype=np.uint8).repeat(9, 0),
-        np.zeros((1, 3, 48, 80), np.uint8),
-        np.zeros((2, 3, 48, 80), np.uint8),
-    ],
-    ids=["black", "still", "one frame", "two frames"],
-)
-@pytest.mark.parametrize("turn", [0.0, 0.1])
-def test_recordings_without_movement_can_be_looked_at(frames, turn):
-    shift, agreement = image_shift(frames)
-    assert (
-        len(shift) == len(agreement) == len(frames) - 1
-        and np.isfinite(agreement).all()
-        and (np.abs(shift) < 0.5).all()
-    )
-    assert lag_correlation(shift, agreement, np.full(len(frames), turn), [-1, 0, 1]) == [0.0] * 3
-    assert lag_correlation(
-        shift, np.ones(len(shift)), np.full(len(frames), turn), [np.int8(0)], sure=0
-    ) == [0.0]
-
-
-def test_workers_are_as_many_as_cores_allowed(tmp_path, monkeypatch):
-    for n in "abc":
-        pairs.make_pair(tmp_path / "v", n, 4)
-    asked = []
-    monkeypatch.setattr(clip_store, "cores_allowed", lambda: 2)
-    monkeypatch.setattr(
-        clip_store,
-        "_decode_all",
-        lambda paths, frame, store_dir, workers, progress: asked.append(workers) or [],
-    )
-    with pytest.raises(StaleStore):
-        ClipStore.build(tmp_path / "v", FRAME, tmp_path / "store", progress=False)
-    assert asked == [2]
-=======
->>>>>>> d5389816651e3593dbc3315416d642030dc712e2

@@ -1,4 +1,4 @@
-"Shared by all tests: no display, one thread, no time limits, and a clip store of their own."
+"Shared by all tests: no display, one thread, no time limits, and a cache of their own."
 
 import matplotlib
 import pytest
@@ -12,8 +12,8 @@ settings.load_profile("study")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def clips_apart(tmp_path_factory):
-    "Decode anew: a store filled by an earlier version must not hide a fault."
+def own_cache(tmp_path_factory):
+    "Clips are decoded anew: a store of an earlier version must not hide a fault."
     patch = pytest.MonkeyPatch()
     patch.setenv("MINECRAFT_JEPA_CACHE", str(tmp_path_factory.mktemp("cache")))
     yield

@@ -96,7 +96,7 @@ def test_every_preset_agrees_on_shapes(name):
             n,
             3 * f.patch**2,
         )
-        assert head._patches(z).shape == (2, n, 3 * f.patch**2)
+        assert head._predict_patches(z).shape == (2, n, 3 * f.patch**2)
 
 
 def test_attention_is_softmax_of_scaled_products():

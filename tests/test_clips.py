@@ -19,10 +19,10 @@ import torch
 from commands import refused
 from hypothesis import given
 from hypothesis import strategies as st
-from minecraft_jepa.cli import main
 from numbered_clips import NumberedClips
 from soak import repeats
 
+from minecraft_jepa.cli import main
 from minecraft_jepa.config import preset
 from minecraft_jepa.data import clip_store
 from minecraft_jepa.data.checks import check_folder

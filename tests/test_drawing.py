@@ -1,4 +1,4 @@
-"What a reader sees: the right key lights up, the arrow points the right way, files are whole."
+"""Pictures: the right key lights up, the arrow points the right way, files are whole."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ def box(name):
     return action_panel.action_boxes(HEIGHT, WIDTH)[name]
 
 
-def cut(picture, name):
+def crop(picture, name):
     x0, y0, x1, y1 = box(name)
     return picture[y0:y1, x0:x1]
 
@@ -45,59 +45,57 @@ def test_pressed_keys_change_their_own_pixels_only(names):
         action_panel.draw_action(a, HEIGHT, WIDTH).astype(int) for a in (NOOP, press(*names))
     )
     for name in PRESSABLE:
-        share = (cut(idle, name) != cut(pressed, name)).any(-1).mean()
+        changed = (crop(idle, name) != crop(pressed, name)).any(-1).mean()
         if name in names:
-            assert share > 0.5, name
+            assert changed > 0.5, name
         elif name not in ("attack", "use") or "pick" not in names:
-            assert share == 0, name  # the wheel stands between the two buttons
+            assert changed == 0, name  # the wheel lies between the two buttons
     for name in names:
-        cut(pressed, name)[:] = cut(idle, name)
+        crop(pressed, name)[:] = crop(idle, name)
     assert (idle == pressed).all()
 
 
 def test_wheel_shows_which_way_it_turned():
-    up, down = NOOP.copy(), NOOP.copy()
-    up[NAMES.index("dwheel")], down[NAMES.index("dwheel")] = 1, -1
-    idle, up, down = (action_panel.draw_action(a, HEIGHT, WIDTH) for a in (NOOP, up, down))
-    assert (cut(idle, "pick") != cut(up, "pick")).any() and (
-        cut(up, "pick") != cut(down, "pick")
-    ).any()
+    wheels = []
+    for notches in (0, 1, -1):
+        action = NOOP.copy()
+        action[NAMES.index("dwheel")] = notches
+        wheels.append(crop(action_panel.draw_action(action, HEIGHT, WIDTH), "pick"))
+    idle, up, down = wheels
+    assert (idle != up).any()
+    assert (up != down).any()
+
+
+def draw_dial(dx, dy):
+    return crop(action_panel.draw_action(press(dx=dx, dy=dy), HEIGHT, WIDTH), "camera").astype(int)
 
 
 def arrow(dx, dy):
-    "Centre and area of the arrow, from the middle of the dial, in pixels."
-    dial = cut(action_panel.draw_action(press(dx=dx, dy=dy), HEIGHT, WIDTH), "camera").astype(int)
+    "Centre of the arrow, from the middle of the dial, in pixels."
+    dial = draw_dial(dx, dy)
     y, x = np.nonzero(dial[..., 0] - dial[..., 2] > 100)
-    return np.array([x.mean() - (dial.shape[1] - 1) / 2, y.mean() - (dial.shape[0] - 1) / 2]), len(
-        x
-    )
+    return np.array([x.mean() - (dial.shape[1] - 1) / 2, y.mean() - (dial.shape[0] - 1) / 2])
 
 
 @pytest.mark.parametrize("angle", range(0, 360, 45))
 def test_arrow_points_where_the_camera_turns(angle):
-    turn = 6 * np.array(
-        [np.cos(np.radians(angle)), np.sin(np.radians(angle))]
-    )  # y grows downwards, as dy does
-    seen, _ = arrow(*turn)
-    assert seen @ turn / np.linalg.norm(seen) / 6 > 0.99
+    direction = np.array([np.cos(np.radians(angle)), np.sin(np.radians(angle))])
+    centre = arrow(*6 * direction)  # y grows downwards, as dy does
+    assert centre @ direction / np.linalg.norm(centre) > 0.99
 
 
 def test_longer_turns_have_longer_arrows_up_to_the_rim():
-    lengths = [np.linalg.norm(arrow(d, 0)[0]) for d in (0.5, 2, 8)]
-    assert lengths == sorted(lengths) and lengths[0] < lengths[-1] / 2
-    assert (
-        cut(action_panel.draw_action(press(dx=10), HEIGHT, WIDTH), "camera")
-        == cut(action_panel.draw_action(press(dx=90), HEIGHT, WIDTH), "camera")
-    ).all()
+    lengths = [np.linalg.norm(arrow(degrees, 0)) for degrees in (0.5, 2, 8)]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1] / 2
+    assert (draw_dial(10, 0) == draw_dial(90, 0)).all()
 
 
 def test_standing_still_has_no_arrow():
-    assert (
-        cut(action_panel.draw_action(NOOP, HEIGHT, WIDTH), "camera").astype(int)[..., 0] < 100
-    ).all()
+    assert (draw_dial(0, 0)[..., 0] < 100).all()
 
 
-@pytest.mark.parametrize("height,width", [(24, 120), (40, 160), (96, 320), (192, 1280)])
+@pytest.mark.parametrize(("height", "width"), [(24, 120), (40, 160), (96, 320), (192, 1280)])
 def test_panel_has_the_size_asked_for(height, width):
     assert action_panel.draw_action(press(KEYS[0]), height, width).shape == (height, width, 3)
 
@@ -117,23 +115,18 @@ def test_panels_hold_the_frames_pixel_by_pixel_and_in_order(frames, actions):
     for i, picture in enumerate(video.side_by_side(names, actions, scale=3)):
         assert picture.shape[1] == 2 * 240 + 3 * 12
         for x, panel in ((12, frames), (12 + 240 + 12, frames[::-1])):
-            assert (
-                picture[28 : 28 + 144, x : x + 240] == video.enlarge(panel[i], 3).transpose(1, 2, 0)
-            ).all()
+            expected = video.enlarge(panel[i], 3).transpose(1, 2, 0)
+            assert (picture[28 : 28 + 144, x : x + 240] == expected).all()
 
 
 def test_last_action_may_be_missing_and_keys_follow_the_tick(frames, actions):
-    whole, short = (
-        video.side_by_side({"real": frames}, actions),
-        video.side_by_side({"real": frames}, actions[:-1]),
-    )
-    assert (
-        all((a == b).all() for a, b in zip(whole[:-1], short[:-1]))
-        and (whole[-1] != short[-1]).any()
-    )
-    for picture, action in zip(whole, actions):
+    pictures = video.side_by_side({"real": frames}, actions)
+    without_last = video.side_by_side({"real": frames}, actions[:-1])
+    assert all((a == b).all() for a, b in zip(pictures[:-1], without_last[:-1]))
+    assert (pictures[-1] != without_last[-1]).any()
+    for picture, action in zip(pictures, actions):
         keys = action_panel.draw_action(action, 96 * picture.shape[1] // 530, picture.shape[1])
-        bottom = picture.shape[0] - 6  # half of the gap of 12 stands below the keys
+        bottom = picture.shape[0] - 6  # half of the gap of 12 is below the keys
         assert (picture[bottom - len(keys) : bottom] == keys).all()
 
 
@@ -145,26 +138,29 @@ def test_captions_count_from_the_first_tick(monkeypatch, frames, actions):
 
 
 def test_given_frame_is_marked(frames, actions):
-    amber = lambda picture: (picture[:28].astype(int)[..., 0] - picture[:28, :, 2] > 150).any()
-    marked = [amber(p) for p in video.side_by_side({"real": frames}, actions)]
+    def is_marked(picture):
+        caption = picture[:28].astype(int)
+        return (caption[..., 0] - caption[..., 2] > 150).any()  # amber
+
+    marked = [is_marked(p) for p in video.side_by_side({"real": frames}, actions)]
     assert marked == [True] + [False] * 4
-    assert not any(amber(p) for p in video.side_by_side({"real": frames}, actions, first=1))
+    assert not any(is_marked(p) for p in video.side_by_side({"real": frames}, actions, first=1))
 
 
 def test_torch_frames_draw_as_arrays_do(frames, actions):
     torch = pytest.importorskip("torch")
-    a, b = (
-        video.side_by_side({"real": frames}, actions),
-        video.side_by_side({"real": torch.from_numpy(frames)}, torch.from_numpy(actions)),
-    )
-    assert all((x == y).all() for x, y in zip(a, b))
+    tensors = {"real": torch.from_numpy(frames)}
+    pictures = video.side_by_side(tensors, torch.from_numpy(actions))
+    expected = video.side_by_side({"real": frames}, actions)
+    assert all((a == b).all() for a, b in zip(pictures, expected))
 
 
-@pytest.mark.parametrize("fps,delay", [(20, 50), (10, 100), (30, 30)])
+@pytest.mark.parametrize(("fps", "delay"), [(20, 50), (10, 100), (30, 30)])
 def test_gif_comes_back(tmp_path, frames, actions, fps, delay):
     pictures = video.side_by_side({"real": frames}, actions)
     gif = Image.open(video.save_gif(pictures, tmp_path / "new" / "a.gif", fps=fps, hold=0.2))
-    assert gif.n_frames == 5 and gif.info["loop"] == 0
+    assert gif.n_frames == 5
+    assert gif.info["loop"] == 0
     for i, picture in enumerate(pictures):
         gif.seek(i)
         assert gif.info["duration"] == delay + (200 if i == 4 else 0)
@@ -182,9 +178,16 @@ def test_gif_is_the_same_bytes_every_time(tmp_path, frames, actions):
 def test_a_failed_gif_leaves_the_old_one(tmp_path):
     path = video.save_gif([np.zeros((8, 8, 3), np.uint8)], tmp_path / "a.gif")
     old = path.read_bytes()
-    with pytest.raises(ValueError, match="frame 1 is uint8 .9, 8, 3."):
-        video.save_gif([np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8)], path)
-    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+    good, larger = np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8)
+    for pictures, message in (
+        ([good, larger], r"frame 1 is uint8 \(9, 8, 3\)"),
+        ([], "no frames to write"),
+        ([good / 255], "all must be uint8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            video.save_gif(pictures, path)
+        assert path.read_bytes() == old
+        assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_figure_without_its_numbers_is_not_saved(tmp_path):
@@ -211,7 +214,7 @@ def test_filmstrip_and_its_numbers(tmp_path, frames):
 
 
 @pytest.mark.parametrize(
-    "call,message",
+    ("call", "message"),
     [
         (lambda f, a: video.side_by_side({"real": f}, a[:2]), "5 frames"),
         (
@@ -244,18 +247,14 @@ def test_errors_say_what_does_not_fit(frames, actions, call, message):
 
 
 def figures(folder):
-    "Bytes of a figure of axes, and of one that the library makes by itself, without `style` before it."
-    made = style.save_figure(
-        plots.filmstrip({"real": np.full((3, 3, 48, 80), 90, np.uint8)}, ticks=(0, 2)),
-        folder,
-        "strip",
-        {},
-    )
+    "Bytes of a figure that the library makes without a call of `style` before, and of axes."
+    frames = np.full((3, 3, 48, 80), 90, np.uint8)
+    strip = style.save_figure(plots.filmstrip({"real": frames}, ticks=(0, 2)), folder, "strip", {})
     style.style()
     fig, ax = plt.subplots()
     ax.set_title("a title, 50 % & more_of_it")
     plots.horizon_plot(ax, [1, 2, 4], {"model": [{"mean": 1.0, "interval": [0.5, 1.5]}] * 3})
-    return made.read_bytes(), style.save_figure(fig, folder, "axes", {}).read_bytes()
+    return strip.read_bytes(), style.save_figure(fig, folder, "axes", {}).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -281,11 +280,11 @@ def figures(folder):
     ids=lambda rc: next(iter(rc)),
 )
 def test_a_users_matplotlibrc_neither_stops_nor_changes_a_figure(rc, tmp_path):
-    plain = figures(tmp_path)
+    expected = figures(tmp_path)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(rc)
-        assert figures(tmp_path) == plain
+        assert figures(tmp_path) == expected
 
 
 def test_a_figure_of_the_library_leaves_the_sessions_settings(frames):
@@ -302,7 +301,8 @@ def test_a_figure_is_shown_once_where_it_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(IPython.display, "display", shown.append)
     fig, _ = plt.subplots()
     path = style.save_figure(fig, tmp_path, "a", {})
-    assert [s.data for s in shown] == [path.read_bytes()] and fig.number not in plt.get_fignums()
+    assert [image.data for image in shown] == [path.read_bytes()]
+    assert fig.number not in plt.get_fignums()
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: None)  # a script
     fig, _ = plt.subplots()
     style.save_figure(fig, tmp_path, "a", {})
@@ -313,7 +313,7 @@ def test_a_figure_is_shown_once_where_it_is_made(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "how,told",
+    ("options", "message"),
     [
         ({"fps": 0}, "fps=0"),
         ({"fps": -1}, "fps=-1"),
@@ -332,25 +332,30 @@ def test_a_figure_is_shown_once_where_it_is_made(tmp_path, monkeypatch):
         ({"limit": float("nan")}, "limit=nan"),
     ],
 )
-def test_times_that_a_gif_cannot_have_are_told(how, told, tmp_path):
+def test_times_that_a_gif_cannot_have_are_refused(options, message, tmp_path):
     pictures = [np.full((8, 8, 3), i, np.uint8) for i in (0, 200)]
-    with pytest.raises(ValueError) as stop:
-        video.save_gif(pictures, tmp_path / "a.gif", **how)
-    assert told in str(stop.value) and "a.gif" in str(stop.value) and list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match=r"a\.gif: ") as error:
+        video.save_gif(pictures, tmp_path / "a.gif", **options)
+    assert message in str(error.value)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_equal_pictures_that_stand_too_long_are_told(tmp_path):
+def test_equal_pictures_that_stand_too_long_are_refused(tmp_path):
     with pytest.raises(ValueError, match="equal pictures stand for more than 655 seconds"):
         video.save_gif([np.zeros((8, 8, 3), np.uint8)] * 8, tmp_path / "a.gif", fps=0.01)
 
 
 def test_longest_times_and_a_single_picture(tmp_path):
-    one, two = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 200, np.uint8)
-    for pictures, how, times in (
-        ([one], {}, [550]),
-        ([one, two], {"hold": 655.3}, [50, 655350]),
-        ([one, two], {"fps": 100 / 65535, "hold": 0}, [655350] * 2),
-        ([one, two], {"fps": np.float32(10), "hold": np.int64(1)}, [100, 1100]),
+    dark, light = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 200, np.uint8)
+    for pictures, options, expected in (
+        ([dark], {}, [550]),
+        ([dark, light], {"hold": 655.3}, [50, 655350]),
+        ([dark, light], {"fps": 100 / 65535, "hold": 0}, [655350] * 2),
+        ([dark, light], {"fps": np.float32(10), "hold": np.int64(1)}, [100, 1100]),
     ):
-        gif = Image.open(video.save_gif(pictures, tmp_path / "a.gif", **how))
-        assert [gif.seek(i) or gif.info["duration"] for i in range(gif.n_frames)] == times
+        gif = Image.open(video.save_gif(pictures, tmp_path / "a.gif", **options))
+        milliseconds = []
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            milliseconds.append(gif.info["duration"])
+        assert milliseconds == expected

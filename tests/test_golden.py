@@ -149,7 +149,7 @@ def decoders_losses():
     z = torch.from_numpy(rng.normal(0, 1, shape).astype(np.float32))
     x = torch.from_numpy(rng.normal(0, 1, (*shape[:2], dit.out.out_features)).astype(np.float32))
     seen = dit.denoise(x, torch.tensor([0.1, 0.5, 0.9]), z)
-    drawn = head._patches(z)
+    drawn = head._predict_patches(z)
     (seen.square().mean() + drawn.square().mean()).backward()
     return {
         "denoised": summary(seen),

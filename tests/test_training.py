@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from commands import refused
-from minecraft_jepa.cli import _option_of, main
 from training_runs import (
     HELD_OUT,
     ROOT,
@@ -22,6 +21,7 @@ from training_runs import (
     weights,
 )
 
+from minecraft_jepa.cli import _option_of, main
 from minecraft_jepa.config import preset
 from minecraft_jepa.training import checkpoints, pipeline
 from minecraft_jepa.training.train_world_model import train_world_model

@@ -12,8 +12,9 @@ from ..data.actions import ACTION_NAMES, DEGREES_PER_PIXEL, NOOP, WINDOW
 from .env import CAMERA
 
 # %% ../../nbs/game/04_player.ipynb #5e36a33e
-_AT = {name: i for i, name in enumerate(ACTION_NAMES)}
-# ticks a key rests and is held, from .. to, drawn anew each time and for each key on its own
+_ACTION_INDEX = {name: i for i, name in enumerate(ACTION_NAMES)}
+_CAMERA_INDEX = [_ACTION_INDEX["dx"], _ACTION_INDEX["dy"]]
+# by mode and key: ticks that it is released (from, to), and ticks that it is held (from, to)
 HABITS = {
     "explore": {
         "w": ((3, 20), (20, 90)),
@@ -53,200 +54,256 @@ HABITS = {
         "attack": ((60, 160), (3, 15)),
     },
 }
-PITCH = {
-    "explore": (6, 16),
-    "dig": (24, 14),
-    "build": (38, 12),
-    "idle": (5, 14),
-    "swim": (4, 12),
-}  # degrees down: mean and spread of where it looks
-SLOTS = {"explore": range(9), "dig": range(4), "build": range(5, 9)}
-MIX = {
-    "explore": 0.52,
-    "dig": 0.19,
-    "build": 0.17,
-    "idle": 0.05,
-    "screen": 0.07,
-}  # what it begins next
-LENGTH = {
+# by mode: mean and standard deviation of the pitch that it looks at, degrees down
+PITCH = {"explore": (6, 16), "dig": (24, 14), "build": (38, 12), "idle": (5, 14), "swim": (4, 12)}
+SLOTS = {"explore": range(9), "dig": range(4), "build": range(5, 9)}  # of the hotbar, by mode
+# probability of each mode to come next
+MIX = {"explore": 0.52, "dig": 0.19, "build": 0.17, "idle": 0.05, "screen": 0.07}
+LENGTH = {  # ticks in a mode (from, to)
     "explore": (120, 400),
     "dig": (40, 120),
     "build": (60, 160),
     "idle": (8, 40),
     "swim": (40, 100),
     "screen": (40, 110),
-}  # ticks
+}
 
 # %% ../../nbs/game/04_player.ipynb #f86fee5e
-def glide(
-    right,  # degrees in all
-    down,
-    ticks,
-) -> list[tuple[float, float]]:
-    """A turn that speeds up and slows down like an eye or a hand, tick by tick."""
-    shape = (1 - np.cos(2 * np.pi * (np.arange(ticks) + 0.5) / ticks)) / ticks
-    return [(right * part, down * part) for part in shape]
+def glide(right, down, ticks) -> list[tuple[float, float]]:
+    """Plan a turn that speeds up and slows down as an eye or a hand does.
+
+    Args:
+        right: degrees of the whole turn.
+        down: degrees of the whole turn.
+        ticks: duration.
+
+    Returns:
+        (degrees right, degrees down) of each tick.
+    """
+    weights = (1 - np.cos(2 * np.pi * (np.arange(ticks) + 0.5) / ticks)) / ticks
+    return [(right * weight, down * weight) for weight in weights]
 
 
 class Gaze:
-    """Where the player looks: pauses, quick turns and slow pursuit, each planned as a whole."""
+    """Where the player looks: pauses, quick turns and slow pursuit, each planned as a whole.
+
+    Args:
+        random: NumPy's random generator.
+    """
 
     def __init__(self, random):
         self.random, self.plan, self.speed = random, [], 0.0
 
-    def look(
-        self,
-        mode,  # one of PITCH
-        pitch,  # degrees down, now
-        bored,  # whether there is nothing to see
-    ):
-        """Degrees right and down in this tick."""
+    def look(self, mode, pitch, bored):
+        """The turn of one tick.
+
+        Args:
+            mode: one of PITCH.
+            pitch: degrees down, now.
+            bored: whether there is nothing to see.
+
+        Returns:
+            Degrees right and down, (2,).
+        """
         if not self.plan:
             self.choose(*PITCH[mode], pitch, bored)
         return np.clip(self.plan.pop(0), -CAMERA, CAMERA)
 
     def choose(self, mean, spread, pitch, bored):
-        """Plan the next ticks."""
-        kind, random = self.random.choice(3, p=(0.2, 0.35, 0.45)), self.random
-        target = random.uniform(15, 40) if bored else np.clip(random.normal(mean, spread), -40, 65)
-        if kind == 1 or bored:
-            turn = np.clip(random.normal(0, 55), -150, 150)
-            self.plan = glide(
-                turn,
-                target - pitch,
-                max(
-                    int(random.integers(4, 12)),
-                    int(2 * max(abs(turn), abs(target - pitch)) / (CAMERA - 0.5)) + 1,
-                ),
-            )
-        elif kind == 0:
-            self.plan = [(0.0, 0.0)] * int(random.integers(3, 17))
+        """Plan the next ticks.
+
+        Args:
+            mean: of the pitch to look at, degrees down.
+            spread: its standard deviation.
+            pitch: degrees down, now.
+            bored: whether there is nothing to see.
+        """
+        kinds, probabilities = ("pause", "turn", "pursuit"), (0.2, 0.35, 0.45)
+        kind = kinds[self.random.choice(3, p=probabilities)]
+        if bored:
+            target = self.random.uniform(15, 40)
         else:
-            drift = random.normal(0, 1.2)  # degrees a tick
-            for _ in range(random.integers(12, 61)):
-                self.speed += 0.12 * (drift - self.speed) + random.normal(0, 0.4)
-                tilt = 0.05 * (target - pitch)
-                pitch += tilt
-                self.plan.append((self.speed, tilt + random.normal(0, 0.08)))
+            target = np.clip(self.random.normal(mean, spread), -40, 65)
+        if kind == "turn" or bored:
+            self._plan_turn(target - pitch)
+        elif kind == "pause":
+            self.plan = [(0.0, 0.0)] * int(self.random.integers(3, 17))
+        else:
+            self._plan_pursuit(pitch, target)
+
+    def _plan_turn(self, down):
+        """A quick turn sideways by a random angle, and down."""
+        right = np.clip(self.random.normal(0, 55), -150, 150)
+        ticks = int(self.random.integers(4, 12))
+        # the fastest tick of a turn is twice its mean
+        min_ticks = int(2 * max(abs(right), abs(down)) / (CAMERA - 0.5)) + 1
+        self.plan = glide(right, down, max(ticks, min_ticks))
+
+    def _plan_pursuit(self, pitch, target):
+        """A slow turn sideways whose speed drifts, while the pitch approaches its target."""
+        drift = self.random.normal(0, 1.2)  # degrees a tick
+        for _ in range(self.random.integers(12, 61)):
+            self.speed += 0.12 * (drift - self.speed) + self.random.normal(0, 0.4)
+            pitch_step = 0.05 * (target - pitch)
+            pitch += pitch_step
+            self.plan.append((self.speed, pitch_step + self.random.normal(0, 0.08)))
 
 # %% ../../nbs/game/04_player.ipynb #b89db64d
 class Senses:
-    """Notices darkness, plain sky, too much water, and that the player does not get on."""
+    """Notices darkness, plain sky, too much water, and a player who does not get on."""
 
     def __init__(self):
-        self.trail, self.dark, self.plain, self.wet, self.slow, self.lost = (
-            [],
-            0,
-            0,
-            0,
-            False,
-            False,
-        )
+        self.trail = []  # positions of the last ticks
+        self.dark, self.plain, self.wet = 0, 0, 0  # ticks in a row
+        self.slow = False  # whether it has hardly moved for 1.5 s
+        self.lost = False  # whether it had better be elsewhere
 
     def watch(self, state, picture):
-        """Take in a frame: the state and (H, W, 3) uint8. `slow`: hardly moved for 1.5 s; `lost`: better to be elsewhere."""
+        """Take in a frame.
+
+        Args:
+            state: of the frame.
+            picture: (H, W, 3) uint8.
+        """
         small = picture[::4, ::4].astype(int)
         view = small[: int(0.8 * len(small))]  # without the hotbar
+        contrast = np.abs(np.diff(view.mean(2), axis=1)).mean()
         self.dark = self.dark + 1 if view.mean() < 32 else 0
-        self.plain = self.plain + 1 if np.abs(np.diff(view.mean(2), axis=1)).mean() < 2 else 0
-        self.wet = (
-            self.wet + 1 if state["liquid"] else max(self.wet - 0.3, 0)
-        )  # who bobs at the surface is out of it every other tick
-        self.trail = (self.trail + [state["position"]])[-260:]
-        far = lambda ticks: (
-            np.linalg.norm(np.subtract(self.trail[-1], self.trail[-ticks]))
-            if len(self.trail) >= ticks
-            else np.inf
-        )
-        self.slow, self.lost = far(30) < 0.7, self.dark > 15 or self.wet > 110 or far(260) < 3
+        self.plain = self.plain + 1 if contrast < 2 else 0
+        # a swimmer at the surface is out of the water every other tick
+        self.wet = self.wet + 1 if state["liquid"] else max(self.wet - 0.3, 0)
+        self.trail = [*self.trail, state["position"]][-260:]
+        self.slow = self._distance(30) < 0.7
+        self.lost = self.dark > 15 or self.wet > 110 or self._distance(260) < 3
+
+    def _distance(self, ticks):
+        """Blocks between now and some ticks ago; inf where that is not known."""
+        if len(self.trail) < ticks:
+            return np.inf
+        return np.linalg.norm(np.subtract(self.trail[-1], self.trail[-ticks]))
 
 # %% ../../nbs/game/04_player.ipynb #4023bbc5
 class Player:
-    """Explores, digs, builds, swims, idles and looks into its inventory; every key rests and is held on its own."""
+    """Explores, digs, builds, swims, idles and looks into its inventory.
+
+    Args:
+        seed: random seed.
+    """
 
     def __init__(self, seed):
         self.random = np.random.default_rng(seed)
-        self.rest = np.zeros(2)  # of a pixel
+        self.rest = np.zeros(2)  # fractions of a pixel of the mouse
         self.arrive()
 
     def arrive(self):
-        """It stands at another place."""
+        """Start anew at another place."""
         self.senses, self.gaze = Senses(), Gaze(self.random)
         self.begin("explore")
 
     def begin(self, mode):
-        """Change what it is at."""
-        self.mode, self.left, self.age, self.keys = mode, self.between(LENGTH[mode]), 0, {}
-        self.slot = (
-            int(self.random.choice(list(SLOTS[mode])))
-            if mode in SLOTS and self.random.random() < 0.8
-            else None
-        )
+        """Change the mode.
+
+        Args:
+            mode: one of LENGTH.
+        """
+        self.mode = mode
+        self.left, self.age = self.between(LENGTH[mode]), 0  # ticks to go, ticks since
+        self.keys = {}  # by key: whether it is held, and for how many ticks more
+        self.slot = None
+        if mode in SLOTS and self.random.random() < 0.8:
+            self.slot = int(self.random.choice(list(SLOTS[mode])))
 
     def between(self, limits):
+        """Draw a whole number.
+
+        Args:
+            limits: smallest and largest.
+        """
         return int(self.random.integers(limits[0], limits[1] + 1))
 
     def press(self, action):
-        """Keys, slot and wheel."""
-        for name, (rests, holds) in HABITS[self.mode].items():
-            down, left = self.keys.get(name) or (
-                False,
-                self.between((0, rests[1])) if name != "w" else 0,
-            )
-            if left <= 0:
-                down, left = not down, self.between(rests if down else holds)
-            self.keys[name] = down, left - 1
-            action[_AT[name]] = down
+        """Press keys, choose a slot, turn the wheel.
+
+        Args:
+            action: (28,), written to.
+        """
+        for name, (released_ticks, held_ticks) in HABITS[self.mode].items():
+            if name in self.keys:
+                is_held, remaining = self.keys[name]
+            else:
+                is_held = False
+                remaining = self.between((0, released_ticks[1])) if name != "w" else 0
+            if remaining <= 0:
+                is_held = not is_held
+                remaining = self.between(held_ticks if is_held else released_ticks)
+            self.keys[name] = is_held, remaining - 1
+            action[_ACTION_INDEX[name]] = is_held
         if self.slot is not None and self.age in (2, 3):
-            action[_AT["1"] + self.slot] = 1
+            action[_ACTION_INDEX["1"] + self.slot] = 1
         elif self.random.random() < 0.004:
-            action[_AT["dwheel"]] = self.random.choice((-1, 1))
+            action[_ACTION_INDEX["dwheel"]] = self.random.choice((-1, 1))
 
     def handle_screen(self, action, free, cursor):
-        """Open the inventory, move the cursor between its slots, click, close it."""
+        """Open the inventory, move the cursor between its slots, click, close it.
+
+        Args:
+            action: (28,), written to.
+            free: whether a GUI is open.
+            cursor: its position as fractions of the picture, (2,).
+        """
         if not free:
             if self.age > 12:
                 self.begin("explore")  # it did not open, or is closed again
             else:
-                action[_AT["e"]] = self.age in (1, 2)
+                action[_ACTION_INDEX["e"]] = self.age in (1, 2)
         elif self.left <= 0:
-            action[_AT["e" if self.left % 12 > 5 else "escape"]] = self.left % 6 > 2
+            key = "e" if self.left % 12 > 5 else "escape"
+            action[_ACTION_INDEX[key]] = self.left % 6 > 2
         else:
             if self.age % 14 == 5 or self.age < 6:
                 self.aim = self.random.uniform((0.3, 0.55), (0.7, 0.9))
-            step = np.clip(0.25 * (self.aim - cursor), -0.05, 0.05) + self.random.normal(
-                0, 0.003, 2
-            )
-            action[[_AT["dx"], _AT["dy"]]] = step * WINDOW * DEGREES_PER_PIXEL
-            action[_AT["attack"]] = self.age % 14 in (2, 3)
+            step = np.clip(0.25 * (self.aim - cursor), -0.05, 0.05)
+            step = step + self.random.normal(0, 0.003, 2)  # fractions of the picture
+            action[_CAMERA_INDEX] = step * WINDOW * DEGREES_PER_PIXEL
+            action[_ACTION_INDEX["attack"]] = self.age % 14 in (2, 3)
 
     def act(self, state, picture, free, cursor) -> np.ndarray:
-        """The next action, (28,), from a state, its picture, whether a screen is open, and the cursor's place in shares of the picture."""
-        action, self.age, self.left = NOOP.copy(), self.age + 1, self.left - 1
+        """Choose the next action.
+
+        Args:
+            state: of the frame.
+            picture: (H, W, 3) uint8.
+            free: whether a GUI is open.
+            cursor: its position as fractions of the picture, (2,).
+
+        Returns:
+            Action (28,).
+        """
+        action = NOOP.copy()
+        self.age, self.left = self.age + 1, self.left - 1
         if not free:
             self.senses.watch(state, picture)
-        if free and self.mode != "screen":
+        self._choose_mode(state, free)
+        if self.mode == "screen":
+            self.handle_screen(action, free, np.array(cursor))
+            return action
+        walks = self.keys.get("w", (False,))[0]
+        if self.senses.slow and walks and not self.gaze.plan:  # against a wall
+            right = self.random.choice((-1, 1)) * self.random.uniform(70, 170)
+            self.gaze.plan = glide(right, 0, self.between((35, 45)))
+            self.senses.trail = self.senses.trail[-1:]
+        self.press(action)
+        bored = self.senses.plain > 15
+        action[_CAMERA_INDEX] = self.gaze.look(self.mode, state["pitch"], bored)
+        return action
+
+    def _choose_mode(self, state, gui_open):
+        """Begin another mode where it is time, or where the game asks for it."""
+        if self.mode == "screen":
+            return
+        if gui_open:
             self.begin("screen")
-        elif self.mode == "screen":
-            pass
         elif state["liquid"] and self.mode != "swim":
             self.begin("swim")
         elif self.left <= 0:
             self.begin(str(self.random.choice(list(MIX), p=list(MIX.values()))))
-        if self.mode == "screen":
-            self.handle_screen(action, free, np.array(cursor))
-        else:
-            if (
-                self.senses.slow and self.keys.get("w", (False,))[0] and not self.gaze.plan
-            ):  # against a wall
-                self.gaze.plan = glide(
-                    self.random.choice((-1, 1)) * self.random.uniform(70, 170),
-                    0,
-                    self.between((35, 45)),
-                )
-                self.senses.trail = self.senses.trail[-1:]
-            self.press(action)
-            action[[_AT["dx"], _AT["dy"]]] = self.gaze.look(
-                self.mode, state["pitch"], self.senses.plain > 15
-            )
-        return action

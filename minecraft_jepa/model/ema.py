@@ -12,33 +12,46 @@ import math
 import torch
 
 # %% ../../nbs/model/03_ema.ipynb #291d096f
-def frozen_copy(
-    module,  # left as it is
-):
-    """A copy that hears no gradient."""
+def frozen_copy(module):
+    """Copy a module; the copy gets no gradient.
+
+    Args:
+        module: left as it is.
+
+    Returns:
+        The copy.
+    """
     return copy.deepcopy(module).requires_grad_(False)
 
 
 @torch.no_grad()
-def ema_update(
-    slow,  # changed in place
-    fast,  # same architecture
-    momentum,  # share of the old value that is kept
-):
-    """Move every parameter of `slow` by 1 - momentum towards `fast`. Buffers are copied: a running count has no meaningful average."""
-    torch._foreach_lerp_(
-        list(slow.parameters()), [p.detach() for p in fast.parameters()], 1 - momentum
-    )
-    for a, b in zip(slow.buffers(), fast.buffers()):
-        a.copy_(b)
+def ema_update(slow, fast, momentum):
+    """Move every parameter of `slow` by 1 - momentum towards `fast`.
+
+    Buffers are copied: a running count has no meaningful average.
+
+    Args:
+        slow: module that is changed in place.
+        fast: module of the same architecture.
+        momentum: fraction of the old value that is kept.
+    """
+    targets = list(slow.parameters())
+    torch._foreach_lerp_(targets, [p.detach() for p in fast.parameters()], 1 - momentum)
+    for target, source in zip(slow.buffers(), fast.buffers()):
+        target.copy_(source)
 
 # %% ../../nbs/model/03_ema.ipynb #da7bb174
-def momentum_at(
-    step,  # 0 .. steps
-    steps,  # length of the run
-    start,  # momentum at step 0
-    end,  # and at the last step
-):
-    """Momentum of the teacher at `step`."""
-    done = min(step / max(steps, 1), 1)
-    return end - (end - start) * (math.cos(math.pi * done) + 1) / 2
+def momentum_at(step, steps, start, end):
+    """Momentum of the target encoder by its cosine schedule. BYOL, sec. 3.2.
+
+    Args:
+        step: 0 .. steps; later ones keep the last value.
+        steps: length of the run.
+        start: momentum at step 0.
+        end: momentum at the last step.
+
+    Returns:
+        A float.
+    """
+    progress = min(step / max(steps, 1), 1)
+    return end - (end - start) * (math.cos(math.pi * progress) + 1) / 2

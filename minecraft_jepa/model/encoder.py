@@ -13,77 +13,106 @@ from torch import nn
 from .layers import FeedForward, as_tensor, layer_norm, sincos_grid
 
 # %% ../../nbs/model/04_encoder.ipynb #0356eb9b
-def normalise(
-    frames,  # (b, 3, H, W), uint8 or float in 0..1
-):
-    """Frames as float in -1..1. ValueError for another type, shape or range, with the remedy."""
+def normalise(frames):
+    """Scale frames to -1..1.
+
+    Args:
+        frames: (b, 3, H, W), uint8 or float in 0..1.
+
+    Returns:
+        Float frames (b, 3, H, W).
+
+    Raises:
+        ValueError: for another type, shape or range, with the remedy.
+    """
     frames = as_tensor(frames, "frames")
+    shape = tuple(frames.shape)
     if frames.ndim != 4 or frames.shape[1] != 3:
-        told = f"frames are {tuple(frames.shape)}, expected (batch, 3, height, width)"
-        raise ValueError(told + _remedy(tuple(frames.shape)))
+        raise ValueError(
+            f"frames are {shape}, expected (batch, 3, height, width){_shape_remedy(shape)}"
+        )
     if frames.dtype == torch.uint8:
         return frames.float() / 255 * 2 - 1
     if not frames.is_floating_point():
         raise ValueError(f"frames are {frames.dtype}, expected uint8 or float in 0..1")
     if type(frames) is torch.Tensor and frames.device.type != "meta" and frames.numel():
-        frames = _in_range(frames)
+        frames = _scale_to_unit(frames)
     return frames * 2 - 1
 
 
-def _remedy(shape):
-    """What makes frames of another shape fit."""
+def _shape_remedy(shape):
+    """What makes frames of another shape fit, for the end of an error."""
     if len(shape) == 4 and shape[-1] == 3:
         return ": frames.permute(0, 3, 1, 2) puts the colours first"
     if len(shape) == 3 and 3 in (shape[0], shape[-1]):
-        last = "" if shape[0] == 3 else ".permute(2, 0, 1)"
-        return f": frames{last}[None] is a batch of one"
-    return ": frames.flatten(0, 1) makes one batch of clips" if len(shape) == 5 else ""
+        permute = "" if shape[0] == 3 else ".permute(2, 0, 1)"
+        return f": frames{permute}[None] is a batch of one"
+    if len(shape) == 5:
+        return ": frames.flatten(0, 1) makes one batch of clips"
+    return ""
 
 
 @torch.compiler.disable
-def _in_range(frames):
-    """Float frames in 0..1. Whole numbers up to 255 are bytes in another type, and are divided."""
+def _scale_to_unit(frames):
+    """Float frames in 0..1. Whole numbers up to 255 are bytes of another type, and are divided."""
     low, high = (float(x) for x in frames.detach().aminmax())
     if low >= -1e-3 and high <= 1 + 1e-3:  # a resized frame may overshoot
         return frames
     if low >= 0 and high <= 255 and bool((frames == frames.round()).all()):
         return frames / 255
+    # nan fails both comparisons
     raise ValueError(
         f"frames hold {low:g} .. {high:g}, expected uint8 or float in 0..1: "
         "divide by 255, or hand over uint8"
-    )  # nan ends here too
+    )
 
 # %% ../../nbs/model/04_encoder.ipynb #03ccf428
 class Encoder(nn.Module):
-    """ViT without class token. (b, 3, H, W) -> (b, n, d)"""
+    """ViT without class token: (b, 3, H, W) -> (b, n, d).
 
-    def __init__(
-        self,
-        config,  # uses `frame` and `encoder`
-    ):
+    Args:
+        config: uses `frame` and `encoder`.
+    """
+
+    def __init__(self, config):
         super().__init__()
-        f, e = config.frame, config.encoder
-        self.size = f.height, f.width
+        frame, encoder = config.frame, config.encoder
+        self.size = frame.height, frame.width
         self.vit = VisionTransformer(
             img_size=self.size,
-            patch_size=f.patch,
-            embed_dim=e.width,
-            depth=e.depth,
-            num_heads=e.heads,
+            patch_size=frame.patch,
+            embed_dim=encoder.width,
+            depth=encoder.depth,
+            num_heads=encoder.heads,
             class_token=False,
             global_pool="",
             num_classes=0,
             pos_embed="learn",
             mlp_layer=FeedForward,
         )
-        del self.vit.pos_embed  # fixed, so a buffer takes the place of timm's parameter
-        self.vit.register_buffer("pos_embed", sincos_grid(f.grid, e.width)[None], persistent=False)
+        del self.vit.pos_embed  # fixed, so a buffer replaces timm's parameter
+        positions = sincos_grid(frame.grid, encoder.width)[None]  # (1, n, d)
+        self.vit.register_buffer("pos_embed", positions, persistent=False)
 
     def forward(self, frames):
+        """Encode frames.
+
+        Args:
+            frames: (b, 3, H, W), uint8 or float in 0..1.
+
+        Returns:
+            Latents (b, n, d).
+
+        Raises:
+            ValueError: for another type, shape, size or range, with the remedy.
+        """
         frames = as_tensor(frames, "frames")
-        if frames.ndim == 4 and frames.shape[1] == 3 and tuple(frames.shape[-2:]) != self.size:
+        size = tuple(frames.shape[-2:])
+        if frames.ndim == 4 and frames.shape[1] == 3 and size != self.size:
             raise ValueError(
-                f"frames are {frames.shape[-2]}x{frames.shape[-1]}, this encoder takes {self.size[0]}x{self.size[1]}: resize them, or use the preset they were stored for"
+                f"frames are {size[0]}x{size[1]}, this encoder takes "
+                f"{self.size[0]}x{self.size[1]}: resize them, or use the preset they were "
+                "stored for"
             )
         weight = self.vit.patch_embed.proj.weight
         x = normalise(frames).to(weight.device, weight.dtype)

@@ -11,32 +11,29 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from minecraft_jepa.viz.style import (
-    _OF_TRUTH,
+    _TRUE_LATENT,
     COLOURS,
     DPI,
     MARKERS,
     TICKS_PER_SECOND,
-    _in_our_style,
     _label,
+    _with_style,
     colours,
 )
 from .video import _check_panels, enlarge, tick_caption
 
 # %% ../../nbs/viz/04_plots.ipynb #f7a16327
-@_in_our_style
-def filmstrip(
-    rows,  # caption -> uint8 frames (k, 3, h, w), frame 0 is the given frame
-    ticks=(0, 1, 2, 4, 8, 15),  # frames shown
-    notes=None,  # caption -> a short text under each frame shown, e.g. its PSNR
-    scale=None,  # how many times a frame is enlarged; default: to about 200 pixels
-) -> plt.Figure:
-    """A figure of rows of frames, for `save_figure`."""
-    rows, notes = _check_panels(rows), notes or {}
-    k, _, h, w = next(iter(rows.values())).shape
+_STRIP_GAP, _STRIP_TOP, _NOTE_HEIGHT = 8, 76, 30  # pixels
+
+
+def _check_strip(rows, ticks, notes):
+    """ValueError when ticks or notes do not fit the rows."""
+    num_frames = len(next(iter(rows.values())))
     for tick in ticks:
-        if not 0 <= tick < k:
+        if not 0 <= tick < num_frames:
             raise ValueError(
-                f"tick {tick}: the rows hold frames 0 to {k - 1}; leave it out or roll out further"
+                f"tick {tick}: the rows hold frames 0 to {num_frames - 1}; "
+                "leave it out or roll out further"
             )
     for name, texts in notes.items():
         if name not in rows:
@@ -45,87 +42,102 @@ def filmstrip(
             raise ValueError(
                 f"notes for {name!r}: {len(texts)} texts for {len(ticks)} ticks; give one for each"
             )
-    scale = scale or max(1, round(200 / w))
-    h, w, gap, left, top = h * scale, w * scale, 8, 28 + 15 * max(map(len, rows)), 76
-    below = {name: 30 if name in notes else 0 for name in rows}
-    width, height = left + len(ticks) * (w + gap), top + sum(h + gap + below[n] for n in rows)
-    fig = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI, layout="none")
-    y = height - top
+
+
+@_with_style
+def filmstrip(rows, ticks=(0, 1, 2, 4, 8, 15), notes=None, scale=None) -> plt.Figure:
+    """Draw rows of frames, for `save_figure`.
+
+    Args:
+        rows: {caption: uint8 frames (k, 3, h, w)}, of which frame 0 is the given frame.
+        ticks: frames that are shown.
+        notes: {caption: short texts under the frames, one a tick}, e.g. their PSNR.
+        scale: how many times a frame is enlarged; None: to about 200 pixels.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: rows, ticks and notes do not fit together.
+    """
+    rows, notes = _check_panels(rows), notes or {}
+    _check_strip(rows, ticks, notes)
+    _, _, height, width = next(iter(rows.values())).shape
+    scale = scale or max(1, round(200 / width))
+    height, width = height * scale, width * scale
+    left = 28 + 15 * max(map(len, rows))  # pixels for the captions
+    below = {name: _NOTE_HEIGHT if name in notes else 0 for name in rows}
+    figure_width = left + len(ticks) * (width + _STRIP_GAP)
+    figure_height = _STRIP_TOP + sum(height + _STRIP_GAP + below[name] for name in rows)
+    size = figure_width / DPI, figure_height / DPI  # inches
+    axes_size = width / figure_width, height / figure_height
+    fig = plt.figure(figsize=size, dpi=DPI, layout="none")
+
+    def write(x, y, text, **style):
+        fig.text(x / figure_width, y / figure_height, text, **style)
+
+    y = figure_height - _STRIP_TOP
     for i, (name, frames) in enumerate(rows.items()):
-        y -= h
-        fig.text(
-            (left - 16) / width,
-            (y + h / 2) / height,
-            name,
-            ha="right",
-            va="center",
-            fontsize=11,
-            fontweight="bold",
-        )
+        y -= height
+        bold = {"fontsize": 11, "fontweight": "bold"}
+        write(left - 16, y + height / 2, name, ha="right", va="center", **bold)
         for j, tick in enumerate(ticks):
-            x = left + j * (w + gap)
-            ax = fig.add_axes((x / width, y / height, w / width, h / height))
-            ax.imshow(
-                enlarge(frames[tick], scale).transpose(1, 2, 0), interpolation="none", aspect="auto"
-            )
+            x = left + j * (width + _STRIP_GAP)
+            ax = fig.add_axes((x / figure_width, y / figure_height, *axes_size))
+            frame = enlarge(frames[tick], scale).transpose(1, 2, 0)  # (h, w, 3)
+            ax.imshow(frame, interpolation="none", aspect="auto")
             ax.set_axis_off()
+            middle = x + width / 2
             if i == 0:
-                fig.text(
-                    (x + w / 2) / width,
-                    (y + h + 14) / height,
-                    _heading(tick),
-                    ha="center",
-                    va="bottom",
-                    fontsize=10,
-                    linespacing=1.15,
-                )
+                heading = tick_caption(tick).replace(", ", "\n")
+                style = {"fontsize": 10, "linespacing": 1.15}
+                write(middle, y + height + 14, heading, ha="center", va="bottom", **style)
             if name in notes:
-                fig.text(
-                    (x + w / 2) / width,
-                    (y - 5) / height,
-                    notes[name][j],
-                    ha="center",
-                    va="top",
-                    fontsize=9,
-                    color="#555555",
-                )
-        y -= gap + below[name]
+                style = {"fontsize": 9, "color": "#555555"}
+                write(middle, y - 5, notes[name][j], ha="center", va="top", **style)
+        y -= _STRIP_GAP + below[name]
     return fig
 
-
-def _heading(tick):
-    return tick_caption(tick).replace(", ", "\n")
-
 # %% ../../nbs/viz/04_plots.ipynb #4872b07a
-def horizon_plot(
-    ax,  # matplotlib axes
-    horizons,  # ticks ahead, e.g. [1, 2, 4, 8, 15]
-    series,  # method -> list of {"mean", "interval": [lo, hi]}, one a horizon
-    ylabel="latent error",
-):
-    """Lines with bands of confidence over the horizon, and a legend in the order of the last means."""
+def horizon_plot(ax, horizons, series, ylabel="latent error"):
+    """Draw errors with confidence bands over the horizon, and a legend ordered by the last means.
+
+    Args:
+        ax: matplotlib axes.
+        horizons: ticks ahead, e.g. [1, 2, 4, 8, 15].
+        series: {method: list of {"mean", "interval": [low, high]}, one a horizon}.
+        ylabel: label of the vertical axis.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: a method has another number of points than there are horizons.
+    """
     for name, points in series.items():
         if len(points) != len(horizons):
             raise ValueError(
                 f"{name}: {len(points)} points for {len(horizons)} horizons; give one for each"
             )
+    lines = {}
     for name, colour in colours(series).items():
-        points, main = series[name], name == "model"
-        mean = [p["mean"] for p in points]
-        lo, hi = zip(*(p.get("interval") or (p["mean"],) * 2 for p in points))
-        ax.fill_between(horizons, lo, hi, color=colour, alpha=0.18, linewidth=0)
-        ax.plot(
+        means = [point["mean"] for point in series[name]]
+        intervals = [point.get("interval") or (point["mean"],) * 2 for point in series[name]]
+        is_model = name == "model"
+        low, high = zip(*intervals)
+        ax.fill_between(horizons, low, high, color=colour, alpha=0.18, linewidth=0)
+        (lines[name],) = ax.plot(
             horizons,
-            mean,
-            "--" if name.endswith(_OF_TRUTH) else "-",
+            means,
+            "--" if name.endswith(_TRUE_LATENT) else "-",
             color=colour,
-            marker=MARKERS.get(name.removesuffix(_OF_TRUTH), "o"),
+            marker=MARKERS.get(name.removesuffix(_TRUE_LATENT), "o"),
             label=_label(name),
-            linewidth=2.6 if main else 1.6,
+            linewidth=2.6 if is_model else 1.6,
             markeredgecolor="white",
             markeredgewidth=0.8,
-            markersize=7.5 if main else 6.5,
-            zorder=3 if main else 2,
+            markersize=7.5 if is_model else 6.5,
+            zorder=3 if is_model else 2,
         )
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_locator(FixedLocator(list(horizons)))
@@ -133,41 +145,46 @@ def horizon_plot(
     ax.set_xticks(list(horizons), [str(h) for h in horizons])
     ax.set_xlabel(f"ticks ahead ({TICKS_PER_SECOND} ticks = 1 s)")
     ax.set_ylabel(ylabel)
-    last = np.argsort([-points[-1]["mean"] for points in series.values()], kind="stable")
-    lines = ax.get_lines()[-len(series) :]
-    ax.legend(handles=[lines[i] for i in last])
+    by_last_mean = sorted(lines, key=lambda name: -series[name][-1]["mean"])
+    ax.legend(handles=[lines[name] for name in by_last_mean])
     return ax
 
 # %% ../../nbs/viz/04_plots.ipynb #c2d06af5
-def curves_plot(
-    ax,  # matplotlib axes
-    rows,  # list of dicts, one a line of the log
-    names,  # columns to draw
-    x="step",  # column of the horizontal axis
-    smooth: int = 1,  # rows in the running mean; the raw curve stays behind it, faint
-    ylabel="loss",
-):
-    """One curve a column, over the rows that have it."""
-    known = sorted({key for row in rows for key in row})
+def curves_plot(ax, rows, names, x="step", smooth: int = 1, ylabel="loss"):
+    """Draw one curve for each column of a log, over the rows that have it.
+
+    Args:
+        ax: matplotlib axes.
+        rows: list of dicts, one for each line of the log.
+        names: columns to draw.
+        x: column of the horizontal axis.
+        smooth: rows in the running mean; the raw curve is drawn behind it, faint.
+        ylabel: label of the vertical axis.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: no row has a column.
+    """
+    columns = sorted({key for row in rows for key in row})
     for name in (x, *names):
-        if name not in known:
-            raise ValueError(
-                f"no row of the log has {name!r}; it has {', '.join(known) or 'no rows'}"
-            )
+        if name not in columns:
+            listed = ", ".join(columns) or "no rows"
+            raise ValueError(f"no row of the log has {name!r}; it has {listed}")
     for name, colour in colours(names).items():
-        xs, ys = zip(
-            *((row[x], row[name]) for row in rows if x in row and row.get(name) is not None)
-        )
-        few = len(ys) <= 30  # sparse: evaluations, each a point
-        if smooth > 1 and not few:
+        points = [(row[x], row[name]) for row in rows if x in row and row.get(name) is not None]
+        xs, ys = zip(*points)
+        is_sparse = len(ys) <= 30  # evaluations, drawn as points
+        if smooth > 1 and not is_sparse:
             ax.plot(xs, ys, color=colour, alpha=0.25, linewidth=0.8)
         ax.plot(
             xs,
-            ys if few else _running_mean(ys, smooth),
+            ys if is_sparse else _running_mean(ys, smooth),
             color=colour,
-            marker="o" if few else None,
+            marker="o" if is_sparse else None,
             label=_label(name),
-            zorder=3 if few else 2,
+            zorder=3 if is_sparse else 2,
             markeredgecolor="white",
             markeredgewidth=0.8,
         )
@@ -178,105 +195,109 @@ def curves_plot(
     return ax
 
 
-def _running_mean(values, rows):
-    """Mean over `rows` neighbours, half of them to come: an exponential mean would lag behind a falling loss."""
-    rows = min(rows, len(values))
-    window = np.ones(rows)
-    return np.convolve(values, window, "same") / np.convolve(
-        np.ones(len(values)), window, "same"
-    )  # fewer at both ends
+def _running_mean(values, num_rows):
+    """Mean over `num_rows` neighbours on both sides, fewer at both ends.
+
+    An exponential mean would lag behind a falling loss.
+    """
+    window = np.ones(min(num_rows, len(values)))
+    num_values = np.convolve(np.ones(len(values)), window, "same")
+    return np.convolve(values, window, "same") / num_values
 
 # %% ../../nbs/viz/04_plots.ipynb #65c5175a
-@_in_our_style
-def compare_plot(
-    compared,  # of `evaluation.compare`: quantity -> (first, second, whether the second is better)
-    names=("first", "second"),  # what the runs are called
-):
-    """A dot for each run, a panel for each kind of quantity; gives figure and axes."""
+def _by_kind(quantities):
+    """Group quantities: 'R2 of pitch' -> 'R2', 'error, 4 ticks' -> 'error'."""
     kinds = {}
-    for quantity in compared:
-        kinds.setdefault(quantity.split(",")[0].split(" of ")[0], []).append(quantity)
+    for quantity in quantities:
+        kind = quantity.split(",")[0].split(" of ")[0]
+        kinds.setdefault(kind, []).append(quantity)
+    return kinds
+
+
+@_with_style
+def compare_plot(compared, names=("first", "second")):
+    """Draw a dot for each run, with a panel for each kind of quantity.
+
+    Args:
+        compared: {quantity: (first, second, whether the second is better)}, of
+            `evaluation.compare`.
+        names: names of the two runs.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        ValueError: nothing to compare.
+    """
+    kinds = _by_kind(compared)
     if not kinds:
         raise ValueError(
-            "nothing to compare: the two reports share no quantity; evaluate both with the same version"
+            "nothing to compare: the two reports share no quantity; "
+            "evaluate both with the same version"
         )
-    fig, axes = plt.subplots(
-        1,
-        len(kinds),
-        figsize=(3.8 * len(kinds), 0.8 + 0.32 * max(map(len, kinds.values()))),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = 3.8 * len(kinds), 0.8 + 0.32 * max(map(len, kinds.values()))
+    fig, axes = plt.subplots(1, len(kinds), figsize=size, squeeze=False, layout="constrained")
     for ax, (kind, quantities) in zip(axes[0], kinds.items()):
-        for y, quantity in enumerate(quantities):
-            first, second, better = compared[quantity]
-            ax.plot(
-                [first, second],
-                [y, y],
-                color=COLOURS["model" if better else "linear"],
-                linewidth=2,
-                zorder=1,
-            )
-        first, second, better = zip(*(compared[q] for q in quantities))
-        ax.scatter(
-            first,
-            range(len(quantities)),
-            s=36,
-            facecolor="white",
-            edgecolor="#222222",
-            label=names[0],
-        )
-        ax.scatter(
-            second,
-            range(len(quantities)),
-            s=44,
-            color=[COLOURS["model" if b else "linear"] for b in better],
-            label=names[1],
-        )
-        ax.set_yticks(
-            range(len(quantities)),
-            [
-                q.removeprefix(kind).lstrip(", ").removeprefix("of ").replace("_", " ")
-                for q in quantities
-            ],
-        )
+        first, second, is_better = zip(*(compared[quantity] for quantity in quantities))
+        colour = [COLOURS["model" if better else "linear"] for better in is_better]
+        rows = range(len(quantities))
+        for y in rows:
+            ax.plot([first[y], second[y]], [y, y], color=colour[y], linewidth=2, zorder=1)
+        ax.scatter(first, rows, s=36, facecolor="white", edgecolor="#222222", label=names[0])
+        ax.scatter(second, rows, s=44, color=colour, label=names[1])
+        labels = []
+        for quantity in quantities:
+            label = quantity.removeprefix(kind).lstrip(", ").removeprefix("of ")
+            labels.append(label.replace("_", " "))
+        ax.set_yticks(rows, labels)
         ax.invert_yaxis()
         ax.set_title(kind, fontsize=10)
     axes[0, -1].legend()
     return fig, axes[0]
 
 # %% ../../nbs/viz/04_plots.ipynb #57abd6fe
-@_in_our_style
-def beside_plot(
-    found,  # of `evaluation.beside`
-) -> plt.Figure:
-    """Left, each bar as a share of what is wanted; right, the error over copying by horizon, for both runs."""
-    pair = colours(found["share_of_copying"])
-    wanted = [r for r in found["rows"] if r["wanted"]]
+def _plot_criteria(ax, criteria, runs):
+    """Bars of two runs: each measured value as a fraction of its threshold."""
+    for run, offset in zip(runs, (-0.19, 0.19)):
+        fractions = [(row[run] or 0) / row["wanted"] for row in criteria]
+        positions = np.arange(len(criteria)) + offset
+        ax.barh(positions, fractions, 0.36, color=runs[run], label=run)
+        for y, fraction, row in zip(positions, fractions, criteria):
+            text = "not measured" if row[run] is None else f"{row[run]:.3g}"
+            ax.text(max(fraction, 0) + 0.02, y, text, va="center", fontsize=8)
+    ax.axvline(1, color="#222222", linestyle=":", linewidth=1)
+    names = [row["what"].replace("_", " ").replace(", intervals apart", "") for row in criteria]
+    ax.set_yticks(range(len(criteria)), names)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set_xlim(min(ax.get_xlim()[0], 0), max(ax.get_xlim()[1], 1.15))
+    ax.set_xlabel("measured / threshold (dotted)")
+    ax.set_title("Criteria")
+
+
+@_with_style
+def beside_plot(found) -> plt.Figure:
+    """Draw two runs side by side: criteria on the left, error relative to copying on the right.
+
+    Args:
+        found: of `evaluation.beside`.
+
+    Returns:
+        The figure.
+    """
+    runs = colours(found["share_of_copying"])
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4), width_ratios=[1.2, 1])
-    for who, shift in zip(pair, (-0.19, 0.19)):
-        shares = [(r[who] or 0) / r["wanted"] for r in wanted]
-        at = np.arange(len(wanted)) + shift
-        left.barh(at, shares, 0.36, color=pair[who], label=who)
-        for y, share, row in zip(at, shares, wanted):
-            text = "not measured" if row[who] is None else f"{row[who]:.3g}"
-            left.text(max(share, 0) + 0.02, y, text, va="center", fontsize=8)
-    left.axvline(1, color="#222222", linestyle=":", linewidth=1)
-    left.set_yticks(
-        range(len(wanted)),
-        [r["what"].replace("_", " ").replace(", intervals apart", "") for r in wanted],
-    )
-    left.invert_yaxis()
-    left.grid(axis="y", visible=False)
-    left.set_xlim(min(left.get_xlim()[0], 0), max(left.get_xlim()[1], 1.15))
-    left.set_xlabel("share of what is wanted (dotted)")
-    left.set_title("The bars")
-    ticks = list(next(iter(found["share_of_copying"].values())))
-    series = {who: [row[h] for h in ticks] for who, row in found["share_of_copying"].items()}
-    horizon_plot(right, [int(h) for h in ticks], series, ylabel="latent error / that of copying")
+    _plot_criteria(left, [row for row in found["rows"] if row["wanted"]], runs)
+
+    horizons = list(next(iter(found["share_of_copying"].values())))
+    series = {}
+    for run, by_horizon in found["share_of_copying"].items():
+        series[run] = [by_horizon[h] for h in horizons]
+    ticks = [int(h) for h in horizons]
+    horizon_plot(right, ticks, series, ylabel="latent error / error of copying")
     right.axhline(1, color=COLOURS["copy_last"], linestyle=":", linewidth=1.2)
     right.set_ylim(bottom=0)
-    right.set_title("Beside copying the last frame")
-    warning = "" if found["comparable"] else "judged on different recordings: not comparable"
+    right.set_title("Relative to copying the last frame")
+    warning = "" if found["comparable"] else "evaluated on different recordings: not comparable"
     fig.suptitle(warning, fontsize=11, color="#b00020")
     return fig

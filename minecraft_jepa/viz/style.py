@@ -41,17 +41,17 @@ COLOURS = {  # by method, the same in every figure
     "yours": "#0173b2",
     "shipped": "#949494",
 }
-LABELS = {  # what the legends say
+LABELS = {  # in the legends
     "model": "world model",
     "copy_last": "copy the last frame",
     "noop": "no-op actions",
-    "other_actions": "actions of another clip",
+    "other_actions": "shuffled actions",
     "linear": "linear extrapolation",
     "no_history": "without action history",
-    "shrunk_copy": "copy, drawn to the mean",
-    "shifted_copy": "copy, shifted and drawn to the mean",
-    "other_future": "future actions of another clip",
-    "best_rival": "strongest rival without a model",
+    "shrunk_copy": "copy, shrunk to the mean",
+    "shifted_copy": "copy, shifted and shrunk to the mean",
+    "other_future": "shuffled future actions",
+    "best_rival": "strongest baseline",
     "dit": "diffusion transformer",
     "head": "regression head",
 }
@@ -71,65 +71,63 @@ MARKERS = {
 }
 TICKS_PER_SECOND = 20  # Minecraft's clock
 DPI = 150  # of every saved figure
-_OF_TRUTH = "_of_truth"  # a decoder fed with true latents: its own colour, dashed
-_SPARE = (
-    "#ca9161",
-    "#d55e00",
-    "#ece133",
-    "#56b4e9",
-    "#fbafe4",
-)  # for names that are no method, in order of appearance
+_TRUE_LATENT = "_of_truth"  # suffix of a decoder of true latents: the decoder's colour, dashed
+# for names that are no method, in order of appearance
+_EXTRA_COLORS = "#ca9161", "#d55e00", "#ece133", "#56b4e9", "#fbafe4"
 
 # %% ../../nbs/viz/01_style.ipynb #4e7359ab
+_STYLE = {
+    "figure.figsize": (7, 4.2),
+    "figure.dpi": 100,
+    "savefig.dpi": DPI,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "axes.edgecolor": "#666666",
+    "axes.linewidth": 0.8,
+    "xtick.color": "#666666",
+    "ytick.color": "#666666",
+    "xtick.labelcolor": "#222222",
+    "ytick.labelcolor": "#222222",
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.labelsize": 11,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlepad": 10,
+    "legend.fontsize": 10,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5.5,
+    "image.interpolation": "nearest",
+}
+
+
 def style():
-    """Set the plot style of the project, for the rest of the session, whatever a matplotlibrc says."""
+    """Set the project's plot style for the rest of the session, whatever a matplotlibrc says."""
     if not plt.get_fignums():
         try:
             plt.switch_backend(matplotlib.get_backend())
         except ImportError:
-            plt.switch_backend("agg")  # MPLBACKEND names a screen that is not there
+            plt.switch_backend("agg")  # MPLBACKEND names a display that is not there
     matplotlib.rcdefaults()
     sns.set_theme(
         context="notebook",
         style="ticks",
         palette="colorblind",
-        font="DejaVu Sans",
-        rc={  # matplotlib brings the font along
-            "figure.figsize": (7, 4.2),
-            "figure.dpi": 100,
-            "savefig.dpi": DPI,
-            "figure.constrained_layout.use": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": "#e4e4e4",
-            "grid.linewidth": 0.8,
-            "axes.edgecolor": "#666666",
-            "axes.linewidth": 0.8,
-            "xtick.color": "#666666",
-            "ytick.color": "#666666",
-            "xtick.labelcolor": "#222222",
-            "ytick.labelcolor": "#222222",
-            "font.size": 11,
-            "axes.titlesize": 12,
-            "axes.labelsize": 11,
-            "xtick.labelsize": 10,
-            "ytick.labelsize": 10,
-            "axes.titlelocation": "left",
-            "axes.titleweight": "bold",
-            "axes.titlepad": 10,
-            "legend.fontsize": 10,
-            "legend.frameon": False,
-            "lines.linewidth": 1.8,
-            "lines.markersize": 5.5,
-            "image.interpolation": "nearest",
-        },
+        font="DejaVu Sans",  # comes with matplotlib
+        rc=_STYLE,
     )
 
 
-def _in_our_style(draw):
-    """Make the figure in the project's style, and leave the session's as it is."""
+def _with_style(draw):
+    """Decorate a function to draw in the project's style; the session's style stays as it is."""
 
     @wraps(draw)
     def styled(*args, **kwargs):
@@ -140,72 +138,84 @@ def _in_our_style(draw):
     return styled
 
 
-def colours(
-    names,  # what one figure shows, in order
-) -> dict:
-    """A colour for each name: its own if it is a method, else the next spare one."""
-    spare = itertools.cycle(_SPARE)
-    return {name: COLOURS.get(name.removesuffix(_OF_TRUTH)) or next(spare) for name in names}
+def colours(names) -> dict:
+    """Choose a colour for each name: a method's own, or the next free one.
+
+    Args:
+        names: what one figure shows, in order.
+
+    Returns:
+        {name: colour}.
+    """
+    extra = itertools.cycle(_EXTRA_COLORS)
+    chosen = {}
+    for name in names:
+        chosen[name] = COLOURS.get(name.removesuffix(_TRUE_LATENT)) or next(extra)
+    return chosen
 
 
 def _label(name):
-    """What the legend says: 'dit_of_truth' -> 'diffusion transformer, true latent'."""
-    base = name.removesuffix(_OF_TRUTH)
-    return LABELS.get(base, base.replace("_", " ")) + (", true latent" if base != name else "")
+    """Label in the legend: 'dit_of_truth' -> 'diffusion transformer, true latent'."""
+    base = name.removesuffix(_TRUE_LATENT)
+    label = LABELS.get(base, base.replace("_", " "))
+    return label if base == name else f"{label}, true latent"
 
 # %% ../../nbs/viz/01_style.ipynb #274565b0
-def _plain(value):
-    """`value` as JSON can hold it: arrays become lists, and nan and inf, which JSON lacks, become null."""
+def _to_jsonable(value):
+    """Convert arrays to lists, and nan and inf, which JSON does not have, to None."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _to_jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [_to_jsonable(v) for v in value]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())  # arrays, tensors and their scalars
+        return _to_jsonable(value.tolist())  # arrays, tensors and their scalars
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
-_SAVED = {
+_SAVE_STYLE = {  # whatever a matplotlibrc says
     "savefig.bbox": None,
     "savefig.facecolor": "auto",
     "savefig.edgecolor": "auto",
     "savefig.transparent": False,
     "text.usetex": False,
-}  # whatever a matplotlibrc says
+}
 
 
-def save_figure(
-    fig,  # matplotlib figure
-    out_dir,  # folder, made if missing
-    name,  # the files are NAME.png and NAME.json
-    numbers,  # what the figure shows: dicts, lists, arrays and numbers
-) -> Path:
-    """Save figure and numbers side by side, show the figure in a notebook, close it, return the path of the PNG."""
+def save_figure(fig, out_dir, name, numbers) -> Path:
+    """Save a figure and its numbers, show it in a notebook, and close it.
+
+    Args:
+        fig: matplotlib figure.
+        out_dir: folder, made if missing.
+        name: the files are NAME.png and NAME.json.
+        numbers: what the figure shows: dicts, lists, arrays and numbers.
+
+    Returns:
+        Path of the PNG.
+    """
     path = Path(out_dir) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     png = io.BytesIO()
-    with plt.rc_context(_SAVED):
-        fig.savefig(
-            png, format="png", dpi=DPI, metadata={"Software": None}
-        )  # the tag would change with matplotlib's version
-    write_json(path.with_suffix(".json"), _plain(numbers))
+    with plt.rc_context(_SAVE_STYLE):
+        # without the tag that changes with matplotlib's version
+        fig.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
+    write_json(path.with_suffix(".json"), _to_jsonable(numbers))
     _write(path, png.getvalue())
     plt.close(fig)
-    _show(png.getvalue())
+    _show_png(png.getvalue())
     return path
 
 
-def _show(png):
-    """Show a PNG under the cell of a notebook; elsewhere nothing."""
-    ipython = sys.modules.get("IPython")  # not there unless this runs in it
+def _show_png(png):
+    """Show a PNG under the cell of a notebook; elsewhere do nothing."""
+    ipython = sys.modules.get("IPython")  # loaded where the code runs in a notebook
     shell = ipython.get_ipython() if ipython else None
     if not hasattr(shell, "kernel"):
         return
-    from IPython.display import Image as Shown
+    from IPython.display import Image as NotebookImage
     from IPython.display import display
 
-    display(
-        Shown(png, width=Image.open(io.BytesIO(png)).width * 2 // 3)
-    )  # as large as at 100 dots an inch
+    width = Image.open(io.BytesIO(png)).width * 2 // 3  # as large as at 100 dots an inch
+    display(NotebookImage(png, width=width))

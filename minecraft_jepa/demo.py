@@ -129,9 +129,10 @@ def demo(
         "weights_identity": weights_identity(weights),
     }
     write_json(gif.with_suffix(".json"), numbers)
+    elapsed = time.monotonic() - start_time
     print(
         "Details are blurred: the networks are small. `make study` trains such a model "
-        f"and judges it in full.\n{gif}: imagined beside real ({time.monotonic() - start_time:.0f} s)"
+        f"and judges it in full.\n{gif}: imagined beside real ({elapsed:.0f} s)"
     )
     return gif
 

@@ -1,4 +1,4 @@
-"What the README says of the benchmarks, held against the numbers beside their figures."
+"""What the README says of the benchmarks, held against the numbers beside their figures."""
 
 import json
 from pathlib import Path

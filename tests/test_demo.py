@@ -1,4 +1,4 @@
-"The first picture: what stops it is told in one line."
+"""The first picture: what stops it is told in one line."""
 
 from types import SimpleNamespace
 
@@ -8,17 +8,18 @@ from minecraft_jepa.data.actions import NOOP
 from minecraft_jepa.demo import table_lines, walking
 
 
+class Store(dict):
+    """Recordings of a hundred ticks."""
+
+    def starts(self, name, history, ticks):
+        return np.arange(history - 1, 100 - ticks)
+
+
 def test_the_moment_is_the_walk_with_the_least_turn():
     actions = np.tile(NOOP, (100, 1))
     actions[20:90, 0] = 1  # forward
     actions[20:50, 22] = 3.0  # turning
-    store = {"a": SimpleNamespace(actions=actions)}
-    found = type(
-        "Store",
-        (dict,),
-        {"starts": lambda self, name, history, ticks: np.arange(history - 1, 100 - ticks)},
-    )(store)
-    t = walking(found, "a", 10, 20)
+    t = walking(Store(a=SimpleNamespace(actions=actions)), "a", 10, 20)
     assert 50 <= t <= 70
 
 
@@ -29,8 +30,6 @@ def test_an_error_of_nothing_has_a_table_too():
             15: {"model": 0.5, "copy_last": 1.0, "other_actions": 0.9},
         }
     )
-    assert (
-        len(lines) == 3
-        and lines[2].split() == ["15", "0.500", "1.000", "0.900", "0.50"]
-        and len({len(l) for l in lines}) == 1
-    )
+    assert len(lines) == 3
+    assert lines[2].split() == ["15", "0.500", "1.000", "0.900", "0.50"]
+    assert len({len(line) for line in lines}) == 1

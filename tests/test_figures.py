@@ -1,4 +1,4 @@
-"What the README says of the committed figures, held against the numbers beside them."
+"""What the README says of the committed figures, held against the numbers beside them."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def test_nothing_collapsed(evaluate):
     assert len(train["evaluations"]) >= 5  # it was looked at
 
 
-def test_sizes_are_those_of_the_seed():
+def test_sizes_are_those_of_the_original():
     sora = numbers("sora")
     assert sora["params"]["encoder"] == 113_998_080
     for name, budget in (
@@ -54,10 +54,8 @@ def test_sizes_are_those_of_the_seed():
         ("dit", 141_838_848),
     ):
         assert abs(sora["params"][name] / budget - 1) <= 0.01
-    assert (
-        round(sora["sora_over_seed"]["with_decoder"], 2) == 1.17
-        and round(sora["sora_over_seed"]["without_decoder"], 2) == 1.62
-    )
+    assert round(sora["sora_over_seed"]["with_decoder"], 2) == 1.17
+    assert round(sora["sora_over_seed"]["without_decoder"], 2) == 1.62
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -89,19 +87,20 @@ def test_table_in_the_readme_is_that_of_the_run(evaluate):
 
 
 def test_shipped_weights_are_what_their_card_says():
-    "They load as float16, were not trained on the worlds they are judged on, and the figures are those of the evaluation beside them."
+    """They load as float16 and were not trained on the worlds that they are judged on.
+
+    The figures, and so the README's table, are those of the evaluation beside them.
+    """
     from minecraft_jepa.data.recordings import group_of
     from minecraft_jepa.model.world_model import WorldModel
 
     folder = ROOT / "data/weights/tiny"
     WorldModel.from_pretrained(folder)
-    told, found = (json.loads((folder / f).read_text()) for f in ("training.json", "evaluate.json"))
-    assert not {group_of(n) for n in told["train"] + told["validation"]} & {
-        group_of(n) for n in found["recordings"]
-    }
-    assert (
-        found["horizons"] == numbers("evaluate")["horizons"]
-    )  # the figures, and so the README's table, are theirs
+    training = json.loads((folder / "training.json").read_text())
+    report = json.loads((folder / "evaluate.json").read_text())
+    trained_on = {group_of(name) for name in training["train"] + training["validation"]}
+    assert not trained_on & {group_of(name) for name in report["recordings"]}
+    assert report["horizons"] == numbers("evaluate")["horizons"]
 
 
 def test_what_the_readme_says_the_shipped_weights_know():
@@ -142,39 +141,36 @@ def test_what_the_readme_says_the_shipped_weights_know():
 
 def test_what_the_readme_says_of_the_ablations():
     found = numbers("ablations")
-    assert len(found["seeds"]) >= 2 and not set(found["judged_on"]) & set(
-        split_recordings(ROOT / "data")["test"]
-    )
-    lines = (
-        (ROOT / "README.md")
-        .read_text()
-        .split("### What of the recipe matters?")[1]
-        .split("###")[0]
-        .splitlines()
-    )
+    assert len(found["seeds"]) >= 2
+    assert not set(found["judged_on"]) & set(split_recordings(ROOT / "data")["test"])
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("### What of the recipe matters?")[1].split("###")[0]
+    lines = section.splitlines()
 
-    def mean(factor, variant, what):
-        return sum(of := found["table"][factor][variant][what]) / len(of)
+    def mean(factor, variant, quantity):
+        values = found["table"][factor][variant][quantity]
+        return sum(values) / len(values)
 
-    error, heed, turn = "error / copying, 4 ticks", "other / true actions, 8 ticks", "R2 of turn"
-    for start, factor, variant, what, digits in (
+    error, turn = "error / copying, 4 ticks", "R2 of turn"
+    sensitivity = "other / true actions, 8 ticks"
+    for start, factor, variant, quantity, digits in (
         ("Conditioning", "conditioning", "adaLN", error, 3),
         ("Against", "against collapse", "EMA", error, 3),
         ("Against", "against collapse", "SIGReg", error, 3),
         ("Against", "against collapse", "VICReg", error, 3),
         ("Against", "against collapse", "SIGReg", turn, 2),
         ("Ticks", "ticks in the loss", "1", error, 3),
-        ("Ticks", "ticks in the loss", "1", heed, 2),
+        ("Ticks", "ticks in the loss", "1", sensitivity, 2),
         ("History", "history", "1 tick", error, 3),
         ("Predictor", "predictor blocks", "6", error, 3),
-        ("Predictor", "predictor blocks", "1", heed, 2),
+        ("Predictor", "predictor blocks", "1", sensitivity, 2),
         ("Pixels", "pixels", "72 x 120", error, 3),
         ("Pixels", "pixels", "72 x 120", turn, 2),
-        ("Inverse", "inverse dynamics", "0.0", heed, 2),
+        ("Inverse", "inverse dynamics", "0.0", sensitivity, 2),
         ("Inverse", "inverse dynamics", "0.02", error, 3),
     ):
         (line,) = (k for k in lines if k.startswith(f"- **{start}"))
-        assert f"{mean(factor, variant, what):.{digits}f}" in line, (factor, variant, what)
+        assert f"{mean(factor, variant, quantity):.{digits}f}" in line, (factor, variant, quantity)
 
 
 def test_frames_and_actions_of_the_game_are_in_step():

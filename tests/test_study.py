@@ -1,4 +1,7 @@
-"The study end to end, in small: every notebook in order with two steps in a clone, and what the runner does when one fails."
+"""The study end to end, in small.
+
+Every notebook in order with two steps in a clone, and what the runner does when one fails.
+"""
 
 import fcntl
 import json
@@ -27,17 +30,16 @@ STUDY = study_notebooks(ROOT / "nbs/study")
 PARAMETERS = ("preset_name", "data_dir", "out_dir", "weights", "steps", "seed", "device")
 
 
-def of_sample(name, folder, called=None):
-    "Copy one of the repository's recordings, perhaps under another name."
+def copy_recording(name, folder, new_name=None):
+    """Copy one of the repository's recordings, perhaps under another name."""
     for suffix in (".mp4", ".jsonl"):
-        shutil.copy(DATA / f"{name}{suffix}", folder / f"{called or name}{suffix}")
+        shutil.copy(DATA / f"{name}{suffix}", folder / f"{new_name or name}{suffix}")
 
 
-def made_up(folder, name, ticks, moving=True):
-    "A recording of noise that moves by three pixels a tick, or of a black screen."
-    scene = np.random.default_rng(0).integers(0, 255, (12, 20, 3), dtype=np.uint8).repeat(
-        4, 0
-    ).repeat(4, 1) * np.uint8(moving)
+def make_recording(folder, name, ticks, moving=True):
+    """Write a recording of noise that moves by three pixels a tick, or of a black screen."""
+    noise = np.random.default_rng(0).integers(0, 255, (12, 20, 3), dtype=np.uint8)
+    scene = noise.repeat(4, 0).repeat(4, 1) * np.uint8(moving)
     with av.open(str(folder / f"{name}.mp4"), "w") as video:
         stream = video.add_stream(
             "libx264", rate=20, options={"crf": "18", "preset": "ultrafast", "g": "20"}
@@ -46,43 +48,31 @@ def made_up(folder, name, ticks, moving=True):
         for t in range(ticks):
             video.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(scene, 3 * t * moving, 1))))
         video.mux(stream.encode())
-    mouse = {
-        "x": 640.0,
-        "y": 360.0,
-        "dx": 0.0,
-        "dy": 0.0,
-        "dwheel": 0.0,
-        "buttons": [],
-        "newButtons": [],
-    }
-    line = {
-        "mouse": mouse,
-        "keyboard": {"keys": [], "newKeys": [], "chars": ""},
-        "isGuiOpen": False,
-        "hotbar": 0,
-        "yaw": 0.0,
-        "pitch": 0.0,
-        "xpos": 0.0,
-        "ypos": 64.0,
-        "zpos": 0.0,
-    }
+    mouse = {"x": 640.0, "y": 360.0, "dx": 0.0, "dy": 0.0, "dwheel": 0.0}
+    mouse |= {"buttons": [], "newButtons": []}
+    keyboard = {"keys": [], "newKeys": [], "chars": ""}
+    state = {"isGuiOpen": False, "hotbar": 0, "yaw": 0.0, "pitch": 0.0}
+    state |= {"xpos": 0.0, "ypos": 64.0, "zpos": 0.0}
+    line = {"mouse": mouse, "keyboard": keyboard} | state
     rows = [line | {"tick": t, "milli": 50 * t} for t in range(ticks)]
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"{name}.jsonl").write_text(text)
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    "Three worlds to train on, two to validate, three to judge: all notebooks run on them, in less time."
+    """Three worlds to train on, two to validate, three to judge."""
     folder = tmp_path_factory.mktemp("sample")
-    sides = json.loads((DATA / "split.json").read_text())
-    few = {
-        "train": sides["train"][:3],
-        "validation": sides["validation"][1:3],
-        "test": sides["test"][:3],
+    split = json.loads((DATA / "split.json").read_text())
+    subset = {
+        "train": split["train"][:3],
+        "validation": split["validation"][1:3],
+        "test": split["test"][:3],
     }
-    for name in sum(few.values(), []):
-        of_sample(name, folder)
-    write_json(folder / "split.json", few)
+    for names in subset.values():
+        for name in names:
+            copy_recording(name, folder)
+    write_json(folder / "split.json", subset)
     return folder
 
 
@@ -103,16 +93,16 @@ def nothing_but_numbers(name):
 
 
 def check_numbers(made):
-    "Each picture whole and with its numbers, which are JSON."
-    numbers = [p for p in made if p.suffix == ".json"]
+    """Each picture is complete and has its numbers, which are JSON."""
+    numbers = [path for path in made if path.suffix == ".json"]
     assert numbers
-    for p in numbers:
-        assert json.loads(p.read_text(), parse_constant=nothing_but_numbers)
-    for p in made:
-        if p.suffix in (".png", ".gif"):
-            Image.open(p).verify()
-            assert p.with_suffix(".json") in numbers
-        assert p.suffix != ".part"
+    for path in numbers:
+        assert json.loads(path.read_text(), parse_constant=nothing_but_numbers)
+    for path in made:
+        if path.suffix in (".png", ".gif"):
+            Image.open(path).verify()
+            assert path.with_suffix(".json") in numbers
+        assert path.suffix != ".part"
 
 
 # The whole study, in a clone
@@ -126,7 +116,7 @@ def git(folder, *words):
 
 
 def make_clone(folder):
-    "A clone of this working tree, with what is not committed yet."
+    """Clone this working tree, with what is not committed yet."""
     subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
     for name in git(ROOT, "ls-files", "-m", "-o", "--exclude-standard").split("\n"):
         if name and (ROOT / name).is_file():
@@ -140,7 +130,10 @@ def make_clone(folder):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, sample):
-    "A clone, and what a study of two steps in it printed: run once, by whichever process of pytest-xdist comes first."
+    """A clone, and what a study of two steps in it printed.
+
+    It is run once, by whichever process of pytest-xdist comes first.
+    """
     if not (ROOT / ".git").exists():
         pytest.skip("no git repository, nothing to clone")
     base = tmp_path_factory.getbasetemp()
@@ -168,6 +161,7 @@ def clone(tmp_path_factory, sample):
                 env=os.environ | {"PYTHONPATH": str(folder)},
                 capture_output=True,
                 text=True,
+                check=False,
             )
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
             said.write_text(done.stdout)
@@ -196,6 +190,7 @@ def test_a_study_leaves_the_repository_as_it_was(clone):
         env=os.environ | {"PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
 
@@ -224,21 +219,17 @@ def test_every_notebook_leaves_its_numbers(clone):
 
 @in_a_clone
 def test_a_study_ends_with_yours_beside_the_shipped(clone):
-    folder, said = clone
-    assert (
-        "yours beside the shipped weights" in said
-        and "error over copying, 15 ticks" in said
-        and "rollout_1.gif" in said
+    folder, printed = clone
+    assert "yours beside the shipped weights" in printed
+    assert "error over copying, 15 ticks" in printed and "rollout_1.gif" in printed
+    assert "not comparable" in printed  # three of the eight worlds
+    compared, claims = (
+        json.loads((folder / f"_runs/figures/{name}.json").read_text())
+        for name in ("compare", "claims")
     )
-    assert "not comparable" in said  # three of the eight worlds
-    found = json.loads((folder / "_runs/figures/compare.json").read_text())
-    assert not found["comparable"] and found["about"]["yours"]["weights_identity"]["steps"] == 2
-    assert (
-        found["about"]["yours"]["weights_identity"]["sha256"]
-        == json.loads((folder / "_runs/figures/claims.json").read_text())["weights_identity"][
-            "sha256"
-        ]
-    )
+    identity = compared["about"]["yours"]["weights_identity"]
+    assert not compared["comparable"] and identity["steps"] == 2
+    assert identity["sha256"] == claims["weights_identity"]["sha256"]
 
 
 @in_a_clone
@@ -287,7 +278,7 @@ def test_every_cell_can_be_run_twice(name, sample, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong, told",
+    ("wrong", "message"),
     [
         ({"stpes": 3}, "unknown parameter 'stpes': did you mean 'steps'"),
         ({"preset_name": "tinny"}, "unknown preset 'tinny': did you mean 'tiny'"),
@@ -296,85 +287,77 @@ def test_every_cell_can_be_run_twice(name, sample, tmp_path):
         ({"preset_name": "small"}, "weights of another preset"),
     ],
 )
-def test_wrong_parameter_is_told_with_its_remedy(wrong, told, sample, tmp_path):
+def test_wrong_parameter_is_told_with_its_remedy(wrong, message, sample, tmp_path):
     with pytest.raises(PapermillExecutionError) as stop:
         run_notebook(
             ROOT / "nbs/study/3_evaluate.ipynb",
             tmp_path / "copy.ipynb",
             values(sample, tmp_path / "out") | wrong,
         )
-    assert told in str(stop.value)
+    assert message in str(stop.value)
 
 
 @pytest.mark.parametrize(
-    "pieces, judged",
+    ("pieces", "judged"),
     [(("321", "345"), False), (("321", "321", "322", "322"), True)],
     ids=["two recordings", "two worlds"],
 )
 def test_a_folder_of_few_worlds_is_judged_as_far_as_it_goes(pieces, judged, tmp_path, capsys):
-    "No split.json; with fewer than three recordings nothing is left to learn probes from. One too short and one in which nothing moves are named."
+    """Without a split.json; of fewer than three recordings nothing is left to learn probes from.
+
+    One that is too short and one in which nothing moves are named.
+    """
     data = tmp_path / "data"
     data.mkdir()
     for i, world in enumerate(pieces):
-        of_sample(next(DATA.glob(f"world-{world}_*.mp4")).stem, data, f"world-{world}_{i}")
+        copy_recording(next(DATA.glob(f"world-{world}_*.mp4")).stem, data, f"world-{world}_{i}")
     if judged:
-        made_up(data, "world-901_0", 26)
-        made_up(data, "world-902_0", 60, moving=False)
-        made_up(data, "world-903_0", 45)  # long enough for 15 ticks, not for 30 and 60
+        make_recording(data, "world-901_0", 26)
+        make_recording(data, "world-902_0", 60, moving=False)
+        make_recording(data, "world-903_0", 45)  # long enough for 15 ticks, not for 30 and 60
     run_notebook(
         ROOT / "nbs/study/3_evaluate.ipynb",
         tmp_path / "copy.ipynb",
         values(data, tmp_path / "out", steps=1),
     )
-    found = read_report(tmp_path / "out/evaluate.json")
-    assert (
-        len(found["recordings"]) == len(pieces) + judged
-        and bool(found["probes"]["model"]) == bool(found["actions"]) == judged
-    )
-    assert [b["number"] is not None for b in found["bars"] if b["bar"].endswith("_r2")] == [
-        judged
-    ] * 2
-    said = capsys.readouterr().out
-    assert (
-        "they were not made for each other" in said
-        and found["weights_identity"]["preset"] == "tiny"
-    )
-    if judged:
-        assert (
-            list(found["left_out"]) == ["world-901_0", "world-902_0"]
-            and "too short for 30 60 ticks, and empty there: world-903_0" in said
-        )
-        assert (
-            "left out: world-901_0: too short" in said
-            and "left out: world-902_0: nothing moves" in said
-        )
-        short = found["by_recording"]["model"]["world-903_0"]
-        assert None not in short[:15] and short[15:] == [None, None]
-        assert all(
-            row["model"]["mean"] is not None
-            for table in ("horizons", "share_of_copying", "ratio")
-            for row in found[table].values()
-            if "model" in row
-        )
+    report = read_report(tmp_path / "out/evaluate.json")
+    assert len(report["recordings"]) == len(pieces) + judged
+    assert bool(report["probes"]["model"]) == bool(report["actions"]) == judged
+    probes = [b for b in report["bars"] if b["bar"].endswith("_r2")]
+    assert [b["number"] is not None for b in probes] == [judged] * 2
+    printed = capsys.readouterr().out
+    assert "they were not made for each other" in printed
+    assert report["weights_identity"]["preset"] == "tiny"
+    if not judged:
+        return
+    assert list(report["left_out"]) == ["world-901_0", "world-902_0"]
+    assert "too short for 30 60 ticks, and empty there: world-903_0" in printed
+    assert "left out: world-901_0: too short" in printed
+    assert "left out: world-902_0: nothing moves" in printed
+    short = report["by_recording"]["model"]["world-903_0"]
+    assert None not in short[:15] and short[15:] == [None, None]
+    for table in ("horizons", "share_of_copying", "ratio"):
+        for row in report[table].values():
+            assert "model" not in row or row["model"]["mean"] is not None
 
 
 def test_recordings_without_movement_or_window_can_be_looked_at(tmp_path):
     for i, ticks in enumerate((60, 60, 20)):
-        made_up(tmp_path, f"world-91{i}_0", ticks, moving=False)
+        make_recording(tmp_path, f"world-91{i}_0", ticks, moving=False)
     run_notebook(
         ROOT / "nbs/study/1_data.ipynb", tmp_path / "copy.ipynb", values(tmp_path, tmp_path / "out")
     )
-    found = json.loads((tmp_path / "out/data.json").read_text(), parse_constant=nothing_but_numbers)
-    assert found["camera"]["largest_degrees"] == 0 and all(
-        not any(c) for c in found["mean_change_of_a_pixel"].values()
-    )
+    text = (tmp_path / "out/data.json").read_text()
+    numbers = json.loads(text, parse_constant=nothing_but_numbers)
+    assert numbers["camera"]["largest_degrees"] == 0
+    assert not any(any(change) for change in numbers["mean_change_of_a_pixel"].values())
 
 
 # The runner
 
 
 def toy(folder, name, source):
-    "A notebook of one cell that takes the study's parameters."
+    """Write a notebook of one cell that takes the study's parameters."""
     parameters = nbformat.v4.new_code_cell(
         "\n".join(f"{n} = None" for n in PARAMETERS), metadata={"tags": ["parameters"]}
     )
@@ -385,11 +368,12 @@ def toy(folder, name, source):
 
 
 def test_a_kernel_is_this_python_with_files_of_its_own(tmp_path, monkeypatch):
-    "Whatever kernels are registered, and whatever starts with IPython; nothing lies beside the notebook."
-    kernels, startup = (
-        tmp_path / "jupyter/kernels/python3",
-        tmp_path / "ipython/profile_default/startup",
-    )
+    """Whatever kernels are registered, and whatever starts with IPython.
+
+    Nothing is written beside the notebook.
+    """
+    kernels = tmp_path / "jupyter/kernels/python3"
+    startup = tmp_path / "ipython/profile_default/startup"
     for folder in (kernels, startup, tmp_path / "nbs"):
         folder.mkdir(parents=True)
     (kernels / "kernel.json").write_text(
@@ -412,8 +396,11 @@ def test_a_kernel_is_this_python_with_files_of_its_own(tmp_path, monkeypatch):
     toy(
         tmp_path / "nbs",
         "1_a.ipynb",
-        "import json, os, sys\nfile = get_ipython().config.IPKernelApp.connection_file\n"
-        "print(json.dumps([sys.executable, os.listdir(), file, os.path.isfile(file), 'from_startup' in globals(), os.environ['MPLBACKEND']]))",
+        "import json, os, sys\n"
+        "file = get_ipython().config.IPKernelApp.connection_file\n"
+        "started = 'from_startup' in globals()\n"
+        "places = [sys.executable, os.listdir(), file, os.path.isfile(file)]\n"
+        "print(json.dumps([*places, started, os.environ['MPLBACKEND']]))",
     )
     run_notebook(tmp_path / "nbs/1_a.ipynb", tmp_path / "copy.ipynb", dict.fromkeys(PARAMETERS, 0))
     python, beside, file, there, started, backend = json.loads(
@@ -430,16 +417,17 @@ def test_a_kernel_is_this_python_with_files_of_its_own(tmp_path, monkeypatch):
 
 
 def test_a_progress_bar_leaves_one_line_in_the_executed_notebook(tmp_path):
-    toy(
-        tmp_path,
-        "1_a.ipynb",
-        "import sys, time\nfor i in range(30): print(f'\\r{i}', end='', file=sys.stderr, flush=True)\nprint(file=sys.stderr)\nprint('done')",
+    source = (
+        "import sys\n"
+        "for i in range(30):\n"
+        "    print(f'\\r{i}', end='', file=sys.stderr, flush=True)\n"
+        "print(file=sys.stderr)\n"
+        "print('done')"
     )
+    toy(tmp_path, "1_a.ipynb", source)
     run_notebook(tmp_path / "1_a.ipynb", tmp_path / "copy.ipynb", dict.fromkeys(PARAMETERS, 0))
-    assert sorted(o.text for o in nbformat.read(tmp_path / "copy.ipynb", 4).cells[-1].outputs) == [
-        "29\n",
-        "done\n",
-    ]
+    outputs = nbformat.read(tmp_path / "copy.ipynb", 4).cells[-1].outputs
+    assert sorted(output.text for output in outputs) == ["29\n", "done\n"]
 
 
 @pytest.mark.parametrize("lacking", ["papermill", "jupyter_client", "ipykernel"])

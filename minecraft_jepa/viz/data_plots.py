@@ -109,7 +109,7 @@ def plot_split(ax, recordings):
         totals[row["player"]] = totals.get(row["player"], 0) + row["seconds"]
     largest = max(totals.values())
     unit, seconds_in_unit = ("hours", 3600) if largest > 2 * 3600 else ("minutes", 60)
-    players = sorted(sorted(totals, key=totals.get, reverse=True)[:24])  # as many as fit
+    players = _players_shown(totals, recordings)
     for y, player in enumerate(players):
         left = 0
         for side, seconds in _bars_of(player, recordings):
@@ -129,6 +129,18 @@ def plot_split(ax, recordings):
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, labelspacing=1.2)
     ax.set_title(f"No player or world is in two splits ({len(totals)} of them)")
     return ax
+
+
+def _players_shown(totals, recordings, max_players=24):
+    """As many players as fit: all, or those with the most hours of each split."""
+    if len(totals) <= max_players:
+        return sorted(totals)
+    shown = set()
+    for side in SPLIT_COLORS:
+        players = sorted({row["player"] for row in recordings if row["side"] == side})
+        ranked = sorted(players, key=totals.get, reverse=True)
+        shown.update(ranked[: max_players // len(SPLIT_COLORS)])
+    return sorted(shown)
 
 
 def _bars_of(player, recordings):

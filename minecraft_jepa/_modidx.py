@@ -1791,6 +1791,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                   'minecraft_jepa/viz/action_panel.py')},
             'minecraft_jepa.viz.data_plots': { 'minecraft_jepa.viz.data_plots._bars_of': ( 'viz/data_plots.html#_bars_of',
                                                                                            'minecraft_jepa/viz/data_plots.py'),
+                                               'minecraft_jepa.viz.data_plots._players_shown': ( 'viz/data_plots.html#_players_shown',
+                                                                                                 'minecraft_jepa/viz/data_plots.py'),
                                                'minecraft_jepa.viz.data_plots.plot_camera': ( 'viz/data_plots.html#plot_camera',
                                                                                               'minecraft_jepa/viz/data_plots.py'),
                                                'minecraft_jepa.viz.data_plots.plot_change': ( 'viz/data_plots.html#plot_change',

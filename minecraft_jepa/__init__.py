@@ -15,14 +15,14 @@ _EXPORTS = {
     "LuantiEnv": "game.env",
     "RegressionHead": "model.decoders",
     "WorldModel": "model.world_model",
-    "compare": "evaluation.report",
+    "compare_reports": "evaluation.report",
     "load_config": "config",
+    "load_report": "evaluation.report",
+    "load_split": "data.splits",
     "open_recording": "data.recordings",
     "preset": "config",
-    "read_report": "evaluation.report",
+    "run_training": "training.pipeline",
     "sample_windows": "data.loader",
-    "split_recordings": "data.splits",
-    "train_all": "training.pipeline",
 }
 _PACKAGES = ("config", "data", "evaluation", "game", "model", "study", "training", "utils", "viz")
 __all__ = [*_EXPORTS, *_PACKAGES]

@@ -97,15 +97,17 @@ class DownloadCommand:
     def run(self):
         """Write the manifest where an index is given, then fetch. Fails where nothing is usable."""
         from minecraft_jepa.data.checks import read_checks
-        from minecraft_jepa.data.download import _reasons, fetch
-        from minecraft_jepa.data.manifest import choose, read_index, write_manifest
+        from minecraft_jepa.data.download import _reasons, download_recordings
+        from minecraft_jepa.data.manifest import read_index, select_recordings, write_manifest
         from minecraft_jepa.data.transfer import DownloadError
 
         if self.index:
             entries = [entry for index in self.index for entry in read_index(index)]
-            chosen = choose(entries, self.hours, self.players, self.seed)
+            chosen = select_recordings(entries, self.hours, self.players, self.seed)
             write_manifest(self.folder, chosen, self.by, self.seed)
-        rows = fetch(self.folder, self.workers, again=self.again, progress=self.progress)
+        rows = download_recordings(
+            self.folder, self.workers, again=self.again, progress=self.progress
+        )
         checks = read_checks(self.folder)
         names = {Path(file).stem for file in rows}
         known = sorted(names & set(checks))
@@ -205,7 +207,7 @@ _SECTIONS = [f.name for f in fields(Config) if f.name != "name"]
 class TrainCommand:
     """Train world model and decoders; go on where a killed run stood.
 
-    For example: minecraft-jepa train --data vpt --out RUN --preset small --jepa.rollout 4
+    For example: minecraft-jepa train --data vpt --out RUN --preset small --jepa.rollout-steps 4
     """
 
     data: str  # folder of recordings, clip store, or URL of shards
@@ -242,11 +244,11 @@ class TrainCommand:
         config = self.config()
         from accelerate.state import PartialState
 
-        from minecraft_jepa.training.distributed import leave_processes
-        from minecraft_jepa.training.pipeline import train_all
+        from minecraft_jepa.training.distributed import shutdown_distributed
+        from minecraft_jepa.training.pipeline import run_training
 
         with _own_words("pip install -e '.[s3]' brings what shards on S3 need"):
-            report = train_all(
+            report = run_training(
                 config,
                 self.data,
                 self.out,
@@ -259,7 +261,7 @@ class TrainCommand:
         if PartialState().is_main_process:
             keys = "preset", "steps", "decoder_steps", "seconds"
             print(json.dumps({key: report[key] for key in keys}))
-        leave_processes()
+        shutdown_distributed()
 
 # %% ../nbs/90_cli.ipynb #6ff6c6d1
 @dataclass
@@ -299,10 +301,10 @@ class RemoteTrainCommand:
 
     def run(self):
         """Train; again after any stop."""
-        from minecraft_jepa.training.remote import train
+        from minecraft_jepa.training.remote import train_packed
 
         config = PRESETS[self.preset]
-        train(self.parts, self.folder, config, self.minutes, self.seed, _device(self.device))
+        train_packed(self.parts, self.folder, config, self.minutes, self.seed, _device(self.device))
 
 
 @dataclass
@@ -317,9 +319,9 @@ class RemoteBringCommand:
 
     def run(self):
         """Bring them, and say so."""
-        from minecraft_jepa.training.remote import bring
+        from minecraft_jepa.training.remote import join_weights
 
-        bring(self.parts, self.target)
+        join_weights(self.parts, self.target)
         print(
             f"{self.target}: weights and their card; "
             "what belonged to others that stood there is gone"
@@ -333,20 +335,20 @@ def _held(hold, actions, history):
     import torch
 
     from minecraft_jepa.data.actions import ACTION_NAMES
-    from minecraft_jepa.evaluation.rollouts import held_actions
+    from minecraft_jepa.evaluation.rollouts import constant_actions
 
     known = ["nothing", "left", "right", "up", "down", *ACTION_NAMES]
     if hold not in known:
         raise WrongUse(_unknown("action to hold", hold, known))
     past = actions[: history - 1]
-    held = torch.from_numpy(held_actions(hold, len(actions) - len(past)))
+    held = torch.from_numpy(constant_actions(hold, len(actions) - len(past)))
     return torch.cat([past, held.to(past.dtype)])
 
 
 def _imagine(command):
     """{caption: frames (1 + ticks, 3, H, W) uint8} of an ImagineCommand, and the actions shown."""
     from minecraft_jepa.data.clip_store import ClipStore
-    from minecraft_jepa.demo import imagined, walking
+    from minecraft_jepa.demo import find_walking_window, imagine_window
     from minecraft_jepa.model.decoders import DiT, RegressionHead
     from minecraft_jepa.model.world_model import WorldModel
     from minecraft_jepa.utils import check_device, whole_number
@@ -354,9 +356,11 @@ def _imagine(command):
     ticks, device = whole_number(command.ticks, "ticks", 1), check_device(_device(command.device))
     networks = (WorldModel, DiT, RegressionHead)
     model, dit, head = (net.from_pretrained(command.weights).to(device) for net in networks)
-    history, name = model.config.conditioner.ticks, command.recording.stem
+    history, name = model.config.conditioner.history_ticks, command.recording.stem
     store = ClipStore.build(command.recording.parent, model.config.frame, names=[name])
-    tick = walking(store, name, history, ticks) if command.tick is None else command.tick
+    tick = (
+        find_walking_window(store, name, history, ticks) if command.tick is None else command.tick
+    )
     try:
         frames, actions = store.window(name, tick, history, ticks)
     except IndexError as e:
@@ -368,7 +372,7 @@ def _imagine(command):
         "imagined (diffusion)": lambda z: dit.decode(z, seed=command.seed, **steps).cpu(),
         "imagined (preview)": lambda z: head.decode(z).cpu(),
     }
-    panels = imagined(model, decoders, frames.to(device), actions.to(device))
+    panels = imagine_window(model, decoders, frames.to(device), actions.to(device))
     real = panels.pop("real").cpu()
     return panels | ({"real": real} if command.hold is None else {}), actions[history - 1 :]
 
@@ -399,10 +403,10 @@ class ImagineCommand:
         if not self.recording.is_file():
             raise WrongUse(f"{self.recording}: no such recording; give the path of NAME.mp4")
         from minecraft_jepa.evaluation.pixels import psnr
-        from minecraft_jepa.viz.video import save_gif, side_by_side
+        from minecraft_jepa.viz.video import comparison_frames, save_gif
 
         panels, actions = _imagine(self)
-        path = save_gif(side_by_side(panels, actions), self.out)
+        path = save_gif(comparison_frames(panels, actions), self.out)
         if "real" in panels:
             values = psnr(panels["imagined (diffusion)"][1:], panels["real"][1:])
             print(f"PSNR of the last frame: {float(values[-1]):.1f} dB")
@@ -787,8 +791,8 @@ def _in_a_line(error):
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return (
-            f"out of memory ({text[:120]}): take --train.checkpoint-activations, "
-            "or a smaller --train.batch"
+            f"out of memory ({text[:120]}): take --train.activation-checkpointing, "
+            "or a smaller --train.batch-size"
         )
     return text
 

@@ -67,12 +67,12 @@ class Frame(_Section):
 
     height: int = _within(48, 1, 8192)  # of a frame, in pixels
     width: int = _within(80, 1, 8192)  # of a frame, in pixels
-    patch: int = _within(8, 1, 1024)  # side of a patch; both sides of a frame are multiples
+    patch_size: int = _within(8, 1, 1024)  # side of a patch; both sides of a frame are multiples
 
     @property
     def grid(self):
         """Rows and columns of patches."""
-        return self.height // self.patch, self.width // self.patch
+        return self.height // self.patch_size, self.width // self.patch_size
 
     @property
     def patches(self):
@@ -85,9 +85,9 @@ class Frame(_Section):
 class Encoder(_Section):
     """Vision transformer, one frame -> latent tokens."""
 
-    width: int = _within(128, 1, _SIZE)  # also of the latent, the conditioner and the predictor
+    embed_dim: int = _within(128, 1, _SIZE)  # also of the latent, the conditioner and the predictor
     depth: int = _within(3, 1, 1000)  # blocks
-    heads: int = _within(4, 1, 1024)  # of attention
+    num_heads: int = _within(4, 1, 1024)  # of attention
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class Conditioner(_Section):
 
     kind: str = _one_of("cross_attention", "adaln")  # or adaln: one vector for every block
     depth: int = _within(2, 1, 1000)  # blocks
-    heads: int = _within(4, 1, 1024)  # of attention
-    ticks: int = _within(25, 1, 10_000)  # length of the action history, t-24 .. t
+    num_heads: int = _within(4, 1, 1024)  # of attention
+    history_ticks: int = _within(25, 1, 10_000)  # length of the action history, t-24 .. t
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Predictor(_Section):
     """Transformer, conditioned tokens -> latent of the next frame."""
 
     depth: int = _within(3, 1, 1000)  # blocks
-    heads: int = _within(4, 1, 1024)  # of attention
+    num_heads: int = _within(4, 1, 1024)  # of attention
     dropout: float = _within(0.0, 0, 0.99)  # LeWM: 0.1 where training is long
 
 # %% ../nbs/01_config.ipynb #fdf4057b
@@ -114,60 +114,68 @@ class Jepa(_Section):
     """Target, loss and collapse alarm of the world model."""
 
     # momentum of the EMA target encoder at step 0; I-JEPA sec. 4: .996
-    ema_start: float = _within(0.9, 0, 1)
-    ema_end: float = _within(1.0, 0, 1)  # and at the last step
-    rollout: int = _within(2, 1, 1000)  # K: steps of the rollout loss
-    rollout_late: int = _within(0, 0, 1000)  # K in the last third of the steps, if larger
+    ema_momentum_start: float = _within(0.9, 0, 1)
+    ema_momentum_end: float = _within(1.0, 0, 1)  # and at the last step
+    rollout_steps: int = _within(2, 1, 1000)  # K: steps of the rollout loss
+    rollout_steps_late: int = _within(0, 0, 1000)  # K in the last third of the steps, if larger
     # ema, sigreg or vicreg; without ema the targets come from the encoder itself, and a loss on
     # its latents prevents collapse
     anti_collapse: str = _one_of("ema", "sigreg", "vicreg")
     # with ema: weight of a variance hinge on each feature, VICReg's variance term alone, as
     # C-JEPA (arXiv 2410.19560) adds it to I-JEPA; 0: none
-    floor: float = _within(0.0, **_WEIGHT)
-    spread: float = _within(0.5, **_WEIGHT)  # target std of that hinge; layer norm allows 1 at most
-    sigreg: float = _within(0.05, **_WEIGHT)  # weight of SIGReg, LeJEPA sec. 6
-    slices: int = _within(1024, 1, 2**20)  # random directions that SIGReg projects on
+    variance_weight: float = _within(0.0, **_WEIGHT)
+    variance_target_std: float = _within(
+        0.5, **_WEIGHT
+    )  # target std of that hinge; layer norm allows 1 at most
+    sigreg_weight: float = _within(0.05, **_WEIGHT)  # weight of SIGReg, LeJEPA sec. 6
+    sigreg_num_slices: int = _within(1024, 1, 2**20)  # random directions that SIGReg projects on
     # weights of VICReg's two terms relative to the prediction's, VICReg sec. 4.1
-    vicreg_std: float = _within(1.0, **_WEIGHT)
-    vicreg_cov: float = _within(0.04, **_WEIGHT)
+    vicreg_std_weight: float = _within(1.0, **_WEIGHT)
+    vicreg_cov_weight: float = _within(0.04, **_WEIGHT)
     # weight of the inverse-dynamics head, which predicts the action between two frames and is
     # used in training alone; 0: no head
-    inverse: float = _within(0.0, **_WEIGHT)
+    inverse_dynamics_weight: float = _within(0.0, **_WEIGHT)
     # weight of the pitch loss: the camera's change of pitch over `reach` ticks, predicted as the
     # difference of one score per frame; 0: none
-    tilt: float = _within(0.0, **_WEIGHT)
-    reach: int = _within(16, 1, 1000)  # horizon of the pitch loss, in ticks
-    rank_alarm: float = _within(0.08, **_WEIGHT)  # alarm when RankMe / width falls below
-    std_alarm: float = _within(0.05, **_WEIGHT)  # alarm when the mean std over frames falls below
+    pitch_weight: float = _within(0.0, **_WEIGHT)
+    pitch_horizon: int = _within(16, 1, 1000)  # horizon of the pitch loss, in ticks
+    min_rank_fraction: float = _within(0.08, **_WEIGHT)  # alarm when RankMe / width falls below
+    min_latent_std: float = _within(
+        0.05, **_WEIGHT
+    )  # alarm when the mean std over frames falls below
 
     @property
     def longest(self):
         """The largest K of a training."""
-        return max(self.rollout, self.rollout_late)
+        return max(self.rollout_steps, self.rollout_steps_late)
 
     @property
     def far(self):
         """Ticks from t to the extra frame of a training window, beside t .. t+K; 0: none."""
-        return self.reach if self.inverse and self.tilt else 0
+        return self.pitch_horizon if self.inverse_dynamics_weight and self.pitch_weight else 0
 
 # %% ../nbs/01_config.ipynb #4943f043
 @dataclass(frozen=True)
 class Dit(_Section):
     """Diffusion transformer, latent -> pixels, with the defaults of JiT (arXiv 2511.13720)."""
 
-    width: int = _within(128, 1, _SIZE)  # features of a token
+    embed_dim: int = _within(128, 1, _SIZE)  # features of a token
     depth: int = _within(4, 1, 1000)  # blocks
-    heads: int = _within(4, 1, 1024)  # of attention
-    bottleneck: int = _within(64, 1, _SIZE)  # patch -> bottleneck -> width, JiT sec. 4.3
-    time_mean: float = _within(-0.8, -100, 100)  # mean of the logit-normal times
-    time_std: float = _within(0.8, 0, 100)  # their standard deviation
-    clamp: float = _within(0.05, above=0, most=1)  # lower bound of 1-t in the velocity loss
-    latent_noise: float = _within(0.3, **_WEIGHT)  # std of the noise on latents, RAE sec. 4.3
-    drop_latent: float = _within(0.1, **_FRACTION)  # of the samples, for guidance
-    ema: float = _within(0.999, **_FRACTION)  # momentum of the weights that are sampled from
-    guidance: float = _within(1.0, 0, 1000)  # scale of classifier-free guidance; 1: none
-    sample_steps: int = _within(10, 1, 10_000)  # Heun steps
-    head_depth: int = _within(2, 1, 1000)  # blocks of the regression head, the fast decoder
+    num_heads: int = _within(4, 1, 1024)  # of attention
+    bottleneck_dim: int = _within(64, 1, _SIZE)  # patch -> bottleneck -> width, JiT sec. 4.3
+    time_logit_mean: float = _within(-0.8, -100, 100)  # mean of the logit-normal times
+    time_logit_std: float = _within(0.8, 0, 100)  # their standard deviation
+    min_one_minus_t: float = _within(
+        0.05, above=0, most=1
+    )  # lower bound of 1-t in the velocity loss
+    latent_noise_std: float = _within(0.3, **_WEIGHT)  # std of the noise on latents, RAE sec. 4.3
+    latent_drop_prob: float = _within(0.1, **_FRACTION)  # of the samples, for guidance
+    ema_momentum: float = _within(
+        0.999, **_FRACTION
+    )  # momentum of the weights that are sampled from
+    guidance_scale: float = _within(1.0, 0, 1000)  # scale of classifier-free guidance; 1: none
+    sampling_steps: int = _within(10, 1, 10_000)  # Heun steps
+    regression_depth: int = _within(2, 1, 1000)  # blocks of the regression head, the fast decoder
 
 
 @dataclass(frozen=True)
@@ -175,27 +183,31 @@ class Train(_Section):
     """Both trainings: the world model, then the decoders on its frozen latents."""
 
     steps: int = _within(600, **_STEPS)  # of the world model
-    batch: int = _within(16, 1, 2**24)  # windows a step, over all processes
+    batch_size: int = _within(16, 1, 2**24)  # windows a step, over all processes
     lr: float = _within(8e-4, **_RATE)  # peak learning rate
     # learning rate of the encoder as a fraction of lr: targets that move slowly can be learned,
     # and keep detail (LOG.md)
-    encoder_lr: float = _within(0.5, 0, 1000)
-    warmup: float = _within(0.05, **_FRACTION)  # fraction of the steps
+    encoder_lr_scale: float = _within(0.5, 0, 1000)
+    warmup_fraction: float = _within(0.05, **_FRACTION)  # fraction of the steps
     weight_decay: float = _within(0.05, 0, 100)  # of matrices only
-    clip: float = _within(1.0, **_WEIGHT | {"least": 1e-12})  # largest norm of the gradient
-    accumulate: int = _within(1, 1, 2**24)  # chunks that a batch is cut into: less memory
-    checkpoint_activations: bool = False  # compute blocks twice, keep less
+    max_grad_norm: float = _within(
+        1.0, **_WEIGHT | {"least": 1e-12}
+    )  # largest norm of the gradient
+    gradient_accumulation_steps: int = _within(
+        1, 1, 2**24
+    )  # chunks that a batch is cut into: less memory
+    activation_checkpointing: bool = False  # compute blocks twice, keep less
     compile: bool = False  # torch.compile each block, on a GPU
     evaluate_every: int = _within(100, **_STEPS)  # steps, and at the last one
     save_every: int = _within(100, **_STEPS)  # steps between checkpoints
-    keep: int = _within(2, 1, 10**6)  # checkpoints kept
+    max_checkpoints: int = _within(2, 1, 10**6)  # checkpoints kept
     decoder_steps: int = _within(450, **_STEPS)  # of the decoders
-    decoder_batch: int = _within(16, 1, 2**24)  # frames a step, over all processes
+    decoder_batch_size: int = _within(16, 1, 2**24)  # frames a step, over all processes
     decoder_lr: float = _within(6e-4, **_RATE)  # peak learning rate
 
 # %% ../nbs/01_config.ipynb #e5d4386b
 # settings of the decoders that shape a tensor
-_DECODER_SHAPE = ("width", "depth", "heads", "bottleneck", "head_depth")
+_DECODER_SHAPE = ("embed_dim", "depth", "num_heads", "bottleneck_dim", "regression_depth")
 
 
 @dataclass(frozen=True)
@@ -239,7 +251,7 @@ class Config:
 # %% ../nbs/01_config.ipynb #01d2b78b
 def _check_combinations(config):
     """Raise ValueError for settings that do not go together."""
-    patch = config.frame.patch
+    patch = config.frame.patch_size
     for name in ("height", "width"):
         side = getattr(config.frame, name)
         if side < patch or side % patch:
@@ -249,43 +261,56 @@ def _check_combinations(config):
             )
     # the conditioner and the predictor have the encoder's width
     for name, width, heads in (
-        ("encoder", config.encoder.width, config.encoder.heads),
-        ("conditioner", config.encoder.width, config.conditioner.heads),
-        ("predictor", config.encoder.width, config.predictor.heads),
-        ("dit", config.dit.width, config.dit.heads),
+        ("encoder", config.encoder.embed_dim, config.encoder.num_heads),
+        ("conditioner", config.encoder.embed_dim, config.conditioner.num_heads),
+        ("predictor", config.encoder.embed_dim, config.predictor.num_heads),
+        ("dit", config.dit.embed_dim, config.dit.num_heads),
     ):
         if width % (4 * heads):
             raise ValueError(f"{name}: width {width} must be a multiple of 4 x {heads} heads")
-    chunks = config.train.accumulate
-    for name in ("batch", "decoder_batch"):
+    chunks = config.train.gradient_accumulation_steps
+    for name in ("batch_size", "decoder_batch_size"):
         batch = getattr(config.train, name)
         if batch % chunks:
             raise ValueError(
-                f"{name}={batch} can't be cut into accumulate={chunks} "
+                f"{name}={batch} can't be cut into gradient_accumulation_steps={chunks} "
                 f"parts; choose a multiple of {chunks}"
             )
 
 # %% ../nbs/01_config.ipynb #ca18195e
 PRESETS = {
     # the two losses of the inverse-dynamics head make it use the actions sooner (LOG.md)
-    "tiny": Config(jepa=Jepa(inverse=0.05, tilt=0.1, floor=0.3)),
+    "tiny": Config(jepa=Jepa(inverse_dynamics_weight=0.05, pitch_weight=0.1, variance_weight=0.3)),
     "small": Config(
         name="small",
         frame=Frame(128, 224, 16),
         encoder=Encoder(256, 5, 8),
-        conditioner=Conditioner(depth=2, heads=8),
-        predictor=Predictor(depth=6, heads=8, dropout=0.1),
-        jepa=Jepa(ema_start=0.996, rollout=4, inverse=0.05, tilt=0.1, floor=0.3),
-        dit=Dit(width=256, depth=3, heads=8, bottleneck=96, ema=0.9995, sample_steps=20),
+        conditioner=Conditioner(depth=2, num_heads=8),
+        predictor=Predictor(depth=6, num_heads=8, dropout=0.1),
+        jepa=Jepa(
+            ema_momentum_start=0.996,
+            rollout_steps=4,
+            inverse_dynamics_weight=0.05,
+            pitch_weight=0.1,
+            variance_weight=0.3,
+        ),
+        dit=Dit(
+            embed_dim=256,
+            depth=3,
+            num_heads=8,
+            bottleneck_dim=96,
+            ema_momentum=0.9995,
+            sampling_steps=20,
+        ),
         train=Train(
             steps=20000,
-            batch=64,
+            batch_size=64,
             lr=5e-4,
             compile=True,
             evaluate_every=1000,
             save_every=500,
             decoder_steps=20000,
-            decoder_batch=64,
+            decoder_batch_size=64,
             decoder_lr=3e-4,
         ),
     ),
@@ -293,28 +318,28 @@ PRESETS = {
         name="paper",
         frame=Frame(224, 224, 16),
         encoder=Encoder(768, 16, 12),
-        conditioner=Conditioner(depth=6, heads=12),
-        predictor=Predictor(depth=30, heads=12, dropout=0.1),
-        jepa=Jepa(ema_start=0.996, rollout=2),
+        conditioner=Conditioner(depth=6, num_heads=12),
+        predictor=Predictor(depth=30, num_heads=12, dropout=0.1),
+        jepa=Jepa(ema_momentum_start=0.996, rollout_steps=2),
         dit=Dit(
-            width=768,
+            embed_dim=768,
             depth=13,
-            heads=12,
-            bottleneck=128,
-            latent_noise=0.8,
-            ema=0.9999,
-            sample_steps=50,
+            num_heads=12,
+            bottleneck_dim=128,
+            latent_noise_std=0.8,
+            ema_momentum=0.9999,
+            sampling_steps=50,
         ),
         train=Train(
             steps=300000,
-            batch=4,
+            batch_size=4,
             lr=1.5e-4,
             compile=True,
-            checkpoint_activations=True,
+            activation_checkpointing=True,
             evaluate_every=2000,
             save_every=1000,
             decoder_steps=300000,
-            decoder_batch=4,
+            decoder_batch_size=4,
             decoder_lr=2e-4,
         ),
     ),

@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from minecraft_jepa.data.clip_store import Clips
-from minecraft_jepa.data.clips import Clip, runs_of
+from minecraft_jepa.data.clip_store import ClipReader
+from minecraft_jepa.data.clips import Clip, contiguous_runs
 
 
-class NumberedClips(Clips):
+class NumberedClips(ClipReader):
     """Clip `a`: frame t and action t are all t. Clip `b`: 40 ticks, from 100 on.
 
     `teleports` are in `a`.
@@ -23,7 +23,7 @@ class NumberedClips(Clips):
         }
         about = {}
         for name, clip in self.clips.items():
-            runs = runs_of(clip.teleported)
+            runs = contiguous_runs(clip.teleported)
             about[name] = {"ticks": len(clip.actions), "runs": runs, "height": 8, "width": 8}
         super().__init__(dict.fromkeys(self.clips), about)
 

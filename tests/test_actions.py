@@ -14,11 +14,11 @@ from minecraft_jepa.data.actions import (
     ACTION_DIM,
     ACTION_NAMES,
     ATTACK,
+    BINARY_ACTIONS,
     CURSOR,
     DEGREES_PER_PIXEL,
     KEYS,
     NOOP,
-    SWITCHES,
     decode_action,
     encode_action,
     encode_actions,
@@ -72,7 +72,7 @@ def test_nothing_of_a_line_is_lost(line):
     assert set(mouse["buttons"]) == set(line["mouse"]["buttons"]) & {0, 1, 2}
     for name in ("dx", "dy", "dwheel"):
         assert mouse[name] == pytest.approx(line["mouse"].get(name, 0), rel=1e-6)
-    assert set(np.unique(action[SWITCHES])) <= {0, 1}
+    assert set(np.unique(action[BINARY_ACTIONS])) <= {0, 1}
     assert (action[CURSOR] >= 0).all() and (action[CURSOR] <= 1).all()
 
 

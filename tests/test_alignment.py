@@ -7,7 +7,7 @@ import pytest
 from soak import repeats
 
 from minecraft_jepa.config import preset
-from minecraft_jepa.data.alignment import image_shift, lag_correlation
+from minecraft_jepa.data.alignment import estimate_image_shift, lag_correlation
 from minecraft_jepa.data.clip_store import ClipStore
 
 DATA = Path(__file__).parent.parent / "data"
@@ -24,7 +24,7 @@ def store():
 @pytest.fixture(scope="module")
 def shifts(store):
     names = {*store.names[:: repeats(6, 1)], *CLEAR}
-    return {name: image_shift(store[name].frames) for name in names}
+    return {name: estimate_image_shift(store[name].frames) for name in names}
 
 
 def test_picture_follows_the_camera_at_its_own_tick(store, shifts):
@@ -63,7 +63,7 @@ STILL = {
 @pytest.mark.parametrize("frames", STILL.values(), ids=STILL)
 @pytest.mark.parametrize("turn", [0.0, 0.1])
 def test_recordings_without_movement_can_be_looked_at(frames, turn):
-    shift, agreement = image_shift(frames)
+    shift, agreement = estimate_image_shift(frames)
     turns, certain = np.full(len(frames), turn), np.ones(len(shift))
     assert len(shift) == len(agreement) == len(frames) - 1
     assert np.isfinite(agreement).all()

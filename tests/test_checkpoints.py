@@ -29,7 +29,7 @@ from minecraft_jepa.training.trainer import CollapseError
 
 def collapse(store, folder, **changes):
     """A run that stops with a collapse alarm at its first evaluation."""
-    config = preset("tiny", **SMALL, steps=20, rank_alarm=2.0, **changes)
+    config = preset("tiny", **SMALL, steps=20, min_rank_fraction=2.0, **changes)
     with pytest.raises(CollapseError):
         train_world_model(config, store, TRAIN, HELD_OUT, folder=folder)
     return config
@@ -37,7 +37,7 @@ def collapse(store, folder, **changes):
 
 def test_checkpoint_of_another_run_is_refused(store, tmp_path):
     config = collapse(store, tmp_path, evaluate_every=4, save_every=4)
-    other = preset("tiny", **SMALL, steps=20, evaluate_every=4, rank_alarm=2.0, lr=1e-3)
+    other = preset("tiny", **SMALL, steps=20, evaluate_every=4, min_rank_fraction=2.0, lr=1e-3)
     message = r"another run .*train.lr was 0.0008, is 0.001.*give another folder"
     with pytest.raises(ValueError, match=message):
         train_world_model(other, store, TRAIN, HELD_OUT, folder=tmp_path)
@@ -46,10 +46,10 @@ def test_checkpoint_of_another_run_is_refused(store, tmp_path):
 
 
 def test_accumulate_is_part_of_what_a_run_is(store, tmp_path, monkeypatch):
-    changes = {"floor": 0.0, "steps": 6, "save_every": 2, "evaluate_every": 6}
+    changes = {"variance_weight": 0.0, "steps": 6, "save_every": 2, "evaluate_every": 6}
     train_until(store, tmp_path, 5, monkeypatch, **changes)
-    with pytest.raises(ValueError, match=r"train.accumulate was 1, is 2"):
-        train_small(store, tmp_path, accumulate=2, **changes)
+    with pytest.raises(ValueError, match=r"train.gradient_accumulation_steps was 1, is 2"):
+        train_small(store, tmp_path, gradient_accumulation_steps=2, **changes)
 
 
 def test_other_recordings_under_the_same_names_are_another_run(store, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ def test_claims_are_judged_by_the_numbers_beside_them():
     assert shipped["weights"] == report["weights"]
     prediction, content = shipped["claims"][:2]
     better = {rival: set(ticks) for rival, ticks in report["ticks_better"].items()}
-    rivals = [rival for rival in better if rival not in ("other_future", "no_history")]
+    rivals = [rival for rival in better if rival not in ("shuffled_future", "without_history")]
     at_all_rivals = set.intersection(*(better[rival] for rival in rivals))
     if len(at_all_rivals) == 15:
         expected = "held"
@@ -48,16 +48,16 @@ def with_interval(mean, half_width=0.02):
 
 def toy(ticks=15, r2=0.9, top1=0.6, ratio=1.4, alarm=None, has_head=False):
     """A report with just what the rules read."""
-    scores = {"mean_f1": 0.5, "always_f1": 0.3, "turn_r2": 0.4}
+    scores = {"mean_f1": 0.5, "always_on_f1": 0.3, "yaw_r2": 0.4}
     decoded = {kind: {"8": scores} for kind in ("real", "imagined")}
-    rivals = ("copy_last", "shrunk_copy", "noop", "other_actions")
+    rivals = ("copy_last", "shrunk_copy", "no_op", "shuffled_actions")
     relative = {"ratio": 0.7, "interval": [0.6, 0.8], "rival": "shrunk_copy"}
     found = {"4": {"model": with_interval(top1), "copy_last": with_interval(0.3)}}
     by_source = (("model", r2), ("untrained", 0.3), ("pixels", 0.5))
     by_world = {"interval": [r2 - 0.05, r2 + 0.05]}
     return {
-        "ticks_better": {r: list(range(1, ticks + 1)) for r in rivals} | {"no_history": []},
-        "relative_to_best_rival": {"8": relative},
+        "ticks_better": {r: list(range(1, ticks + 1)) for r in rivals} | {"without_history": []},
+        "relative_to_best_baseline": {"8": relative},
         "probes": {source: {"pitch": v, "yaw_change": v} for source, v in by_source},
         "probes_by_world": {"pitch": by_world, "yaw_change": by_world},
         "retrieval": {"top1": found, "top1_apart": json.loads(json.dumps(found))},

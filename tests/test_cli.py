@@ -54,7 +54,7 @@ def test_help_of_training_loads_no_torch():
     )
     done = in_a_process(source=source)
     assert done.returncode == 0, done.stderr
-    assert "--jepa.rollout" in done.stdout
+    assert "--jepa.rollout-steps" in done.stdout
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -157,10 +157,10 @@ def test_every_leaf_of_the_config_is_an_option(section, leaf):
         ("--train.lr=1e-4", "train.lr", 1e-4),
         ("--train.steps 1_000", "train.steps", 1000),
         ("--train.steps 1e3", "train.steps", 1000),
-        ("--train.checkpoint-activations", "train.checkpoint_activations", True),
-        ("--train.checkpoint_activations", "train.checkpoint_activations", True),
+        ("--train.activation-checkpointing", "train.activation_checkpointing", True),
+        ("--train.activation-checkpointing", "train.activation_checkpointing", True),
         ("--preset paper --train.no-compile", "train.compile", False),
-        ("--dit.time-mean -0.5", "dit.time_mean", -0.5),
+        ("--dit.time-logit-mean -0.5", "dit.time_logit_mean", -0.5),
         ("--conditioner.kind adaln", "conditioner.kind", "adaln"),
     ],
 )
@@ -174,17 +174,17 @@ def test_settings_are_read_as_people_write_them(words, name, value):
 @pytest.mark.parametrize(
     "words",
     [
-        "--train.batch 16,",
-        "--train.batch=",
-        "--train.batch",
+        "--train.batch-size 16,",
+        "--train.batch-size=",
+        "--train.batch-size",
         "--train.lr 1,5",
         "--train.lr fast",
         "--train.steps 1.5",
         "--train.steps inf",
         "--train.compile 2",
         "--train.steps 0",
-        "--dit.clamp 0",
-        "--encoder.heads 5",
+        "--dit.min-one-minus-t 0",
+        "--encoder.num-heads 5",
         "--train.stpes 4",
     ],
 )
@@ -196,10 +196,10 @@ def test_a_setting_that_cannot_be_read_is_named(words, capsys):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("batch=64", "--train.batch 64"),
+        ("batch_size=64", "--train.batch-size 64"),
         ("encoder_depth=2", "--encoder.depth 2"),
         ("anti_collapse=sigreg", "--jepa.anti-collapse sigreg"),
-        ("checkpoint_activations=true", "--train.checkpoint-activations$"),
+        ("activation_checkpointing=true", "--train.activation-checkpointing$"),
     ],
 )
 def test_settings_of_an_earlier_version_are_answered_with_their_option(old, new, capsys):
@@ -219,7 +219,7 @@ def test_a_full_memory_is_told_with_a_remedy(capsys, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(TrainCommand, "run", grow)
-    refused(capsys, FEW, "out of memory.*--train.checkpoint-activations", 1)
+    refused(capsys, FEW, "out of memory.*--train.activation-checkpointing", 1)
 
 
 def test_a_reader_that_leaves_early_is_no_fault():

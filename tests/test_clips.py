@@ -26,15 +26,15 @@ from minecraft_jepa.cli import main
 from minecraft_jepa.config import preset
 from minecraft_jepa.data import clip_store
 from minecraft_jepa.data.checks import check_folder
-from minecraft_jepa.data.clip_store import ClipStore, DecodingStopped, store_of
-from minecraft_jepa.data.clips import FORMAT, StaleStore
+from minecraft_jepa.data.clip_store import ClipStore, DecodingStopped, default_store_dir
+from minecraft_jepa.data.clips import CLIP_FORMAT, StaleStoreError
 from minecraft_jepa.data.loader import sample_windows
 from minecraft_jepa.data.recordings import Recording, RecordingError, open_recording
-from minecraft_jepa.data.splits import split_recordings
+from minecraft_jepa.data.splits import load_split
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data"
-SPLIT = split_recordings(DATA)
+SPLIT = load_split(DATA)
 FRAME = preset("tiny").frame
 SHORT, OTHER = SPLIT["validation"][:2]
 SUFFIXES = ".mp4", ".jsonl"
@@ -132,10 +132,10 @@ def test_teleports_of_the_sample_are_avoided(store):
 
 
 def test_a_store_stands_in_for_the_recordings(store):
-    """`build` and `split_recordings` take a store where they take a folder of recordings."""
+    """`build` and `load_split` take a store where they take a folder of recordings."""
     folder = store.folders[SHORT].parent
     assert ClipStore.build(folder, FRAME).folders == store.folders
-    assert split_recordings(folder) == SPLIT
+    assert load_split(folder) == SPLIT
 
 
 # Stale stores
@@ -169,7 +169,7 @@ def test_changed_source_is_refused_and_decoded_anew(folder, tmp_path, suffix):
     # Without the recordings it can't be known.
     assert np.array_equal(ClipStore.open(store_dir, FRAME)[SHORT].actions, old_actions)
     command = f"minecraft-jepa store {folder} {store_dir} --preset tiny"
-    with pytest.raises(StaleStore, match=f"{SHORT} has changed since.*{command}"):
+    with pytest.raises(StaleStoreError, match=f"{SHORT} has changed since.*{command}"):
         ClipStore.open(store_dir, FRAME, folder)
     assert main(command.split()[1:]) == 0
     new_actions = ClipStore.open(store_dir, FRAME, folder)[SHORT].actions
@@ -187,18 +187,20 @@ def test_store_of_another_size_or_format_is_refused(folder, tmp_path):
     store_dir = tmp_path / "store"
     build(folder, store_dir)
     small = preset("tiny", height=24, frame_width=40).frame
-    with pytest.raises(StaleStore, match="other settings"):
+    with pytest.raises(StaleStoreError, match="other settings"):
         ClipStore.build(folder, small, store_dir, progress=False)
-    with pytest.raises(StaleStore, match="--height 24 --width 40"):
+    with pytest.raises(StaleStoreError, match="--height 24 --width 40"):
         ClipStore.open(store_dir, small)
-    with pytest.raises(StaleStore, match="not a clip store"):
+    with pytest.raises(StaleStoreError, match="not a clip store"):
         ClipStore.open(folder, FRAME)
-    with pytest.raises(StaleStore, match=f"no clip of {OTHER}"):
+    with pytest.raises(StaleStoreError, match=f"no clip of {OTHER}"):
         ClipStore.open(store_dir, FRAME, names=[OTHER])
     settings = store_dir / "store.json"
-    old_format = settings.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT - 1}')
+    old_format = settings.read_text().replace(
+        f'"format": {CLIP_FORMAT}', f'"format": {CLIP_FORMAT - 1}'
+    )
     settings.write_text(old_format)
-    with pytest.raises(StaleStore, match=f"rm -r {store_dir} && minecraft-jepa store"):
+    with pytest.raises(StaleStoreError, match=f"rm -r {store_dir} && minecraft-jepa store"):
         ClipStore.open(store_dir, FRAME)
     # In the cache each size has its own store.
     in_cache = ClipStore.build(folder, small, progress=False)
@@ -210,7 +212,7 @@ def test_clip_that_was_cut_short_is_refused(folder, tmp_path):
     path = store.folders[SHORT] / "frames.npy"
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size // 2)
-    with pytest.raises(StaleStore, match="cut short"):
+    with pytest.raises(StaleStoreError, match="cut short"):
         store.window(SHORT, 500)
     assert store.window(SHORT, 100)[0].shape == (2, 3, 48, 80)
 
@@ -411,7 +413,7 @@ def test_memory_does_not_grow_with_the_recordings(folder, tmp_path):
 def test_store_stands_where_the_environment_says(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MINECRAFT_JEPA_CACHE", str(tmp_path / "cache"))
     clip_dir = build(folder, None).folders[SHORT]
-    assert clip_dir.parent == store_of(folder, FRAME)
+    assert clip_dir.parent == default_store_dir(folder, FRAME)
     assert clip_dir.parent.parent == tmp_path / "cache" / "clips"
     assert json.loads((clip_dir / "clip.json").read_text())["name"] == SHORT
 
@@ -493,7 +495,7 @@ def test_workers_are_as_many_as_cores_allowed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(clip_store, "cores_allowed", lambda: 2)
     monkeypatch.setattr(clip_store, "_decode_all", decode_all)
-    with pytest.raises(StaleStore):
+    with pytest.raises(StaleStoreError):
         build(tmp_path / "v", tmp_path / "store")
     assert num_workers == [2]
 

@@ -50,7 +50,7 @@ def test_a_number_that_cannot_be_is_refused_for_every_leaf(section, leaf):
 @pytest.mark.parametrize(("section", "leaf"), LEAVES, ids=ids(LEAVES))
 def test_a_file_with_a_leaf_that_cannot_be_names_its_line(section, leaf, tmp_path):
     tree = json.loads(preset("tiny").to_json())
-    is_positive = leaf.type in (int, float) and leaf.name != "time_mean"
+    is_positive = leaf.type in (int, float) and leaf.name != "time_logit_mean"
     tree[section][leaf.name] = -1 if is_positive else None
     (tmp_path / "config.json").write_text(json.dumps(tree, indent=1))
     with pytest.raises(ValueError, match=rf"line \d+: {section}\.{leaf.name}=") as e:
@@ -60,8 +60,8 @@ def test_a_file_with_a_leaf_that_cannot_be_names_its_line(section, leaf, tmp_pat
 
 
 def test_a_whole_float_stands_for_no_whole_number_and_a_whole_number_for_a_float():
-    with pytest.raises(ValueError, match=r"train\.batch=8\.0 must be a whole number"):
-        preset("tiny", batch=8.0)
+    with pytest.raises(ValueError, match=r"train\.batch_size=8\.0 must be a whole number"):
+        preset("tiny", batch_size=8.0)
     assert type(preset("tiny", lr=1).train.lr) is float
 
 
@@ -85,16 +85,20 @@ def test_a_seed_that_is_no_whole_number_is_refused(wrong):
 
 
 def test_leaves_that_do_not_go_together_are_refused():
-    with pytest.raises(ValueError, match="decoder_batch=2 can't be cut into accumulate=4"):
-        preset("tiny", decoder_batch=2, accumulate=4)
-    with pytest.raises(ValueError, match="batch=16 can't be cut into accumulate=3"):
-        preset("tiny", accumulate=3)
+    with pytest.raises(
+        ValueError, match="decoder_batch_size=2 can't be cut into gradient_accumulation_steps=4"
+    ):
+        preset("tiny", decoder_batch_size=2, gradient_accumulation_steps=4)
+    with pytest.raises(
+        ValueError, match="batch_size=16 can't be cut into gradient_accumulation_steps=3"
+    ):
+        preset("tiny", gradient_accumulation_steps=3)
     with pytest.raises(ValueError, match="is not a whole number of patches"):
         preset("tiny", height=50)
     # one at a time they do not fit
-    assert preset("tiny", height=64, frame_width=64, patch=32).frame.patches == 4
+    assert preset("tiny", height=64, frame_width=64, patch_size=32).frame.patches == 4
     with pytest.raises(ValueError, match="is given twice"):
-        preset("tiny", batch=8, train_batch=8)
+        preset("tiny", batch_size=8, train_batch_size=8)
     with pytest.raises(ValueError, match="train="):
         Config(train={"steps": 3})
 
@@ -248,8 +252,8 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices():
         preset("tiny", kind="film")
     with pytest.raises(ValueError, match="sigreg"):
         preset("tiny", anti_collapse="hope")
-    with pytest.raises(ValueError, match=r"train\.warmup=2\.0 must be at most 1"):
-        Train(warmup=2)
+    with pytest.raises(ValueError, match=r"train\.warmup_fraction=2\.0 must be at most 1"):
+        Train(warmup_fraction=2)
     with pytest.raises(ValueError, match=r"train\.lr=nan must be a finite"):
         preset("tiny", lr=math.nan)
 
@@ -258,15 +262,34 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices():
     ("inverse", "tilt", "ticks"), [(0.1, 0.1, 9), (0.1, 0.0, 0), (0.0, 0.1, 0)]
 )
 def test_a_window_holds_the_frame_of_the_pitch_loss_only_where_there_is_one(inverse, tilt, ticks):
-    assert preset("tiny", inverse=inverse, tilt=tilt, rollout=2, reach=9).jepa.far == ticks
+    assert (
+        preset(
+            "tiny",
+            inverse_dynamics_weight=inverse,
+            pitch_weight=tilt,
+            rollout_steps=2,
+            pitch_horizon=9,
+        ).jepa.far
+        == ticks
+    )
 
 
 def test_architecture_is_what_shapes_a_tensor():
     shape = preset("tiny").architecture()
-    assert shape == preset("tiny", batch=4, dropout=0.5, guidance=2, rollout=3).architecture()
-    for change in ({"head_depth": 1}, {"encoder_depth": 1}, {"ticks": 5}, {"kind": "adaln"}):
+    assert (
+        shape
+        == preset(
+            "tiny", batch_size=4, dropout=0.5, guidance_scale=2, rollout_steps=3
+        ).architecture()
+    )
+    for change in (
+        {"regression_depth": 1},
+        {"encoder_depth": 1},
+        {"history_ticks": 5},
+        {"kind": "adaln"},
+    ):
         assert preset("tiny", **change).architecture() != shape
-    assert shape["frame.height"] == 48 and shape["dit.bottleneck"] == 64
+    assert shape["frame.height"] == 48 and shape["dit.bottleneck_dim"] == 64
 
 
 @pytest.mark.parametrize(
@@ -287,6 +310,6 @@ def test_a_file_that_holds_no_tree_is_named(tmp_path, text, message):
 
 
 def test_a_saved_tree_is_read_back(tmp_path):
-    config = preset("small", batch=8)
+    config = preset("small", batch_size=8)
     (tmp_path / "config.json").write_text(config.to_json())
     assert load_config(tmp_path / "config.json") == config

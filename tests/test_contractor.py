@@ -22,9 +22,9 @@ from minecraft_jepa.data.clip_store import ClipStore
 from minecraft_jepa.data.download import read_ledger
 from minecraft_jepa.data.manifest import read_manifest
 from minecraft_jepa.data.recordings import open_recording, parse_name
-from minecraft_jepa.data.splits import split_recordings
+from minecraft_jepa.data.splits import load_split
 from minecraft_jepa.model.world_model import WorldModel
-from minecraft_jepa.training.pipeline import train_all
+from minecraft_jepa.training.pipeline import run_training
 
 FRAMES = 64
 AT = {name: i for i, name in enumerate(ACTION_NAMES)}
@@ -186,7 +186,7 @@ def test_traps_of_the_format_are_read(fetched):
 
 
 def test_no_player_is_in_two_splits(fetched):
-    splits = split_recordings(fetched)
+    splits = load_split(fetched)
     assert all(splits.values())
     assert sorted(chain(*splits.values())) == sorted(USED)
     players = [{parse_name(name).player for name in names} for names in splits.values()]
@@ -196,26 +196,26 @@ def test_no_player_is_in_two_splits(fetched):
 def test_model_is_trained_on_what_is_used(fetched, tmp_path):
     config = preset(
         "tiny",
-        encoder_width=16,
+        encoder_embed_dim=16,
         encoder_depth=1,
         conditioner_depth=1,
         predictor_depth=1,
-        dit_width=16,
+        dit_embed_dim=16,
         dit_depth=1,
-        bottleneck=8,
-        head_depth=1,
-        rank_alarm=0.0,
-        std_alarm=0.0,
-        batch=2,
+        bottleneck_dim=8,
+        regression_depth=1,
+        min_rank_fraction=0.0,
+        min_latent_std=0.0,
+        batch_size=2,
         steps=2,
         evaluate_every=2,
-        decoder_batch=2,
+        decoder_batch_size=2,
         decoder_steps=2,
     )
-    training = train_all(config, fetched, tmp_path / "run")
+    training = run_training(config, fetched, tmp_path / "run")
     assert training["steps"] == training["decoder_steps"] == 2
     for split in ("train", "validation"):
-        assert training[split] == split_recordings(fetched)[split]
+        assert training[split] == load_split(fetched)[split]
     model = WorldModel.from_pretrained(tmp_path / "run")
     store = ClipStore.build(fetched, config.frame, progress=False)
     assert sorted(store.names) == sorted(USED)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from minecraft_jepa.data.actions import NOOP
-from minecraft_jepa.demo import table_lines, walking
+from minecraft_jepa.demo import find_walking_window, table_lines
 
 
 class Store(dict):
@@ -19,15 +19,15 @@ def test_the_moment_is_the_walk_with_the_least_turn():
     actions = np.tile(NOOP, (100, 1))
     actions[20:90, 0] = 1  # forward
     actions[20:50, 22] = 3.0  # turning
-    t = walking(Store(a=SimpleNamespace(actions=actions)), "a", 10, 20)
+    t = find_walking_window(Store(a=SimpleNamespace(actions=actions)), "a", 10, 20)
     assert 50 <= t <= 70
 
 
 def test_an_error_of_nothing_has_a_table_too():
     lines = table_lines(
         {
-            1: {"model": 0.0, "copy_last": 0.0, "other_actions": 0.0},
-            15: {"model": 0.5, "copy_last": 1.0, "other_actions": 0.9},
+            1: {"model": 0.0, "copy_last": 0.0, "shuffled_actions": 0.0},
+            15: {"model": 0.5, "copy_last": 1.0, "shuffled_actions": 0.9},
         }
     )
     assert len(lines) == 3

@@ -30,10 +30,14 @@ from minecraft_jepa.training.train_world_model import train_world_model
 
 VARIANTS = {
     "ema": {},
-    "sigreg": {"anti_collapse": "sigreg", "slices": 64},
+    "sigreg": {"anti_collapse": "sigreg", "sigreg_num_slices": 64},
     "vicreg": {"anti_collapse": "vicreg"},
-    "chunks": {"inverse": 0.1, "accumulate": 2, "floor": 0.0},
-    "inverse dynamics without pitch loss": {"inverse": 0.1, "tilt": 0.0},
+    "chunks": {
+        "inverse_dynamics_weight": 0.1,
+        "gradient_accumulation_steps": 2,
+        "variance_weight": 0.0,
+    },
+    "inverse dynamics without pitch loss": {"inverse_dynamics_weight": 0.1, "pitch_weight": 0.0},
 }
 
 
@@ -41,7 +45,7 @@ VARIANTS = {
 def test_two_processes_do_what_one_does(store, tmp_path, sharded):
     """The same global batch over gloo: losses and weights to float tolerance."""
     log = tmp_path / "log"
-    shared = TINY | {"steps": 5, "decoder_steps": 3, "evaluate_every": 5, "ema_end": 0.9}
+    shared = TINY | {"steps": 5, "decoder_steps": 3, "evaluate_every": 5, "ema_momentum_end": 0.9}
     variants = {name: shared | changes for name, changes in VARIANTS.items()}
     calls = [
         (train_in_process, folder_of(store), tmp_path / name, changes, name == "chunks", sharded)
@@ -81,7 +85,7 @@ def test_shards_of_unequal_epochs_end_with_the_same_bits_after_a_kill_in_each(
     assert min(num_batches) > 1
     last_steps = np.cumsum(num_batches)
     num_steps = int(last_steps[-1]) + 2
-    changes = TINY | {"inverse": 0.0, "batch": batch, "steps": num_steps}
+    changes = TINY | {"inverse_dynamics_weight": 0.0, "batch_size": batch, "steps": num_steps}
     changes |= {"save_every": 3, "evaluate_every": 1000}
 
     def start(out, kill_at=None):
@@ -106,7 +110,7 @@ def test_shards_of_unequal_epochs_end_with_the_same_bits_after_a_kill_in_each(
 def test_checkpointed_activations_change_nothing(store):
     models, rows = [], []
     for checkpointing in (False, True):
-        changes = {"steps": 3, "evaluate_every": 3, "checkpoint_activations": checkpointing}
+        changes = {"steps": 3, "evaluate_every": 3, "activation_checkpointing": checkpointing}
         config = preset("tiny", **SMALL, **changes)
         model, history = train_world_model(config, store, TRAIN, HELD_OUT)
         models.append(model)

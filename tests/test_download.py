@@ -31,10 +31,16 @@ from soak import repeats
 from minecraft_jepa.cli import main
 from minecraft_jepa.data import transfer
 from minecraft_jepa.data.checks import check_folder, find_recordings
-from minecraft_jepa.data.download import fetch, read_ledger
-from minecraft_jepa.data.manifest import Entry, choose, read_index, read_manifest, write_manifest
+from minecraft_jepa.data.download import download_recordings, read_ledger
+from minecraft_jepa.data.manifest import (
+    IndexEntry,
+    read_index,
+    read_manifest,
+    select_recordings,
+    write_manifest,
+)
 from minecraft_jepa.data.recordings import parse_name
-from minecraft_jepa.data.splits import deal_sides, split_recordings
+from minecraft_jepa.data.splits import assign_splits, load_split
 from minecraft_jepa.data.transfer import DownloadError
 from minecraft_jepa.utils import lock_folder
 
@@ -173,7 +179,7 @@ def offer(server, num_recordings=3):
         source = SOURCES[i % len(SOURCES)]
         for suffix in (".mp4", ".jsonl"):
             server.files[f"/data/8.0/{name}{suffix}"] = (DATA / f"{source}{suffix}").read_bytes()
-        entries.append(Entry(name, f"{server.base}data/8.0/{name}.mp4", "test"))
+        entries.append(IndexEntry(name, f"{server.base}data/8.0/{name}.mp4", "test"))
     return entries
 
 
@@ -182,7 +188,7 @@ def path_of(entry, suffix=".mp4"):
 
 
 def get(folder, **options):
-    return fetch(folder, progress=False, pause=0.01, timeout=1, **options)
+    return download_recordings(folder, progress=False, pause=0.01, timeout=1, **options)
 
 
 def assert_complete(server, folder, entries):
@@ -358,8 +364,8 @@ def test_server_that_never_recovers_is_given_up(server, tmp_path):
 
 
 def test_trickle_is_given_up(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer, "STALL", 0.5)
-    monkeypatch.setattr(transfer, "SLOWEST", 10**7)
+    monkeypatch.setattr(transfer, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(transfer, "MIN_BYTES_PER_SECOND", 10**7)
     entries = offer(server)
     server.rate = 50_000
     write_manifest(tmp_path, entries)
@@ -400,9 +406,10 @@ def test_disk_without_locks_is_no_hindrance(server, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize("kind", [int, np.int64, np.uint8])
 def test_number_of_players_may_be_of_any_type(kind):
     entries = [
-        Entry(f"player{i}-{i:012x}-20220101-000000", "http://a/x.mp4", "test") for i in range(4)
+        IndexEntry(f"player{i}-{i:012x}-20220101-000000", "http://a/x.mp4", "test")
+        for i in range(4)
     ]
-    assert len(choose(entries, players=kind(2))) == 2
+    assert len(select_recordings(entries, players=kind(2))) == 2
 
 
 @pytest.mark.parametrize(
@@ -532,9 +539,9 @@ def test_command_line_from_index_to_split(server, tmp_path, capsys):
     )
     assert done.returncode == 0 and "10 files done" in done.stdout, done
     assert list(read_manifest(tmp_path / "vpt")["recordings"]) == sorted(
-        e.name for e in choose(entries, 0.4, seed=3)
+        e.name for e in select_recordings(entries, 0.4, seed=3)
     )
-    split = split_recordings(tmp_path / "vpt")
+    split = load_split(tmp_path / "vpt")
     assert sum(map(len, split.values())) == 5 and all(split.values())
     words = ["download", tmp_path / "vpt", "--index", f"{server.base}snapshots/none.json"]
     refused(capsys, words, "HTTP 404; known snapshots")
@@ -556,7 +563,7 @@ def test_real_indexes_do_not_leak(by, seed):
     sessions = [{e.session for e in entries if e.index == path.stem} for path in INDEXES]
     assert len(entries) == len({e.name for e in entries}) == 11_127
     assert len(sessions[0] & sessions[1]) == 17
-    splits = deal_sides([e.name for e in entries], seed, by=by)
+    splits = assign_splits([e.name for e in entries], seed, by=by)
     assert sum(map(len, splits.values())) == 11_127
     for kind in {"session", by}:
         groups = [{getattr(parse_name(n), kind) for n in names} for names in splits.values()]
@@ -568,14 +575,14 @@ def test_real_indexes_do_not_leak(by, seed):
 @pytest.mark.parametrize("by", ["player", "session"])
 def test_another_seed_gives_other_splits(by):
     names = [e.name for e in real_entries()]
-    assert len({str(deal_sides(names, s, by=by)) for s in range(3)}) == 3
+    assert len({str(assign_splits(names, s, by=by)) for s in range(3)}) == 3
 
 
 def test_growing_choice_moves_nobody(tmp_path):
     entries = real_entries()
     previous = {}
     for hours in (20, 60, 200):
-        splits = write_manifest(tmp_path, choose(entries, hours), "session")
+        splits = write_manifest(tmp_path, select_recordings(entries, hours), "session")
         split_of = {name: split for split, names in splits.items() for name in names}
         assert all(split_of[name] == split for name, split in previous.items())
         assert len(split_of) > len(previous)
@@ -1029,25 +1036,25 @@ def test_file_that_is_no_index_is_named(tmp_path, text, message):
 def test_selection_that_the_index_does_not_hold_is_named():
     entries = real_entries()
     with pytest.raises(ValueError, match="did you mean wiggy-aquamarine-tapir"):
-        choose(entries, players=["wiggy-tapir"])
+        select_recordings(entries, players=["wiggy-tapir"])
     with pytest.raises(ValueError, match="players=99: the index has 28"):
-        choose(entries, players=99)
+        select_recordings(entries, players=99)
     with pytest.raises(ValueError, match="at most 927"):
-        choose(entries, hours=1000)
+        select_recordings(entries, hours=1000)
     names = ["wiggy-aquamarine-tapir"]
-    assert {entry.player for entry in choose(entries, players=names)} == set(names)
-    first, second = (choose(entries, hours=10, seed=seed) for seed in (1, 2))
+    assert {entry.player for entry in select_recordings(entries, players=names)} == set(names)
+    first, second = (select_recordings(entries, hours=10, seed=seed) for seed in (1, 2))
     assert {entry.name for entry in first} != {entry.name for entry in second}
 
 
 def test_manifest_that_does_not_go_with_the_call_is_named(tmp_path):
     with pytest.raises(DownloadError, match="no such file; write_manifest makes it"):
         read_manifest(tmp_path)
-    entries = choose(real_entries(), hours=10)
+    entries = select_recordings(real_entries(), hours=10)
     write_manifest(tmp_path, entries, "session")
     with pytest.raises(DownloadError, match="split by session"):
         write_manifest(tmp_path, entries, "player")
-    elsewhere = Entry(entries[0].name, "http://other/x.mp4", "x")
+    elsewhere = IndexEntry(entries[0].name, "http://other/x.mp4", "x")
     with pytest.raises(DownloadError, match="already listed"):
         write_manifest(tmp_path, [elsewhere], "session")
 

@@ -30,7 +30,7 @@ def press(*names, dx=0.0, dy=0.0):
 
 
 def box(name):
-    return action_panel.action_boxes(HEIGHT, WIDTH)[name]
+    return action_panel.action_panel_layout(HEIGHT, WIDTH)[name]
 
 
 def crop(picture, name):
@@ -112,16 +112,16 @@ def actions():
 
 def test_panels_hold_the_frames_pixel_by_pixel_and_in_order(frames, actions):
     names = {"imagined": frames, "real": frames[::-1]}
-    for i, picture in enumerate(video.side_by_side(names, actions, scale=3)):
+    for i, picture in enumerate(video.comparison_frames(names, actions, scale=3)):
         assert picture.shape[1] == 2 * 240 + 3 * 12
         for x, panel in ((12, frames), (12 + 240 + 12, frames[::-1])):
-            expected = video.enlarge(panel[i], 3).transpose(1, 2, 0)
+            expected = video.upscale(panel[i], 3).transpose(1, 2, 0)
             assert (picture[28 : 28 + 144, x : x + 240] == expected).all()
 
 
 def test_last_action_may_be_missing_and_keys_follow_the_tick(frames, actions):
-    pictures = video.side_by_side({"real": frames}, actions)
-    without_last = video.side_by_side({"real": frames}, actions[:-1])
+    pictures = video.comparison_frames({"real": frames}, actions)
+    without_last = video.comparison_frames({"real": frames}, actions[:-1])
     assert all((a == b).all() for a, b in zip(pictures[:-1], without_last[:-1]))
     assert (pictures[-1] != without_last[-1]).any()
     for picture, action in zip(pictures, actions):
@@ -133,7 +133,7 @@ def test_last_action_may_be_missing_and_keys_follow_the_tick(frames, actions):
 def test_captions_count_from_the_first_tick(monkeypatch, frames, actions):
     ticks = []
     monkeypatch.setattr(video, "tick_caption", lambda tick: ticks.append(tick) or str(tick))
-    video.side_by_side({"real": frames}, actions, first=3)
+    video.comparison_frames({"real": frames}, actions, first=3)
     assert ticks == [3, 4, 5, 6, 7]
 
 
@@ -142,22 +142,24 @@ def test_given_frame_is_marked(frames, actions):
         caption = picture[:28].astype(int)
         return (caption[..., 0] - caption[..., 2] > 150).any()  # amber
 
-    marked = [is_marked(p) for p in video.side_by_side({"real": frames}, actions)]
+    marked = [is_marked(p) for p in video.comparison_frames({"real": frames}, actions)]
     assert marked == [True] + [False] * 4
-    assert not any(is_marked(p) for p in video.side_by_side({"real": frames}, actions, first=1))
+    assert not any(
+        is_marked(p) for p in video.comparison_frames({"real": frames}, actions, first=1)
+    )
 
 
 def test_torch_frames_draw_as_arrays_do(frames, actions):
     torch = pytest.importorskip("torch")
     tensors = {"real": torch.from_numpy(frames)}
-    pictures = video.side_by_side(tensors, torch.from_numpy(actions))
-    expected = video.side_by_side({"real": frames}, actions)
+    pictures = video.comparison_frames(tensors, torch.from_numpy(actions))
+    expected = video.comparison_frames({"real": frames}, actions)
     assert all((a == b).all() for a, b in zip(pictures, expected))
 
 
 @pytest.mark.parametrize(("fps", "delay"), [(20, 50), (10, 100), (30, 30)])
 def test_gif_comes_back(tmp_path, frames, actions, fps, delay):
-    pictures = video.side_by_side({"real": frames}, actions)
+    pictures = video.comparison_frames({"real": frames}, actions)
     gif = Image.open(video.save_gif(pictures, tmp_path / "new" / "a.gif", fps=fps, hold=0.2))
     assert gif.n_frames == 5
     assert gif.info["loop"] == 0
@@ -170,7 +172,7 @@ def test_gif_comes_back(tmp_path, frames, actions, fps, delay):
 
 
 def test_gif_is_the_same_bytes_every_time(tmp_path, frames, actions):
-    pictures = video.side_by_side({"real": frames}, actions)
+    pictures = video.comparison_frames({"real": frames}, actions)
     a, b = (video.save_gif(pictures, tmp_path / n).read_bytes() for n in ("a.gif", "b.gif"))
     assert a == b
 
@@ -216,26 +218,26 @@ def test_filmstrip_and_its_numbers(tmp_path, frames):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda f, a: video.side_by_side({"real": f}, a[:2]), "5 frames"),
+        (lambda f, a: video.comparison_frames({"real": f}, a[:2]), "5 frames"),
         (
-            lambda f, a: video.side_by_side({"real": f, "imagined": f[:3]}, a),
+            lambda f, a: video.comparison_frames({"real": f, "imagined": f[:3]}, a),
             "imagined .3, 3, 48, 80.",
         ),
         (
-            lambda f, a: video.side_by_side({"imagined": f.astype(np.float32)}, a),
+            lambda f, a: video.comparison_frames({"imagined": f.astype(np.float32)}, a),
             "imagined: expected uint8",
         ),
         (
-            lambda f, a: video.side_by_side({"imagined": f.transpose(0, 2, 3, 1)}, a),
+            lambda f, a: video.comparison_frames({"imagined": f.transpose(0, 2, 3, 1)}, a),
             "imagined: expected uint8 frames .k, 3, h, w.",
         ),
         (lambda f, a: action_panel.draw_action(a, 96, 640), "expected .28,., found .5, 28."),
         (lambda f, a: plots.filmstrip({"real": f}, (5,)), "frames 0 to 4"),
         (
-            lambda f, a: plots.horizon_plot(None, [1, 2], {"model": [{"mean": 1}]}),
+            lambda f, a: plots.plot_horizons(None, [1, 2], {"model": [{"mean": 1}]}),
             "model: 1 points for 2 horizons",
         ),
-        (lambda f, a: plots.curves_plot(None, [{"step": 1}], ["loss"]), "it has step"),
+        (lambda f, a: plots.plot_curves(None, [{"step": 1}], ["loss"]), "it has step"),
     ],
 )
 def test_errors_say_what_does_not_fit(frames, actions, call, message):
@@ -250,10 +252,10 @@ def figures(folder):
     "Bytes of a figure that the library makes without a call of `style` before, and of axes."
     frames = np.full((3, 3, 48, 80), 90, np.uint8)
     strip = style.save_figure(plots.filmstrip({"real": frames}, ticks=(0, 2)), folder, "strip", {})
-    style.style()
+    style.set_style()
     fig, ax = plt.subplots()
     ax.set_title("a title, 50 % & more_of_it")
-    plots.horizon_plot(ax, [1, 2, 4], {"model": [{"mean": 1.0, "interval": [0.5, 1.5]}] * 3})
+    plots.plot_horizons(ax, [1, 2, 4], {"model": [{"mean": 1.0, "interval": [0.5, 1.5]}] * 3})
     return strip.read_bytes(), style.save_figure(fig, folder, "axes", {}).read_bytes()
 
 

@@ -16,32 +16,53 @@ import torch.nn.functional as F
 from torch import nn
 
 from minecraft_jepa.config import preset
-from minecraft_jepa.data.actions import MOUSE, NOOP
+from minecraft_jepa.data.actions import CAMERA, NOOP
 from minecraft_jepa.evaluation import pixels
-from minecraft_jepa.evaluation.action_decoding import ActionReader, read_back, reading_scores
-from minecraft_jepa.evaluation.baselines import copy_errors, fit_copies, paired_table, ticks_better
-from minecraft_jepa.evaluation.horizon import (
-    by_horizon,
-    horizon_errors,
-    interval,
-    latent_futures,
-    ratio,
+from minecraft_jepa.evaluation.action_decoding import (
+    ActionDecoder,
+    action_metrics,
+    decode_rollout_actions,
 )
-from minecraft_jepa.evaluation.pixels import pixel_scores, psnr, ssim
-from minecraft_jepa.evaluation.probes import pixels_compare, pixels_of, probe, ridge, ridges
-from minecraft_jepa.evaluation.report import SCHEMA, bars, beside, compare, read_report
-from minecraft_jepa.evaluation.retrieval import rank_of_truth, retrieval
-from minecraft_jepa.evaluation.rollouts import drift, future_leak, sensitivity
+from minecraft_jepa.evaluation.baselines import (
+    copy_baseline_errors,
+    fit_copy_baselines,
+    paired_table,
+    ticks_better,
+)
+from minecraft_jepa.evaluation.horizon import (
+    confidence_interval,
+    error_ratio,
+    horizon_errors,
+    predict_futures,
+    summarize_by_horizon,
+)
+from minecraft_jepa.evaluation.pixels import pixel_metrics, psnr, ssim
+from minecraft_jepa.evaluation.probes import (
+    fit_ridge,
+    fit_ridges,
+    linear_probe,
+    pixel_pair_features,
+    pixel_tokens,
+)
+from minecraft_jepa.evaluation.report import (
+    SCHEMA,
+    check_criteria,
+    compare_reports,
+    compare_with_shipped,
+    load_report,
+)
+from minecraft_jepa.evaluation.retrieval import rank_of_target, retrieval
+from minecraft_jepa.evaluation.rollouts import action_sensitivity, future_leakage, rollout_drift
 from minecraft_jepa.evaluation.windows import (
-    Remembers,
+    CachedModel,
     evaluation_windows,
-    left_out,
+    excluded_recordings,
     recordings_with_window,
-    usable,
+    usable_recordings,
 )
 from minecraft_jepa.model.collapse import collapse_alarm, collapse_metrics
-from minecraft_jepa.model.inverse_dynamics import rows_alike
-from minecraft_jepa.viz.plots import compare_plot
+from minecraft_jepa.model.inverse_dynamics import row_correlation
+from minecraft_jepa.viz.plots import plot_comparison
 
 CONFIG, GRID, HORIZONS, DEGREES = preset("tiny"), (6, 10), [1, 2, 4, 8, 15], 5.0
 
@@ -61,7 +82,7 @@ class Panoramas:
             turns = random.choice([1, 2, 3], ticks)  # never back, so that no view comes twice
             columns = 2000 + 8 * np.concatenate([[0], np.cumsum(turns)[:-1]])
             actions = np.tile(NOOP, (ticks, 1))
-            actions[:, MOUSE.start] = DEGREES * turns
+            actions[:, CAMERA.start] = DEGREES * turns
             frames = np.stack([strip[:, :, x : x + 80] for x in columns])
             self.strips[name], self.columns[name] = strip, columns
             self.clips[name] = SimpleNamespace(frames=frames, actions=actions, state={})
@@ -108,7 +129,7 @@ class Knows(nn.Module):
         return (pixels * 255).round().to(torch.uint8)
 
     def columns_moved(self, actions):
-        return (actions[..., MOUSE.start] / DEGREES).round().long() * 8
+        return (actions[..., CAMERA.start] / DEGREES).round().long() * 8
 
     def imagine(self, z, actions):
         futures = []
@@ -169,11 +190,11 @@ def test_who_knows_the_future_has_no_error(store):
     errors = errors_of(Knows(store), store)
     assert errors["model"].shape == (len(store.names), len(HORIZONS))
     assert errors["model"].max() < 1e-9
-    assert np.abs(errors["no_history"]).max() < 1e-9  # this world has no memory
-    for rival in ("copy_last", "noop", "other_actions"):
+    assert np.abs(errors["without_history"]).max() < 1e-9  # this world has no memory
+    for rival in ("copy_last", "no_op", "shuffled_actions"):
         assert errors[rival].min() > 0.5
     # Nothing is pressed, so nothing turns.
-    assert np.allclose(errors["copy_last"], errors["noop"], rtol=1e-5)
+    assert np.allclose(errors["copy_last"], errors["no_op"], rtol=1e-5)
 
 
 def test_one_is_the_best_constant_answer():
@@ -189,14 +210,14 @@ def test_one_is_the_best_constant_answer():
 
 def test_small_latents_gain_nothing(store):
     errors, errors_of_small = errors_of(Knows(store), store), errors_of(Small(store), store)
-    for method in ("copy_last", "noop", "other_actions", "linear"):
+    for method in ("copy_last", "no_op", "shuffled_actions", "linear"):
         assert np.allclose(errors[method], errors_of_small[method], rtol=1e-3)
 
 
 def test_who_heeds_no_action_is_caught(store):
     errors = errors_of(Deaf(store), store)
-    table = paired_table(errors, HORIZONS, ("copy_last", "noop", "other_actions"))
-    assert all(np.isclose(row["mean"], 1) for row in ratio(errors, HORIZONS).values())
+    table = paired_table(errors, HORIZONS, ("copy_last", "no_op", "shuffled_actions"))
+    assert all(np.isclose(row["mean"], 1) for row in error_ratio(errors, HORIZONS).values())
     assert not any(ticks_better(row, HORIZONS) for row in table.values())
 
 
@@ -205,17 +226,17 @@ def test_a_guess_that_saw_the_future_is_caught(store):
     model = Knows(store)
 
     def predict(frames, actions):  # the evaluation's own path
-        return latent_futures(model, frames, actions, actions, [1, 2, 4])[1]["model"]
+        return predict_futures(model, frames, actions, actions, [1, 2, 4])[1]["model"]
 
     def predict_with_leak(frames, actions):
         return predict(frames, actions) + 0.001 * model.target(frames[:, 4])[:, None]
 
     def targets(frames, actions):  # the target itself, given away
-        return latent_futures(model, frames, actions, actions, [1])[0][:, 1:]
+        return predict_futures(model, frames, actions, actions, [1])[0][:, 1:]
 
-    assert future_leak(predict, frames, actions) == 0
-    assert future_leak(predict_with_leak, frames, actions) > 1e-5
-    assert future_leak(targets, frames, actions) > 0.1
+    assert future_leakage(predict, frames, actions) == 0
+    assert future_leakage(predict_with_leak, frames, actions) > 1e-5
+    assert future_leakage(targets, frames, actions) > 0.1
 
 
 # Intervals
@@ -226,7 +247,7 @@ def test_recordings_are_the_unit_of_the_interval(store):
     values = np.random.default_rng(0).normal(size=8)
 
     def width(values):
-        low, high = interval(values)["interval"]
+        low, high = confidence_interval(values)["interval"]
         return high - low
 
     # Were frames the unit, it would seem sure.
@@ -237,7 +258,7 @@ def test_recordings_are_the_unit_of_the_interval(store):
 
 def test_interval_covers_the_mean_about_as_often_as_it_says():
     random = np.random.default_rng(0)
-    intervals = [interval(random.normal(size=8))["interval"] for _ in range(1000)]
+    intervals = [confidence_interval(random.normal(size=8))["interval"] for _ in range(1000)]
     covered = np.mean([low <= 0 <= high for low, high in intervals])
     assert 0.93 < covered < 0.97  # a percentile bootstrap of eight: 0.85
 
@@ -245,9 +266,9 @@ def test_interval_covers_the_mean_about_as_often_as_it_says():
 def test_copies_shrink_and_shift_as_well_as_a_rule_allows(store):
     """In a world that only turns, the shifted copy is better than the shrunk one."""
     model, horizons = Deaf(store), [1, 4]
-    fit = fit_copies(model, store, store.names, horizons, count=6)
+    fit = fit_copy_baselines(model, store, store.names, horizons, windows_per_recording=6)
     errors, variance = horizon_errors(model, store, store.names, horizons, 6)
-    errors |= copy_errors(model, store, store.names, horizons, fit, variance, 6)
+    errors |= copy_baseline_errors(model, store, store.names, horizons, fit, variance, 6)
     assert errors["shrunk_copy"].mean() < errors["copy_last"].mean()
     assert errors["shifted_copy"][:, 0].mean() < errors["shrunk_copy"][:, 0].mean()
 
@@ -256,20 +277,20 @@ def test_copies_shrink_and_shift_as_well_as_a_rule_allows(store):
 
 
 def test_the_true_future_is_found_by_who_knows_it(store):
-    scores = retrieval(Knows(store), store, store.names, [1, 4], count=6)
+    scores = retrieval(Knows(store), store, store.names, [1, 4], windows_per_recording=6)
     assert np.allclose(scores["top1"]["model"], 1) and np.allclose(scores["mrr"]["model"], 1)
-    assert scores["top1"]["other_actions"].mean() < 0.5
+    assert scores["top1"]["shuffled_actions"].mean() < 0.5
 
 
 def test_the_blind_find_nothing(store):
-    scores = retrieval(Blind(store), store, store.names, [1, 4], count=6)
+    scores = retrieval(Blind(store), store, store.names, [1, 4], windows_per_recording=6)
     assert (scores["top1"]["model"] == 0).all()
     assert np.allclose(scores["mrr"]["model"], 1 / 256)
 
 
 def test_chance_is_one_in_all_candidates():
     z, guess = torch.randn(256, 4, 8), torch.randn(2000, 4, 8)
-    rank = rank_of_truth(guess, z, torch.randint(0, 256, (2000,))).float()
+    rank = rank_of_target(guess, z, torch.randint(0, 256, (2000,))).float()
     assert abs(float(rank.mean()) - 128.5) < 6 and float((rank == 1).float().mean()) < 0.02
 
 
@@ -304,18 +325,18 @@ def probed(encode, examples=None, unseen=None, compare=None):
         examples = made_examples(240, 4)
     if unseen is None:
         unseen = made_examples(80, 4, seed=1)
-    return probe(encode, examples, unseen, np.arange(240) % 4 == 3, GRID, compare)
+    return linear_probe(encode, examples, unseen, np.arange(240) % 4 == 3, GRID, compare)
 
 
 def test_probes_find_what_is_in_the_picture():
-    assert min(probed(pixels_of(8)).values()) > 0.8
+    assert min(probed(pixel_tokens(8)).values()) > 0.8
 
 
 def test_a_turn_of_more_than_half_a_patch_is_found_by_matching():
     large_turns = {"max_shift": 10, "grain": 5}
     examples = made_examples(240, 4, **large_turns), made_examples(80, 4, seed=1, **large_turns)
-    flow = probed(pixels_of(8), *examples)["yaw_change"]
-    matched = probed(pixels_of(8), *examples, pixels_compare(8, GRID))["yaw_change"]
+    flow = probed(pixel_tokens(8), *examples)["yaw_change"]
+    matched = probed(pixel_tokens(8), *examples, pixel_pair_features(8, GRID))["yaw_change"]
     assert matched > 0.8 and flow < matched - 0.05, (flow, matched)
 
     def noise(z, later):
@@ -323,7 +344,7 @@ def test_a_turn_of_more_than_half_a_patch_is_found_by_matching():
         return torch.from_numpy(random.standard_normal((len(z), 500)).astype(np.float32))
 
     # A comparison that tells nothing is not chosen.
-    assert abs(probed(pixels_of(8), *examples, noise)["yaw_change"] - flow) < 1e-9
+    assert abs(probed(pixel_tokens(8), *examples, noise)["yaw_change"] - flow) < 1e-9
 
 
 def shuffled(examples, random):
@@ -341,12 +362,12 @@ def test_shuffled_labels_take_probes_to_chance():
             shuffled(made_examples(80, 4, seed=1), random),
         )
 
-    assert max(probed(pixels_of(8), *shuffled_pair()).values()) < 0.1
+    assert max(probed(pixel_tokens(8), *shuffled_pair()).values()) < 0.1
     # Judged on true labels; a shuffle keeps some order by luck.
-    scores = [probed(pixels_of(8), shuffled(made_examples(240, 4), random)) for _ in range(6)]
+    scores = [probed(pixel_tokens(8), shuffled(made_examples(240, 4), random)) for _ in range(6)]
     for label in ("pitch", "yaw_change"):
         assert np.mean([row[label] for row in scores]) < 0.15
-    matched = probed(pixels_of(8), *shuffled_pair(), pixels_compare(8, GRID))
+    matched = probed(pixel_tokens(8), *shuffled_pair(), pixel_pair_features(8, GRID))
     assert matched["yaw_change"] < 0.15
 
 
@@ -356,7 +377,7 @@ def test_a_constant_encoder_is_caught():
 
     def compare(z, later):
         z, later = (tokens.unflatten(1, GRID).unsqueeze(3) for tokens in (z, later))
-        return rows_alike(z, later, 6)
+        return row_correlation(z, later, 6)
 
     assert max(probed(constant).values()) < 0.05
     assert probed(constant, compare=compare)["yaw_change"] < 0.05
@@ -368,7 +389,7 @@ def test_a_constant_encoder_is_caught():
 # Actions
 
 
-class Exact(ActionReader):
+class Exact(ActionDecoder):
     """Finds the turn between the pixels of two views by trying all turns."""
 
     def __init__(self):
@@ -385,32 +406,34 @@ class Exact(ActionReader):
 def test_actions_are_read_back_from_who_follows_them(store):
     with torch.no_grad():
         follows, ignores = (
-            read_back(Exact(), model, store, store.names, [1, 4], count=6)
+            decode_rollout_actions(
+                Exact(), model, store, store.names, [1, 4], windows_per_recording=6
+            )
             for model in (Knows(store), Deaf(store))
         )
     for h in ("1", "4"):
-        assert follows["real"][h]["camera_degrees"] == 0
-        assert follows["imagined"][h]["camera_degrees"] == 0
-        assert follows["imagined"][h]["turn_r2"] == 1
-        assert ignores["imagined"][h]["camera_degrees"] > 3
-        assert ignores["imagined"][h]["turn_r2"] < 0.1
+        assert follows["real"][h]["camera_mae"] == 0
+        assert follows["imagined"][h]["camera_mae"] == 0
+        assert follows["imagined"][h]["yaw_r2"] == 1
+        assert ignores["imagined"][h]["camera_mae"] > 3
+        assert ignores["imagined"][h]["yaw_r2"] < 0.1
 
 
 def test_f1_and_degrees_of_a_known_answer():
     actions = torch.zeros(4, 2, 28)
     actions[:2, :, 0] = 1  # w in the first two
-    actions[:, 0, MOUSE.start] = 3
-    actions[:, 1, MOUSE.start] = 1  # 4 degrees in all, at every pair
+    actions[:, 0, CAMERA.start] = 3
+    actions[:, 1, CAMERA.start] = 1  # 4 degrees in all, at every pair
     logits = torch.full((4, 9), -1.0)
     logits[1:3, 0] = 1  # w: one true positive, one false positive, one false negative
-    scores = reading_scores((logits, torch.tensor([[1.0, 0.0]] * 4)), actions)
+    scores = action_metrics((logits, torch.tensor([[1.0, 0.0]] * 4)), actions)
     assert scores["f1"]["w"] == 0.5 and scores["f1"]["space"] is None
-    assert scores["mean_f1"] == 0.5 and scores["camera_degrees"] == 1.5
+    assert scores["mean_f1"] == 0.5 and scores["camera_mae"] == 1.5
 
 
 def test_only_what_moves_the_view_moves_the_latent(store):
     frames, actions = evaluation_windows(store, "b_0", 25, 1, 4)
-    distances = sensitivity(Knows(store), frames[:, 1], actions[:, :24], 4)
+    distances = action_sensitivity(Knows(store), frames[:, 1], actions[:, :24], 4)
     assert distances["left"] > 0.5 and distances["right"] > 0.5
     assert distances["w"] == distances["attack"] == distances["up"] == 0
 
@@ -419,7 +442,9 @@ def test_only_what_moves_the_view_moves_the_latent(store):
 
 
 def test_who_knows_the_world_does_not_drift(store):
-    measured = drift(Knows(store), store, store.names, ticks=40, every=20, count=2)
+    measured = rollout_drift(
+        Knows(store), store, store.names, ticks=40, every=20, windows_per_recording=2
+    )
     imagined, real = measured["imagined"], measured["real"]
     assert all(0.7 < spread < 1.3 for spread in imagined["spread"])
     assert all(distance < 1.3 * real["nearest"] for distance in imagined["nearest"])
@@ -430,7 +455,9 @@ def test_latents_that_grow_are_seen_to_leave(store):
         def step(self, z, actions):
             return 1.2 * z
 
-    measured = drift(Grows(store), store, store.names, ticks=20, every=10, count=2)
+    measured = rollout_drift(
+        Grows(store), store, store.names, ticks=20, every=10, windows_per_recording=2
+    )
     assert measured["imagined"]["nearest"][-1] > 10 * measured["real"]["nearest"]
     assert measured["imagined"]["spread"][-1] > 10
 
@@ -445,7 +472,7 @@ def test_who_knows_the_future_draws_it_perfectly(store):
         return torch.zeros(len(z), 3, 48, 80, dtype=torch.uint8)
 
     decoders = {"fold": model.decode, "black": draw_black}
-    scores = pixel_scores(model, decoders, store, store.names, [1, 4], count=3)
+    scores = pixel_metrics(model, decoders, store, store.names, [1, 4], windows_per_recording=3)
     assert (scores["psnr"]["fold"] == 60).all() and np.allclose(scores["ssim"]["fold"], 1)
     assert (scores["psnr"]["black"] < 10).all()
     assert (scores["psnr"]["copy_last"] < 15).all()
@@ -472,40 +499,47 @@ def a_report(error=0.8, other=1.4, top1=0.6, pitch=0.9, recordings=("a", "b")):
     return {
         "schema": SCHEMA,
         "recordings": list(recordings),
-        "share_of_copying": {h: {"model": exactly(error)} for h in ("1", "4", "8")},
+        "relative_to_copy": {h: {"model": exactly(error)} for h in ("1", "4", "8")},
         "ratio": {"8": exactly(other)},
         "retrieval": {"top1": {"4": {"model": exactly(top1)}}},
         "probes": {"model": {"pitch": pitch, "yaw_change": pitch}},
-        "ticks_better": {"copy_last": list(range(1, 16)), "noop": [1, 2]},
+        "ticks_better": {"copy_last": list(range(1, 16)), "no_op": [1, 2]},
         "probes_by_world": {"pitch": by_world, "yaw_change": by_world},
     }
 
 
 def test_bars_are_met_or_not():
-    met = {b["bar"]: b["met"] for b in bars(a_report())}
+    met = {b["criterion"]: b["passed"] for b in check_criteria(a_report())}
     assert sorted(met.values()) == [False, True, True, True, True, True]
     # What a blind encoder leaves.
     nothing = a_report(other=float("nan"), top1=0.0, pitch=float("nan"))
-    assert [b["met"] for b in bars(nothing)] == [True, False, False, False, False, False]
+    assert [b["passed"] for b in check_criteria(nothing)] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_compare_says_which_is_better_and_draws_it():
-    compared = compare(a_report(), a_report(error=0.7, other=1.2))
+    compared = compare_reports(a_report(), a_report(error=0.7, other=1.2))
     assert compared["error over copying, 4 ticks"] == (0.8, 0.7, True)
     assert compared["other over true future actions, 8 ticks"] == (1.4, 1.2, False)
-    fig, axes = compare_plot(compared, ("old", "new"))
+    fig, axes = plot_comparison(compared, ("old", "new"))
     labels = [label.get_text() for ax in axes for label in ax.get_yticklabels()]
     assert len(labels) == len(compared)
     plt.close(fig)
     with pytest.raises(ValueError, match="different recordings"):
-        compare(a_report(), a_report(recordings=("a", "c")))
+        compare_reports(a_report(), a_report(recordings=("a", "c")))
 
 
 def test_a_report_of_another_version_is_refused(tmp_path):
     path = Path(tmp_path) / "evaluate.json"
     path.write_text(json.dumps(a_report() | {"schema": SCHEMA - 1}))
     with pytest.raises(ValueError, match="evaluate again"):
-        read_report(path)
+        load_report(path)
 
 
 def test_learned_metrics_where_their_networks_are(tmp_path, monkeypatch):
@@ -517,14 +551,16 @@ def test_learned_metrics_where_their_networks_are(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(pixels, "_hash_matches_name", lambda path: True)
     (tmp_path / "checkpoints").mkdir()
-    path_of = {name: tmp_path / "checkpoints" / file for name, file in pixels.LEARNED.items()}
+    path_of = {
+        name: tmp_path / "checkpoints" / file for name, file in pixels.METRIC_WEIGHTS.items()
+    }
     torch.save(torchvision.models.alexnet(weights=None).state_dict(), path_of["lpips"])
     with monkeypatch.context() as m:
         extractor = inception.FeatureExtractorInceptionV3
         m.setattr(extractor, "load_state_dict", lambda self, state: None)
         m.setattr(inception, "load_state_dict_from_url", lambda *a, **k: None)
         torch.save(extractor("x", ["2048"]).state_dict(), path_of["fid"])
-    metrics, unavailable = pixels.learned_metrics()
+    metrics, unavailable = pixels.perceptual_metrics()
     assert set(metrics) == {"lpips", "fid"} and set(unavailable) == {"fvd"}
     noise = torch.randint(0, 256, (4, 3, 48, 80), dtype=torch.uint8)
     flat = torch.full((4, 3, 48, 80), 100, dtype=torch.uint8)
@@ -549,22 +585,22 @@ class Odd(Panoramas):
 
 def test_a_recording_without_window_or_movement_is_left_out_by_name(capsys):
     store = Odd()
-    reasons = left_out(store, store.names, 25, 15)
+    reasons = excluded_recordings(store, store.names, 25, 15)
     first_words = {name: reason.split(" ")[0] for name, reason in reasons.items()}
     assert first_words == {"a_0": "too", "b_0": "nothing"}
-    assert usable(store, store.names, 25, 15, least=1) == ["c_0"]
+    assert usable_recordings(store, store.names, 25, 15, least=1) == ["c_0"]
     assert "left out: a_0: too short" in capsys.readouterr().out
     message = "1 recording(s) can be judged, at least 2 are needed (a_0: too short"
     with pytest.raises(ValueError, match=re.escape(message)):
-        usable(store, store.names, 25, 15)
+        usable_recordings(store, store.names, 25, 15)
 
 
 def test_one_movement_late_in_a_recording_is_seen():
     store = Panoramas()
     store.clips["a_0"].frames = store.clips["a_0"].frames[:1].repeat(300, 0)
-    assert list(left_out(store, store.names, 25, 15)) == ["a_0"]
+    assert list(excluded_recordings(store, store.names, 25, 15)) == ["a_0"]
     store.clips["a_0"].frames[299, 0, 0, 0] ^= 1
-    assert left_out(store, store.names, 25, 15) == {}
+    assert excluded_recordings(store, store.names, 25, 15) == {}
 
 
 def test_latents_that_are_all_alike_are_told_and_no_nan(store):
@@ -574,23 +610,23 @@ def test_latents_that_are_all_alike_are_told_and_no_nan(store):
 
 def test_a_recording_that_was_not_measured_at_a_horizon_is_left_out_there_alone():
     random = np.random.default_rng(0)
-    methods = ("model", "copy_last", "noop", "other_future")
+    methods = ("model", "copy_last", "no_op", "shuffled_future")
     complete = {method: random.uniform(0.2, 1, (5, 3)) for method in methods}
     with_gap = {method: errors.copy() for method, errors in complete.items()}
     for errors in with_gap.values():
         errors[3, 2] = np.nan
     without = {method: np.delete(errors, 3, 0) for method, errors in complete.items()}
-    table = by_horizon(with_gap, [1, 2, 4])
-    assert table["1"] == by_horizon(complete, [1, 2, 4])["1"]
-    assert table["4"] == by_horizon(without, [1, 2, 4])["4"]
-    assert ratio(with_gap, [1, 2, 4])["4"] == ratio(without, [1, 2, 4])["4"]
+    table = summarize_by_horizon(with_gap, [1, 2, 4])
+    assert table["1"] == summarize_by_horizon(complete, [1, 2, 4])["1"]
+    assert table["4"] == summarize_by_horizon(without, [1, 2, 4])["4"]
+    assert error_ratio(with_gap, [1, 2, 4])["4"] == error_ratio(without, [1, 2, 4])["4"]
 
 
 def test_an_error_of_nothing_gives_no_nan():
-    errors = {m: np.ones((3, 2)) for m in ("model", "copy_last", "noop", "other_future")}
+    errors = {m: np.ones((3, 2)) for m in ("model", "copy_last", "no_op", "shuffled_future")}
     errors["copy_last"][1] = 0
     perfect_model = errors | {"model": errors["copy_last"]}
-    rows = [*by_horizon(errors, [1, 2]).values(), ratio(perfect_model, [1, 2])]
+    rows = [*summarize_by_horizon(errors, [1, 2]).values(), error_ratio(perfect_model, [1, 2])]
     for row in rows:
         for value in row.values():
             assert np.isfinite([value["mean"], *value["interval"]]).all()
@@ -601,7 +637,7 @@ def test_an_error_of_nothing_gives_no_nan():
 
 def test_who_remembers_scores_as_the_model_itself(store):
     model = Knows(store)
-    cached, kept = Remembers(model), []
+    cached, kept = CachedModel(model), []
     for _ in range(2):
         errors, variance = horizon_errors(cached, store, store.names, HORIZONS, 6)
         kept.append(list(cached.kept))
@@ -613,7 +649,7 @@ def test_who_remembers_scores_as_the_model_itself(store):
     assert set(kept[0]) == set(kept[1])
     assert sum(key[0] == "target" for key in kept[0]) <= 3 * 6 * 17
     scores, cached_scores = (
-        retrieval(m, store, store.names, [1, 4], count=4) for m in (model, cached)
+        retrieval(m, store, store.names, [1, 4], windows_per_recording=4) for m in (model, cached)
     )
     for measure, by_method in scores.items():
         for method, values in by_method.items():
@@ -630,8 +666,8 @@ def test_ridges_are_ridge_for_each_answer(num_features):
         random.normal(size=(120, 2)),
         x[:, 1:2] ** 2,
     ]
-    for y, fit in zip(answers, ridges(x, answers, validation)):
-        alone = ridge(x, y, validation)
+    for y, fit in zip(answers, fit_ridges(x, answers, validation)):
+        alone = fit_ridge(x, y, validation)
         assert fit.error == alone.error and torch.equal(fit(unseen), alone(unseen))
 
 
@@ -639,7 +675,7 @@ def test_recordings_are_filtered_by_length_in_one_place():
     """What is fitted and what is reported of the fit are the same recordings."""
     store = Odd()
     assert recordings_with_window(store, store.names, 25, 15) == ["b_0", "c_0"]
-    fit = fit_copies(Knows(store), store, store.names, [1, 15], count=2)
+    fit = fit_copy_baselines(Knows(store), store, store.names, [1, 15], windows_per_recording=2)
     assert fit.recordings == 2
 
 
@@ -648,13 +684,13 @@ def test_other_recordings_are_not_comparable_and_say_so():
     report = {
         "preset": "tiny",
         "recordings": ["a", "b"],
-        "bars": [{"bar": "pitch_r2", "number": 0.7, "wanted": 0.8, "met": False}],
-        "share_of_copying": {h: {"model": row} for h in ("1", "2", "4", "8", "15")},
+        "criteria": [{"criterion": "pitch_r2", "number": 0.7, "threshold": 0.8, "passed": False}],
+        "relative_to_copy": {h: {"model": row} for h in ("1", "2", "4", "8", "15")},
     }
-    same = beside(report, report)
+    same = compare_with_shipped(report, report)
     assert same["comparable"] and "ratios can" in same["told"]
-    different = beside(report | {"recordings": ["mine"], "preset": "small"}, report)
+    different = compare_with_shipped(report | {"recordings": ["mine"], "preset": "small"}, report)
     assert not different["comparable"] and "not comparable" in different["told"]
     assert "preset small, the shipped of tiny" in different["told"]
     first = different["rows"][0]
-    assert first == {"what": "pitch_r2", "wanted": 0.8, "yours": 0.7, "shipped": 0.7}
+    assert first == {"what": "pitch_r2", "threshold": 0.8, "yours": 0.7, "shipped": 0.7}

@@ -16,7 +16,7 @@ import torch
 from minecraft_jepa.config import preset
 from minecraft_jepa.model.decoders import DiT, RegressionHead
 from minecraft_jepa.model.world_model import WorldModel
-from minecraft_jepa.training.optim import descend, make_optimizer
+from minecraft_jepa.training.optim import make_optimizer, optimizer_step
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "data" / "weights" / "tiny"
@@ -26,24 +26,33 @@ GRADIENTS = 1e-3  # of the norm of a gradient or of an update
 SMALL = {
     "height": 24,
     "frame_width": 40,
-    "encoder_width": 32,
+    "encoder_embed_dim": 32,
     "encoder_depth": 2,
-    "encoder_heads": 2,
+    "encoder_num_heads": 2,
     "conditioner_depth": 2,
-    "conditioner_heads": 2,
+    "conditioner_num_heads": 2,
     "predictor_depth": 2,
-    "predictor_heads": 2,
+    "predictor_num_heads": 2,
 }
 VARIANTS = {
-    "cross attention, vicreg": {"anti_collapse": "vicreg", "inverse": 0.3, "tilt": 0.2},
+    "cross attention, vicreg": {
+        "anti_collapse": "vicreg",
+        "inverse_dynamics_weight": 0.3,
+        "pitch_weight": 0.2,
+    },
     "adaln, sigreg": {
         "kind": "adaln",
         "anti_collapse": "sigreg",
-        "slices": 64,
-        "inverse": 0.3,
-        "tilt": 0.0,
+        "sigreg_num_slices": 64,
+        "inverse_dynamics_weight": 0.3,
+        "pitch_weight": 0.0,
     },
-    "adaln, slow copy alone": {"kind": "adaln", "inverse": 0.0, "floor": 0.0, "rollout": 3},
+    "adaln, slow copy alone": {
+        "kind": "adaln",
+        "inverse_dynamics_weight": 0.0,
+        "variance_weight": 0.0,
+        "rollout_steps": 3,
+    },
 }
 
 
@@ -54,7 +63,7 @@ def windows(config, batch, frames, ticks):
     tint = rng.uniform(40, 200, (batch, frames, 3, 1, 1))
     noise = rng.normal(0, 12, (batch, frames, 3, f.height, f.width))
     pixels = np.clip(tint * slope + 30 + noise, 0, 255).astype(np.uint8)
-    length = config.conditioner.ticks - 1 + ticks
+    length = config.conditioner.history_ticks - 1 + ticks
     actions = (rng.random((batch, length, 28)) < 0.2).astype(np.float32)
     actions[..., 20:22] = 0.5
     actions[..., 22:24] = rng.normal(0, 3, (batch, length, 2))
@@ -105,8 +114,8 @@ def outputs():
             "dit, imagined and guided": dit.decode(future[:, 3], steps=3, guidance=1.5),
             "head": head.decode(future[:, 1]),
         }
-        if hasattr(model, "inverse"):
-            found["said"] = model.inverse.say(z, future[:, 0])
+        if hasattr(model, "inverse_dynamics"):
+            found["predicted action"] = model.inverse_dynamics.predict(z, future[:, 0])
     return {name: summary(x) for name, x in found.items()}
 
 
@@ -114,10 +123,10 @@ def outputs():
 def training_step():
     "Loss, gradients and one step of the optimizer, from the shipped weights."
     model = WorldModel(preset("tiny"))
-    model.start_from(WEIGHTS)
+    model.init_from_pretrained(WEIGHTS)
     model.train()
     j = model.config.jepa
-    frames, actions = windows(model.config, 4, 2 + j.rollout, j.far)
+    frames, actions = windows(model.config, 4, 2 + j.rollout_steps, j.far)
     optimizer = make_optimizer({model: 1.0}, 1e-3, 0.05)
     before = [p.detach().clone() for p in model.parameters()]
     out = model(frames, actions)
@@ -129,12 +138,12 @@ def training_step():
     }
     for p, old in zip(model.parameters(), before):
         assert torch.equal(p, old)
-    found["norm"] = descend(found["loss"], optimizer, 1e-4, 1.0)
+    found["norm"] = optimizer_step(found["loss"], optimizer, 1e-4, 1.0)
     pairs = zip(model.parameters(), before)
     found["moved"] = (
         float(sum((p.detach() - old).double().square().sum() for p, old in pairs)) ** 0.5
     )
-    model.update_teacher(0.9)
+    model.update_target_encoder(0.9)
     found["loss afterwards"] = model(frames, actions)["loss"].item()
     return found
 
@@ -145,7 +154,7 @@ def decoders_losses():
     dit, head = DiT.from_pretrained(WEIGHTS), RegressionHead.from_pretrained(WEIGHTS)
     frames, _ = windows(dit.config, 3, 1, 1)
     rng = np.random.default_rng(1)
-    shape = 3, dit.config.frame.patches, dit.config.encoder.width
+    shape = 3, dit.config.frame.patches, dit.config.encoder.embed_dim
     z = torch.from_numpy(rng.normal(0, 1, shape).astype(np.float32))
     x = torch.from_numpy(rng.normal(0, 1, (*shape[:2], dit.out.out_features)).astype(np.float32))
     seen = dit.denoise(x, torch.tensor([0.1, 0.5, 0.9]), z)
@@ -164,7 +173,9 @@ def variant(name):
     "Loss and gradients of one way of training, weights from a formula."
     model = filled(WorldModel(preset("tiny", **SMALL | VARIANTS[name]))).train()
     j = model.config.jepa
-    frames, actions = windows(model.config, 4, 1 + j.rollout + (j.far > 0), max(j.rollout, j.far))
+    frames, actions = windows(
+        model.config, 4, 1 + j.rollout_steps + (j.far > 0), max(j.rollout_steps, j.far)
+    )
     out = model(frames, actions, seed=11)
     out["loss"].backward()
     return {
@@ -203,7 +214,7 @@ def same(found, wanted, relative=RELATIVE):
         assert found == pytest.approx(wanted, rel=relative)
 
 
-@pytest.mark.parametrize("what", ["encode", "target", "step", "imagine", "said"])
+@pytest.mark.parametrize("what", ["encode", "target", "step", "imagine", "predicted action"])
 def test_latents_of_the_shipped_weights_stay(what):
     if what not in kept()["outputs"]:
         pytest.skip("the shipped weights have no such head")

@@ -19,12 +19,12 @@ from commands import refused
 from soak import repeats
 
 from minecraft_jepa.cli import main
-from minecraft_jepa.data.actions import KEYS, MOUSE, NOOP, encode_actions
+from minecraft_jepa.data.actions import CAMERA, KEYS, NOOP, encode_actions
 from minecraft_jepa.data.checks import check_recording, find_recordings
 from minecraft_jepa.data.recordings import open_recording
 from minecraft_jepa.game import client, luanti, recorder
-from minecraft_jepa.game.client import ahead, read_code, read_state
-from minecraft_jepa.game.env import LuantiEnv, to_input
+from minecraft_jepa.game.client import frames_ahead, read_frame_id, read_state
+from minecraft_jepa.game.env import LuantiEnv, action_to_input
 from minecraft_jepa.game.luanti import LuantiError, find_programs
 
 ROOT = Path(__file__).parent.parent
@@ -66,8 +66,8 @@ def test_code_is_read_at_any_width_and_shade(width):
     for number in range(0, 4096, 7):
         bits = [1, 0, *((number ^ number >> 1) >> k & 1 for k in range(12))]
         row = np.array([bits[x * 14 // width] for x in range(width)], np.uint8)
-        assert read_code(row * 255) == read_code(row * 90 + 5) == number
-        assert ahead(number, number + 3 * 4096) == 0
+        assert read_frame_id(row * 255) == read_frame_id(row * 90 + 5) == number
+        assert frames_ahead(number, number + 3 * 4096) == 0
 
 
 def test_what_is_sent_is_what_an_action_says():
@@ -76,13 +76,13 @@ def test_what_is_sent_is_what_an_action_says():
     for _ in range(200):
         action = NOOP.copy()
         action[:20] = rng.integers(0, 2, 20)
-        action[MOUSE] = rng.normal(0, 3, 2)
+        action[CAMERA] = rng.normal(0, 3, 2)
         action[25:] = rng.integers(0, 2, 3)
-        pressed, right, down, _, rest = to_input(action, False, rest, 256)
+        pressed, right, down, _, rest = action_to_input(action, False, rest, 256)
         keys = {key for key, value in zip(KEYS, action) if value} - {"key.keyboard.escape"}
         assert pressed == keys | {button for button in range(3) if action[25 + button]}
         moved += right, down
-        expected += action[MOUSE] / 0.15
+        expected += action[CAMERA] / 0.15
     assert np.abs(moved - expected).max() <= 0.5
 
 
@@ -96,7 +96,7 @@ def test_lines_come_back_as_the_actions_of_the_game():
     screens = ((False, (0.5, 0.5)),) * 2
     line, lines = None, []
     for now, then in itertools.pairwise(states):
-        line = recorder.write_line(now, then, set(), 0, screens, line, now["frame"])
+        line = recorder.make_vpt_line(now, then, set(), 0, screens, line, now["frame"])
         lines.append(json.loads(json.dumps(line)))
     for action, (now, then) in zip(encode_actions(lines), itertools.pairwise(states)):
         assert {key for key, value in zip(KEYS, action) if value} == then["held"] - {0, 1}
@@ -590,7 +590,7 @@ def test_recording_is_read_by_the_reader(tmp_path):
     assert len(recording) == counts["frames"] == 120
     assert recording.group == "world-5"
     assert recording.actions[:, 0].any()
-    assert (recording.actions[:, MOUSE] != 0).any()
+    assert (recording.actions[:, CAMERA] != 0).any()
     assert next(recording.frames()).shape == (72, 128, 3)
 
 

@@ -10,7 +10,7 @@ from training_runs import start_processes, wait_for
 from minecraft_jepa.config import preset
 from minecraft_jepa.model.world_model import WorldModel
 from minecraft_jepa.training import memory, optim
-from minecraft_jepa.training.distributed import lighten
+from minecraft_jepa.training.distributed import apply_compile_and_checkpointing
 
 
 def read_status(field):
@@ -22,11 +22,11 @@ def read_status(field):
 
 def measure_step(checkpointing, out):
     """Write peak of real steps above what the process held before, and the plan."""
-    changes = {"batch": 6, "predictor_depth": 3, "checkpoint_activations": checkpointing}
+    changes = {"batch_size": 6, "predictor_depth": 3, "activation_checkpointing": checkpointing}
     config = preset("small", **changes)
     torch.ones(512, 512) @ torch.ones(512, 512)
     before = read_status("VmRSS")
-    model = lighten(WorldModel(config).train(), config.train, "cpu")
+    model = apply_compile_and_checkpointing(WorldModel(config).train(), config.train, "cpu")
     optimizer = optim.make_optimizer({model: 1.0}, 1e-4, 0.0)
     for _ in range(2):
         frames = torch.randint(0, 255, (6, 5, 3, 128, 224), dtype=torch.uint8)
@@ -48,11 +48,11 @@ def test_memory_plan_is_what_a_step_takes(tmp_path):
 
 
 def test_run_that_does_not_fit_is_told_what_would():
-    problem = r"small with batch=64 needs .*, the device has 3.0 GiB; "
-    remedy = r"checkpoint_activations=(True|False), accumulate=\d+ needs"
+    problem = r"small with batch_size=64 needs .*, the device has 3.0 GiB; "
+    remedy = r"activation_checkpointing=(True|False), gradient_accumulation_steps=\d+ needs"
     with pytest.raises(memory.MemoryPlanError, match=problem + remedy):
-        memory.check_memory(preset("small", floor=0), "cuda", 3 * 2**30)
-    remedy = r"checkpoint_activations=(True|False), batch=\d+ needs"
+        memory.check_memory(preset("small", variance_weight=0), "cuda", 3 * 2**30)
+    remedy = r"activation_checkpointing=(True|False), batch_size=\d+ needs"
     with pytest.raises(memory.MemoryPlanError, match=remedy):
         # The variance hinge depends on the whole batch, so it can't be cut.
         memory.check_memory(preset("small"), "cuda", 3 * 2**30)

@@ -21,29 +21,29 @@ from minecraft_jepa.model.collapse import (
     collapse_metrics,
     rankme,
     sigreg,
-    vicreg,
+    vicreg_terms,
 )
 from minecraft_jepa.model.conditioner import CONDITIONERS
 from minecraft_jepa.model.decoders import DiT, RegressionHead, patchify, unpatchify
-from minecraft_jepa.model.ema import ema_update, frozen_copy, momentum_at
-from minecraft_jepa.model.inverse_dynamics import InverseDynamics
-from minecraft_jepa.model.layers import Attention, layer_norm, rotary_grid, rotate
+from minecraft_jepa.model.ema import ema_momentum, ema_update, frozen_copy
+from minecraft_jepa.model.inverse_dynamics import InverseDynamicsHead
+from minecraft_jepa.model.layers import Attention, apply_rope, layer_norm, rope_angles_2d
 from minecraft_jepa.model.world_model import WorldModel
 from minecraft_jepa.utils import count_parameters
 
 SMALLEST = {
     "height": 16,
     "width": 24,
-    "encoder_width": 32,
+    "encoder_embed_dim": 32,
     "encoder_depth": 1,
     "conditioner_depth": 1,
     "predictor_depth": 1,
-    "dit_width": 32,
+    "dit_embed_dim": 32,
     "dit_depth": 1,
-    "encoder_heads": 2,
-    "conditioner_heads": 2,
-    "predictor_heads": 2,
-    "dit_heads": 2,
+    "encoder_num_heads": 2,
+    "conditioner_num_heads": 2,
+    "predictor_num_heads": 2,
+    "dit_num_heads": 2,
 }
 
 
@@ -57,7 +57,7 @@ def windows(config, batch=2, ticks=3):
     f = config.frame
     return (
         torch.randint(0, 256, (batch, 1 + ticks, 3, f.height, f.width), dtype=torch.uint8),
-        torch.randn(batch, config.conditioner.ticks - 1 + ticks, 28),
+        torch.randn(batch, config.conditioner.history_ticks - 1 + ticks, 28),
     )
 
 
@@ -72,7 +72,9 @@ def perturbed(model):
 def test_small_presets_have_the_promised_size(name, low, high):
     with torch.device("meta"):
         model, dit = WorldModel(preset(name)), DiT(preset(name))
-    trained = count_parameters(model) - count_parameters(model.teacher) + count_parameters(dit)
+    trained = (
+        count_parameters(model) - count_parameters(model.target_encoder) + count_parameters(dit)
+    )
     assert low < trained < high
 
 
@@ -93,8 +95,8 @@ def test_every_preset_agrees_on_shapes(name):
     config = preset(name)
     with torch.device("meta"):
         model, dit, head = WorldModel(config), DiT(config), RegressionHead(config)
-        f, n, d = config.frame, config.frame.patches, config.encoder.width
-        patches_shape = 2, n, 3 * f.patch**2
+        f, n, d = config.frame, config.frame.patches, config.encoder.embed_dim
+        patches_shape = 2, n, 3 * f.patch_size**2
         z = model.encode(torch.empty(2, 3, f.height, f.width))
         assert z.shape == (2, n, d)
         assert model.step(z, torch.empty(2, 25, 28)).shape == (2, n, d)
@@ -122,12 +124,12 @@ def test_attention_is_softmax_of_scaled_products():
 def test_rotary_scores_depend_on_the_offset_alone(seed, rows, columns):
     g = torch.Generator().manual_seed(seed)
     q, k = torch.randn(1, 1, 1, 16, generator=g), torch.randn(1, 1, 1, 16, generator=g)
-    turns, n = rotary_grid((rows, columns), 16), rows * columns
-    q_rotated, k_rotated = (rotate(x.expand(1, 1, n, 16), turns) for x in (q, k))
+    turns, n = rope_angles_2d((rows, columns), 16), rows * columns
+    q_rotated, k_rotated = (apply_rope(x.expand(1, 1, n, 16), turns) for x in (q, k))
     score = (q_rotated @ k_rotated.mT).view(rows, columns, rows, columns)
     last_score = score[rows - 2, columns - 2, rows - 1, columns - 1]
     assert torch.allclose(score[0, 0, 1, 1], last_score, atol=1e-4)
-    assert torch.allclose(rotate(q, turns[:1]), q)  # the first patch is not rotated
+    assert torch.allclose(apply_rope(q, turns[:1]), q)  # the first patch is not rotated
     norm = q.norm(dim=-1).expand(1, 1, n)
     assert torch.allclose(q_rotated.norm(dim=-1), norm, atol=1e-4)
 
@@ -146,10 +148,10 @@ def test_ema_is_the_closed_form(momentum, times):
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 1000), st.floats(0, 1), st.floats(0, 1))
 def test_momentum_runs_from_start_to_end(steps, start, end):
-    assert momentum_at(0, steps, start, end) == pytest.approx(start)
-    assert momentum_at(steps, steps, start, end) == pytest.approx(end)
+    assert ema_momentum(0, steps, start, end) == pytest.approx(start)
+    assert ema_momentum(steps, steps, start, end) == pytest.approx(end)
     low, high = sorted((start, end))
-    assert low - 1e-9 <= momentum_at(steps // 2, steps, start, end) <= high + 1e-9
+    assert low - 1e-9 <= ema_momentum(steps // 2, steps, start, end) <= high + 1e-9
 
 
 @pytest.mark.parametrize("kind", ["cross_attention", "adaln"])
@@ -182,8 +184,10 @@ def test_order_of_the_ticks_matters(kind):
 
 
 def test_loss_is_the_mean_smooth_l1_of_the_rollout():
-    model = perturbed(WorldModel(smallest(dropout=0.0, inverse=0.0, floor=0.0)))
-    perturbed(model.teacher)
+    model = perturbed(
+        WorldModel(smallest(dropout=0.0, inverse_dynamics_weight=0.0, variance_weight=0.0))
+    )
+    perturbed(model.target_encoder)
     frames, actions = windows(model.config, ticks=2)
     z, base, losses = model.encode(frames[:, 0]), model.target(frames[:, 0]), []
     for k in range(2):
@@ -195,14 +199,16 @@ def test_loss_is_the_mean_smooth_l1_of_the_rollout():
 
 
 def test_inverse_dynamics_loss_is_the_mean_over_two_pairs():
-    model = perturbed(WorldModel(smallest(dropout=0.0, inverse=0.5, tilt=0.0)))
-    perturbed(model.teacher)
+    model = perturbed(
+        WorldModel(smallest(dropout=0.0, inverse_dynamics_weight=0.5, pitch_weight=0.0))
+    )
+    perturbed(model.target_encoder)
     frames, actions = windows(model.config, ticks=2)
     loss = model(frames, actions)["loss"]
     z, z_next = model.encode(frames[:, 0]), model.encode(frames[:, 1])
-    first = model.inverse(z, z_next, actions[:, 24])
-    second = model.inverse(z_next, model.target(frames[:, 2]), actions[:, 25])
-    model.config = smallest(dropout=0.0, inverse=0.0, tilt=0.0)
+    first = model.inverse_dynamics(z, z_next, actions[:, 24])
+    second = model.inverse_dynamics(z_next, model.target(frames[:, 2]), actions[:, 25])
+    model.config = smallest(dropout=0.0, inverse_dynamics_weight=0.0, pitch_weight=0.0)
     loss_of_head = loss - model(frames, actions)["loss"]
     assert torch.allclose(loss_of_head, 0.5 * (first + second) / 2, atol=1e-6)
     assert first != second
@@ -211,8 +217,8 @@ def test_inverse_dynamics_loss_is_the_mean_over_two_pairs():
 def test_gradients_reach_all_but_the_target_encoder():
     model = perturbed(WorldModel(smallest())).train()
     model(*windows(model.config))["loss"].backward()
-    assert all(p.grad is None for p in model.teacher.parameters())
-    assert not model.teacher.training and model.encoder.training
+    assert all(p.grad is None for p in model.target_encoder.parameters())
+    assert not model.target_encoder.training and model.encoder.training
     for network in (model.encoder, model.conditioner, model.predictor):
         for p in network.parameters():
             assert p.grad is not None
@@ -243,7 +249,7 @@ def test_patchify_loses_nothing(rows, columns, patch):
 
 
 def test_dit_loss_is_zero_for_the_clean_patches_and_the_velocity_error_else():
-    config = smallest(drop_latent=0.0)
+    config = smallest(latent_drop_prob=0.0)
     frames = torch.randint(0, 256, (4, 3, 16, 24), dtype=torch.uint8)
     z = torch.randn(4, 6, 32)
 
@@ -413,7 +419,7 @@ def test_a_compiled_encoder_is_saved_with_clean_names(tmp_path):
     model.encoder = torch.compile(model.encoder, backend="eager")
     model.save_pretrained(tmp_path)
     assert not [k for k in load_file(tmp_path / "world_model.safetensors") if "_orig_mod" in k]
-    model.start_from(tmp_path)
+    model.init_from_pretrained(tmp_path)
     frames, _ = windows(model.config)
     again = WorldModel.from_pretrained(tmp_path)
     assert torch.allclose(again.encode(frames[:, 0]), model.encode(frames[:, 0]), atol=1e-5)
@@ -440,8 +446,8 @@ def test_loading_neither_moves_random_numbers_nor_uses_the_callers_defaults(tmp_
     ]
     z = model.encode(frames[:, 0])
     assert torch.equal(again.imagine(z, actions), model.imagine(z, actions))
-    again.adopt_teacher()
-    apart = zip(again.teacher.parameters(), again.encoder.parameters())
+    again.copy_target_to_encoder()
+    apart = zip(again.target_encoder.parameters(), again.encoder.parameters())
     assert all(a.data_ptr() != b.data_ptr() for a, b in apart)  # one is not a view of the other
 
 
@@ -457,8 +463,8 @@ def test_models_of_another_precision_predict_much_the_same(dtype):
         assert (other.encode(frames[:, 0]).float() - z).abs().mean() < 0.1
         assert (other.imagine(z, actions).float() - future).abs().mean() < 0.1
         assert (other.step(z, actions[:, :25]).float() - future[:, 0]).abs().mean() < 0.1
-        logits = other.inverse.say(z.to(dtype), future[:, 0].to(dtype))
-        assert (logits - model.inverse.say(z, future[:, 0])).abs().mean() < 0.1
+        logits = other.inverse_dynamics.predict(z.to(dtype), future[:, 0].to(dtype))
+        assert (logits - model.inverse_dynamics.predict(z, future[:, 0])).abs().mean() < 0.1
         assert (drawn.decode(z, steps=2).float() - dit.decode(z, steps=2)).abs().mean() < 5
 
 
@@ -540,7 +546,7 @@ def test_with_and_without_gradients_the_same_is_imagined(kind):
 
 def test_a_moving_cursor_in_an_open_gui_is_no_turn():
     torch.manual_seed(0)
-    head = perturbed(InverseDynamics((2, 3), 32))
+    head = perturbed(InverseDynamicsHead((2, 3), 32))
     z, z_next = torch.randn(2, 4, 6, 32)
     still = torch.zeros(4, 28)
     still[:, CURSOR] = 0.5
@@ -555,7 +561,7 @@ def test_a_moving_cursor_in_an_open_gui_is_no_turn():
 def test_anti_collapse_losses_are_computed_in_float32_under_autocast():
     torch.manual_seed(0)
     z = 100 + torch.randn(64, 6, 32)
-    for measure in (lambda z: torch.stack(vicreg(z, 2)), lambda z: sigreg(z, 16)):
+    for measure in (lambda z: torch.stack(vicreg_terms(z, 2)), lambda z: sigreg(z, 16)):
         exact = measure(z - z.mean(0))
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(measure(z - z.mean(0)), exact)
@@ -600,10 +606,10 @@ def test_predictor_asks_the_conditioner_whether_it_modulates(monkeypatch):
 
 def test_equal_encoders_are_saved_once(tmp_path):
     model = perturbed(WorldModel(smallest())).eval()
-    model.adopt_teacher()
+    model.copy_target_to_encoder()
     model.save_pretrained(tmp_path)
     names = load_file(tmp_path / model.file)
-    assert not [name for name in names if name.startswith("teacher.")]
+    assert not [name for name in names if name.startswith("target_encoder.")]
     frames, _ = windows(model.config)
     loaded = WorldModel.from_pretrained(tmp_path)
     assert torch.equal(loaded.target(frames[:, 0]), loaded.encode(frames[:, 0]))
@@ -617,7 +623,7 @@ def test_save_adopted_writes_what_adopt_teacher_would_leave(tmp_path):
     before = copy.deepcopy(model.state_dict())
     model.save_adopted(tmp_path / "adopted")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    model.adopt_teacher()
+    model.copy_target_to_encoder()
     model.save_pretrained(tmp_path / "expected")
     saved_files = [tmp_path / name / model.file for name in ("adopted", "expected")]
     assert saved_files[0].read_bytes() == saved_files[1].read_bytes()
@@ -626,10 +632,10 @@ def test_save_adopted_writes_what_adopt_teacher_would_leave(tmp_path):
 def test_a_run_may_start_from_weights_with_another_head(tmp_path):
     model = perturbed(WorldModel(smallest())).eval()
     model.save_pretrained(tmp_path)
-    other = WorldModel(smallest(inverse=0.0, lr=1e-4))
-    other.start_from(tmp_path)
+    other = WorldModel(smallest(inverse_dynamics_weight=0.0, lr=1e-4))
+    other.init_from_pretrained(tmp_path)
     frames, _ = windows(model.config)
     assert torch.equal(other.encode(frames[:, 0]), model.encode(frames[:, 0]))
     assert torch.equal(other.target(frames[:, 0]), model.target(frames[:, 0]))
     with pytest.raises(ValueError, match="another preset"):
-        WorldModel(smallest(encoder_depth=2)).start_from(tmp_path)
+        WorldModel(smallest(encoder_depth=2)).init_from_pretrained(tmp_path)

@@ -18,7 +18,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(value):
     before = [p.detach().clone() for p in layer.parameters()]
     layer(torch.ones(1, 2)).sum().backward()
     layer.weight.grad[0, 0] = value
-    assert not math.isfinite(optim.descend(0.5, optimizer, 0.1, 1.0))
+    assert not math.isfinite(optim.optimizer_step(0.5, optimizer, 0.1, 1.0))
     assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters()))
     assert not optimizer.state
     assert layer.weight.grad is None
@@ -30,7 +30,7 @@ def test_the_learning_rate_does_not_jump_when_the_end_is_moved():
     for step in range(10_000):
         if step >= schedule.steps:
             break
-        rates.append(optim.lr_at(schedule.position(step), schedule.plan, 1.0, 0.05))
+        rates.append(optim.cosine_lr(schedule.position(step), schedule.plan, 1.0, 0.05))
         if step + 1 in ends:
             schedule.move(step + 1, ends[step + 1])
     assert len(rates) == 420

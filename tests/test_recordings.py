@@ -22,13 +22,13 @@ from minecraft_jepa.data.actions import ACTION_NAMES, CURSOR, NOOP
 from minecraft_jepa.data.checks import check_folder, check_recording, find_recordings, read_checks
 from minecraft_jepa.data.recordings import (
     RecordingError,
-    group_of,
+    draw_cursor,
+    find_pair,
     open_recording,
-    paint_cursor,
-    pair_of,
     parse_name,
+    session_of,
 )
-from minecraft_jepa.data.splits import SIDES, deal_sides, split_recordings
+from minecraft_jepa.data.splits import SPLITS, assign_splits, load_split
 from minecraft_jepa.utils import cache_root
 
 DATA = Path(__file__).parent.parent / "data"
@@ -448,7 +448,7 @@ def test_frames_are_rgb_and_area_averaged():
 def test_bundled_recordings_are_whole(name):
     recording = open_recording(DATA / name)
     assert len(recording) == (600 if int(name[6:9]) <= 348 else 240)
-    assert set(recording.state) == set(recordings.STATE)
+    assert set(recording.state) == set(recordings.STATE_FIELDS)
     assert (DATA / f"{name}.jsonl").read_bytes().count(b"\n") == len(recording)
     yaw_change = (np.diff(recording.state["yaw"]) + 180) % 360 - 180
     gui_open = recording.state["isGuiOpen"].astype(bool)  # then the mouse moves the cursor
@@ -475,13 +475,13 @@ def test_bundled_recordings_are_whole(name):
     ],
 )
 def test_group_of_a_name(name, group):
-    assert group_of(name) == group
+    assert session_of(name) == group
 
 
 def test_no_group_of_the_sample_is_in_two_splits():
-    splits = split_recordings(DATA)
+    splits = load_split(DATA)
     assert sorted(chain(*splits.values())) == NAMES
-    groups = {split: {group_of(name) for name in names} for split, names in splits.items()}
+    groups = {split: {session_of(name) for name in names} for split, names in splits.items()}
     assert all(groups.values())
     assert sum(map(len, groups.values())) == len(set().union(*groups.values()))
     assert groups["test"] == {f"world-{w}" for w in (321, 322, 323, 324, 345, 346, 347, 348)}
@@ -498,17 +498,17 @@ def test_no_group_is_assigned_to_two_splits(tmp_path_factory, pieces, seed):
     for n in names:
         for suffix in (".mp4", ".jsonl"):
             (folder / f"{n}{suffix}").touch()
-    if len({group_of(n) for n in names}) < 3:
+    if len({session_of(n) for n in names}) < 3:
         with pytest.raises(RecordingError, match="at least 3"):
-            split_recordings(folder, seed)
+            load_split(folder, seed)
         return
-    splits = split_recordings(folder, seed)
-    assert list(splits) == list(SIDES)
+    splits = load_split(folder, seed)
+    assert list(splits) == list(SPLITS)
     assert all(splits.values())
     assert sorted(chain(*splits.values())) == names
-    groups = [{group_of(name) for name in split_names} for split_names in splits.values()]
+    groups = [{session_of(name) for name in split_names} for split_names in splits.values()]
     assert sum(map(len, groups)) == len(set().union(*groups))
-    assert splits == split_recordings(folder, seed)
+    assert splits == load_split(folder, seed)
 
 
 def remarks(path):
@@ -629,7 +629,7 @@ def test_number_that_is_none_is_a_gap(tmp_path, field, value):
     path = pairs.make_pair(tmp_path, "toy", FRAMES, rows=rows)
     recording = open_recording(path)
     assert np.flatnonzero(recording.teleported).tolist() == [19, 20]
-    assert set(recording.state) == set(recordings.STATE)
+    assert set(recording.state) == set(recordings.STATE_FIELDS)
     assert all(np.isfinite(v).all() for v in recording.state.values())
     assert any("line 21" in r for r in remarks(path))
     assert check_recording(path)["gaps"] == 2
@@ -754,7 +754,7 @@ def test_endings_in_capitals_are_taken(toy):
 
 
 def test_missing_folder_is_named(tmp_path):
-    for call in (find_recordings, check_folder, split_recordings):
+    for call in (find_recordings, check_folder, load_split):
         with pytest.raises(RecordingError, match="none: no such folder"):
             call(tmp_path / "none")
 
@@ -782,14 +782,14 @@ WHOLE = "cheeky-cornflower-setter-02e496ce4abb-20220421-092639"
     ],
 )
 def test_pieces_stay_with_their_session(end):
-    assert group_of(WHOLE + end) == "cheeky-cornflower-setter-02e496ce4abb"
+    assert session_of(WHOLE + end) == "cheeky-cornflower-setter-02e496ce4abb"
     if end not in ("b", "-trimmed"):
-        assert group_of("match 7" + end) == "match 7"
+        assert session_of("match 7" + end) == "match 7"
 
 
 @pytest.mark.parametrize("name", ["world-209", "part2", "2022-01-05", "clip", "copy", "_3"])
 def test_names_that_only_look_like_pieces(name):
-    assert group_of(name) == name
+    assert session_of(name) == name
 
 
 @pytest.mark.parametrize("file", ["split.json", "manifest.json"])
@@ -797,18 +797,18 @@ def test_names_that_only_look_like_pieces(name):
 def test_splits_are_read_with_a_byte_order_mark(tmp_path, file, encoding):
     for name in "abc":
         pairs.make_pair(tmp_path, name, 2)
-    splits = dict(zip(SIDES, (["a"], ["b"], ["c"])))
+    splits = dict(zip(SPLITS, (["a"], ["b"], ["c"])))
     rows = {name: {"side": split, "url": ""} for split, (name,) in splits.items()}
     content = splits if file == "split.json" else {"recordings": rows}
     path = tmp_path / file
     path.write_bytes(json.dumps(content).encode(encoding))
-    assert split_recordings(tmp_path) == splits
+    assert load_split(tmp_path) == splits
     path.write_text("{")
     with pytest.raises(RecordingError, match=f"{file}, line 1: not JSON"):
-        split_recordings(tmp_path)
+        load_split(tmp_path)
     path.write_text("[]")
     with pytest.raises(RecordingError, match=f"{file}: "):
-        split_recordings(tmp_path)
+        load_split(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -911,7 +911,7 @@ def test_a_folder_without_a_split_keeps_each_player_in_one_split(tmp_path):
         for suffix in (".mp4", ".jsonl"):
             (tmp_path / "v" / f"{n}{suffix}").touch()
     for seed in range(3):
-        splits = split_recordings(tmp_path / "v", seed)
+        splits = load_split(tmp_path / "v", seed)
         players = [{name.rsplit("-", 3)[0] for name in names} for names in splits.values()]
         assert all(players)
         assert sum(map(len, players)) == 5
@@ -919,22 +919,22 @@ def test_a_folder_without_a_split_keeps_each_player_in_one_split(tmp_path):
         for suffix in (".mp4", ".jsonl"):
             (tmp_path / "v" / f"{n}{suffix}").unlink()
     with pytest.warns(UserWarning, match="2 player.* split by session"):
-        assert all(split_recordings(tmp_path / "v").values())
+        assert all(load_split(tmp_path / "v").values())
 
 
 def test_cursor_is_sixteen_pixels_high_in_360_and_cut_off_at_the_border():
     frame = np.full((360, 640, 3), 130, np.uint8)
-    paint_cursor(frame, 0.25, 0.5)
+    draw_cursor(frame, 0.25, 0.5)
     rows, columns = np.nonzero((frame != 130).any(2))
     assert (rows.min(), columns.min(), rows.max()) == (180, 160, 195)
     assert (frame == 255).any() and (frame == 0).any()
     for x, y in ((0, 0), (1, 1), (0.999, 0.5)):
-        paint_cursor(frame, x, y)
+        draw_cursor(frame, x, y)
 
 
 def test_recording_that_is_nowhere_asks_for_its_path(tmp_path):
     with pytest.raises(RecordingError, match=r"none\.mp4: no such file; give the path of NAME"):
-        pair_of(tmp_path / "none")
+        find_pair(tmp_path / "none")
 
 
 def test_count_of_ticks_that_starts_anew_is_a_gap(tmp_path):
@@ -956,7 +956,7 @@ PLAYERS = [f"p{p}-{s:012x}-20220101-00000{i}" for p in range(9) for s in range(5
 
 @pytest.mark.parametrize("by", ["session", "player"])
 def test_shares_of_the_splits_are_about_those_asked_for(by):
-    splits = deal_sides(PLAYERS, seed=3, by=by)
+    splits = assign_splits(PLAYERS, seed=3, by=by)
     groups = [{getattr(parse_name(name), by) for name in names} for names in splits.values()]
     assert sum(map(len, groups)) == len(set().union(*groups))
     for split in ("validation", "test"):
@@ -964,25 +964,25 @@ def test_shares_of_the_splits_are_about_those_asked_for(by):
 
 
 def test_groups_that_were_assigned_before_stay_where_they_are():
-    before = deal_sides(PLAYERS[:60], seed=3)
+    before = assign_splits(PLAYERS[:60], seed=3)
     fixed = {name: split for split, names in before.items() for name in names}
-    splits = deal_sides(PLAYERS, seed=3, fixed=fixed)
+    splits = assign_splits(PLAYERS, seed=3, fixed=fixed)
     assert all(name in splits[split] for name, split in fixed.items())
 
 
 def test_a_split_without_a_movable_group_is_named():
     names = ["a_0", "b_0", "c_0"]
     with pytest.raises(RecordingError, match="no session is left for"):
-        deal_sides(names, fixed=dict.fromkeys(names, "train"))
+        assign_splits(names, fixed=dict.fromkeys(names, "train"))
 
 
 def test_wrong_arguments_of_a_split_are_named():
     with pytest.raises(ValueError, match="choose 'session'"):
-        deal_sides(PLAYERS, by="day")
+        assign_splits(PLAYERS, by="day")
     with pytest.raises(ValueError, match=r"between 0 and 0\.5"):
-        deal_sides(PLAYERS, share=0.6)
+        assign_splits(PLAYERS, share=0.6)
     with pytest.raises(RecordingError, match=r"2 session\(s\), at least 3"):
-        deal_sides(["a_0", "a_1", "b_0"])
+        assign_splits(["a_0", "a_1", "b_0"])
 
 
 @pytest.fixture
@@ -1015,19 +1015,19 @@ def write_split(folder, splits):
 def test_split_that_does_not_fit_the_folder_is_named(folder, change, message):
     write_split(folder, GOOD_SPLIT | change)
     with pytest.raises(RecordingError, match=f"split.json: .*{message}"):
-        split_recordings(folder)
+        load_split(folder)
 
 
 def test_split_of_a_file_leaves_out_what_cannot_be_used(folder):
     write_split(folder, GOOD_SPLIT)
-    assert split_recordings(folder) == GOOD_SPLIT
+    assert load_split(folder) == GOOD_SPLIT
     (folder / "d_0.mp4").write_bytes(b"broken")
     check_folder(folder, progress=False)
-    assert split_recordings(folder) == GOOD_SPLIT | {"test": ["e_0"]}
+    assert load_split(folder) == GOOD_SPLIT | {"test": ["e_0"]}
 
 
 def test_another_seed_gives_another_split_of_whole_sessions(folder):
-    splits = [split_recordings(folder, seed) for seed in range(10)]
+    splits = [load_split(folder, seed) for seed in range(10)]
     assert len(set(map(str, splits))) > 1
     for assigned in splits:
         assert all(assigned.values())

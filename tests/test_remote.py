@@ -11,10 +11,17 @@ import pytest
 from contractor import lines_of, name_of, write_pair
 
 from minecraft_jepa.data import checks
-from minecraft_jepa.data.checks import CHECKED, check_folder, find_recordings, read_checks
-from minecraft_jepa.data.splits import split_recordings
+from minecraft_jepa.data.checks import CHECKS_FILE, check_folder, find_recordings, read_checks
+from minecraft_jepa.data.splits import load_split
 from minecraft_jepa.training import remote
-from minecraft_jepa.training.remote import MIB, bring, cut_weights, pack, unpack, write_card
+from minecraft_jepa.training.remote import (
+    MIB,
+    join_weights,
+    pack,
+    split_weights,
+    unpack,
+    write_model_card,
+)
 
 NAMES = [name_of(player) for player in ("a", "b", "c", "d", "e")]
 WHOLE_NAMES, BROKEN_NAME = NAMES[:4], NAMES[4]
@@ -59,7 +66,7 @@ def test_what_was_left_out_is_known_where_the_rest_arrives(recordings, tmp_path)
     arrived = pack_and_unpack(recordings, tmp_path)
     assert [path.stem for path in find_recordings(arrived)] == sorted(WHOLE_NAMES)
     assert file_bytes(arrived, WHOLE_NAMES) == file_bytes(recordings, WHOLE_NAMES)
-    assert split_recordings(arrived) == split_recordings(recordings)
+    assert load_split(arrived) == load_split(recordings)
     packed_checks, arrived_checks = read_checks(recordings), read_checks(arrived)
     assert set(arrived_checks) == set(NAMES)  # every check holds where it arrives
     for name in NAMES:
@@ -76,7 +83,7 @@ def test_split_holds_when_others_unpack_the_parts(recordings, tmp_path):
     for part in pack(recordings, tmp_path / "parts"):
         with tarfile.open(part) as tar:
             tar.extractall(arrived)
-    assert split_recordings(arrived) == split_recordings(recordings)
+    assert load_split(arrived) == load_split(recordings)
     assert set(read_checks(arrived)) == set(NAMES)
 
 
@@ -85,11 +92,11 @@ def test_checks_kept_in_the_cache_travel_too(recordings, tmp_path, monkeypatch):
     monkeypatch.setenv("MINECRAFT_JEPA_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "read only"
     shutil.copytree(recordings, folder)
-    (folder / CHECKED).unlink()
+    (folder / CHECKS_FILE).unlink()
     write_json, refused = checks.write_json, []
 
     def refuse(path, value):
-        if path == folder / CHECKED:
+        if path == folder / CHECKS_FILE:
             refused.append(path)
             raise PermissionError(13, "Permission denied")
         write_json(path, value)
@@ -97,10 +104,10 @@ def test_checks_kept_in_the_cache_travel_too(recordings, tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "write_json", refuse)
     check_folder(folder, progress=False)
     assert refused
-    assert not (folder / CHECKED).exists()
+    assert not (folder / CHECKS_FILE).exists()
     arrived = pack_and_unpack(folder, tmp_path)
     assert set(read_checks(arrived)) == set(NAMES)
-    assert split_recordings(arrived) == split_recordings(folder)
+    assert load_split(arrived) == load_split(folder)
 
 
 @pytest.mark.parametrize("by", ["manifest", "nothing"])
@@ -116,18 +123,18 @@ def test_split_is_the_same_without_a_split_file(tmp_path, by):
         (folder / "manifest.json").write_text(json.dumps(manifest))
     check_folder(folder, progress=False)
     arrived = pack_and_unpack(folder, tmp_path)
-    assert split_recordings(arrived) == split_recordings(folder)
+    assert load_split(arrived) == load_split(folder)
 
 
 def test_links_are_carried_as_the_files_they_point_to(recordings, tmp_path):
     links = tmp_path / "links"
     links.mkdir()
     for path in recordings.iterdir():
-        if path.name not in (CHECKED, "split.json") and not path.name.startswith(BROKEN_NAME):
+        if path.name not in (CHECKS_FILE, "split.json") and not path.name.startswith(BROKEN_NAME):
             (links / path.name).symlink_to(path)
     for suffix in (".mp4", ".jsonl"):  # the same file once more
         os.link(recordings / f"{NAMES[0]}{suffix}", links / f"again{suffix}")
-    split = split_recordings(recordings)
+    split = load_split(recordings)
     split = {part: [n for n in names if n != BROKEN_NAME] for part, names in split.items()}
     split["train"].append("again")
     (links / "split.json").write_text(json.dumps(split))
@@ -251,19 +258,19 @@ def test_nothing_newer_than_the_first_python_3_11_is_used(recordings, tmp_path, 
         monkeypatch.delattr(tarfile, name, raising=False)
     monkeypatch.setattr(tarfile.TarFile, "extractall", None)
     monkeypatch.setattr(tarfile.TarFile, "extract", None)
-    assert split_recordings(pack_and_unpack(recordings, tmp_path))
+    assert load_split(pack_and_unpack(recordings, tmp_path))
 
 
 def test_recordings_of_other_parts_are_not_trained_on_too(recordings, tmp_path, monkeypatch):
     parts, run = tmp_path / "parts", tmp_path / "run"
-    monkeypatch.setattr(remote, "train_all", lambda *args: {})
+    monkeypatch.setattr(remote, "run_training", lambda *args: {})
     monkeypatch.setattr(remote, "make_accelerator", lambda *args: None)
     pack(recordings, parts)
-    remote.train(parts, run, None)
-    remote.train(parts, run, None)  # again after a stop
+    remote.train_packed(parts, run, None)
+    remote.train_packed(parts, run, None)  # again after a stop
     write_pair(run / "recordings", "stray", 4, lines_of(4))
     with pytest.raises(ValueError, match=r"stray.jsonl is there, and not in .*parts"):
-        remote.train(parts, run, None)
+        remote.train_packed(parts, run, None)
 
 
 # Weights: no networks are needed, files of bytes will do
@@ -280,11 +287,11 @@ SUMMARY = {
     "validation": ["b"],
 }
 CONFIG = {
-    "train": {"batch": 4, "decoder_batch": 4},
+    "train": {"batch_size": 4, "decoder_batch_size": 4},
     "frame": {"height": 48, "width": 80},
     "jepa": {"anti_collapse": "ema"},
 }
-METHODS = "model", "copy_last", "other_actions", "noop"
+METHODS = "model", "copy_last", "shuffled_actions", "no_op"
 REPORT = {
     "recordings": ["c"],
     "horizons": {"1": {method: {"mean": 0.125} for method in METHODS}},
@@ -307,7 +314,7 @@ def write_run(folder, weights, with_log=True, **changes):
 def evaluate(folder, **changes):
     """An evaluation beside the weights; returns their card."""
     (folder / "evaluate.json").write_text(json.dumps(REPORT | changes))
-    write_card(folder)
+    write_model_card(folder)
     return (folder / "README.md").read_text()
 
 
@@ -318,8 +325,8 @@ def test_nothing_of_the_old_weights_stays_beside_new_ones(tmp_path):
     assert "| 1 | 0.125 |" in evaluate(target)
     assert (target / "curves.png").is_file()
     run = write_run(tmp_path / "run", "new", with_log=False, seed=2)
-    cut_weights(run, run / "parts", 1000)
-    bring(run / "parts", target)
+    split_weights(run, run / "parts", 1000)
+    join_weights(run / "parts", target)
     card = (target / "README.md").read_text()
     assert "seed 2" in card
     assert "0.125" not in card
@@ -330,10 +337,10 @@ def test_nothing_of_the_old_weights_stays_beside_new_ones(tmp_path):
 
 def test_the_same_weights_brought_again_keep_their_evaluation(tmp_path):
     run, target = write_run(tmp_path / "run", "new", with_log=False), tmp_path / "weights"
-    cut_weights(run, run / "parts")
-    bring(run / "parts", target)
+    split_weights(run, run / "parts")
+    join_weights(run / "parts", target)
     assert "0.125" in evaluate(target)
-    bring(run / "parts", target)
+    join_weights(run / "parts", target)
     assert "0.125" in (target / "README.md").read_text()
 
 
@@ -349,14 +356,14 @@ def test_card_shows_no_evaluation_of_other_weights(tmp_path, capsys):
     # An evaluation that names no weights counts if it is not older than they are.
     assert "0.125" in evaluate(folder)
     os.utime(folder / "evaluate.json", (1, 1))
-    write_card(folder)
+    write_model_card(folder)
     assert "0.125" not in (folder / "README.md").read_text()
 
 
 def test_card_says_how_many_recordings_it_does_not_list(tmp_path):
     names = [f"r{i:02d}" for i in range(30)]
     folder = write_run(tmp_path / "weights", "mine", with_log=False, train=names)
-    write_card(folder)
+    write_model_card(folder)
     card = (folder / "README.md").read_text()
     assert "trained on 30 recordings: r00, r01" in card
     assert "r23 and 6 more" in card
@@ -368,9 +375,9 @@ def test_parts_without_a_whole_model_change_nothing(tmp_path, missing):
     target = write_run(tmp_path / "weights", "old", with_log=False)
     before = {path.name: path.read_bytes() for path in target.iterdir()}
     (run / missing).unlink()
-    cut_weights(run, run / "parts")
+    split_weights(run, run / "parts")
     with pytest.raises(ValueError, match=f"{missing} is not listed"):
-        bring(run / "parts", target)
+        join_weights(run / "parts", target)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
 
@@ -378,9 +385,9 @@ def test_no_folder_of_something_else_is_emptied_for_parts(tmp_path):
     run = write_run(tmp_path / "run", "new", with_log=False)
     before = sorted(run.iterdir())
     with pytest.raises(ValueError, match="give another folder for the parts"):
-        cut_weights(run, run)
+        split_weights(run, run)
     assert sorted(run.iterdir()) == before
-    cut_weights(run, run / "parts", MIB)
+    split_weights(run, run / "parts", MIB)
     (run / "parts/parts.json").unlink()  # a kill came before it
-    cut_weights(run, run / "parts", MIB)
-    bring(run / "parts", tmp_path / "weights")
+    split_weights(run, run / "parts", MIB)
+    join_weights(run / "parts", tmp_path / "weights")

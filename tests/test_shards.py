@@ -21,15 +21,15 @@ from torch.utils.data import DataLoader
 from minecraft_jepa.config import preset
 from minecraft_jepa.data import shard_reader, shards
 from minecraft_jepa.data.clip_store import ClipStore
-from minecraft_jepa.data.clips import runs_of
+from minecraft_jepa.data.clips import contiguous_runs
 from minecraft_jepa.data.shard_reader import (
     ShardWindows,
-    deal_evenly,
-    draw_windows,
-    every,
+    assign_evenly,
+    shuffle_windows,
     some_windows,
+    stride_windows,
 )
-from minecraft_jepa.data.shards import ShardError, cut_segments, starts_in, write_shards
+from minecraft_jepa.data.shards import ShardError, cut_segments, segment_starts, write_shards
 
 DATA = Path(__file__).parent.parent / "data"
 FRAME = preset("tiny").frame
@@ -94,13 +94,13 @@ def count_windows(batches):
 )
 def test_segments_hold_every_window_once(gaps, length, history, reach, data):
     ticks, rollout = data.draw(st.integers(1, history)), data.draw(st.integers(1, reach))
-    runs = runs_of(np.isin(np.arange(150), list(gaps)))
+    runs = contiguous_runs(np.isin(np.arange(150), list(gaps)))
     segments = cut_segments(runs, length, history, reach)
-    in_segments = list(chain(*(starts_in(segment, ticks, rollout) for segment in segments)))
+    in_segments = list(chain(*(segment_starts(segment, ticks, rollout) for segment in segments)))
     in_runs = list(chain(*(range(first + ticks - 1, end - rollout) for first, end in runs)))
     assert in_segments == in_runs
     for segment in segments:
-        for t in starts_in(segment, ticks, rollout):  # all it needs is there
+        for t in segment_starts(segment, ticks, rollout):  # all it needs is there
             assert segment["actions"] <= t - ticks + 1
             assert t + rollout < segment["first"] + segment["frames"]
 
@@ -108,7 +108,7 @@ def test_segments_hold_every_window_once(gaps, length, history, reach, data):
 @settings(max_examples=repeats(30, 100))
 @given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 8), st.integers(0, 99))
 def test_every_window_is_drawn_once_and_released_last(counts, buffer, seed):
-    draws = list(draw_windows(counts, buffer, np.random.default_rng(seed)))
+    draws = list(shuffle_windows(counts, buffer, np.random.default_rng(seed)))
     drawn = [(segment, window) for segment, window, _ in draws]
     assert sorted(drawn) == [(segment, i) for segment, n in enumerate(counts) for i in range(n)]
     for i, (_, _, finished) in enumerate(draws):
@@ -120,8 +120,8 @@ def test_every_window_is_drawn_once_and_released_last(counts, buffer, seed):
 @given(st.lists(st.integers(0, 5), max_size=12), st.integers(1, 5), st.integers(1, 4))
 @settings(max_examples=repeats(30, 100))
 def test_every_takes_each_draw_once_and_forgets_none_done(counts, step, buffer):
-    draws = list(draw_windows(counts, buffer, np.random.default_rng(0)))
-    shares = [list(every(iter(draws), first, step)) for first in range(step)]
+    draws = list(shuffle_windows(counts, buffer, np.random.default_rng(0)))
+    shares = [list(stride_windows(iter(draws), first, step)) for first in range(step)]
     dealt = sorted((segment, window) for share in shares for segment, window, _ in share)
     assert dealt == sorted((segment, window) for segment, window, _ in draws)
     for first, share in enumerate(shares):
@@ -138,7 +138,7 @@ def test_eight_ranks_see_nearly_every_window_in_an_epoch():
     rng = np.random.default_rng(0)
     for _ in range(5):
         counts, order = rng.integers(0, 201, 200).tolist(), rng.permutation(200).tolist()
-        shares = deal_evenly(order, counts, 8)
+        shares = assign_evenly(order, counts, 8)
         num_windows = [sum(counts[segment] for segment in share) for share in shares]
         assert sorted(chain(*shares)) == sorted(order)
         assert 8 * min(num_windows) > 0.98 * sum(counts)
@@ -317,7 +317,7 @@ def test_damaged_and_missing_shards_are_named(written, tmp_path):
         shard_windows(tmp_path)
     with pytest.raises(ShardError, match="no segment can be cut"):
         write_shards(ClipStore({}, {}), tmp_path, progress=False)
-    for options in ({"ticks": 26}, {"rollout": 17}, {"ticks": 0}):
+    for options in ({"history_ticks": 26}, {"rollout_steps": 17}, {"history_ticks": 0}):
         with pytest.raises(ShardError, match="cut for 1 to"):
             ShardWindows(written, **options)
 
@@ -602,7 +602,7 @@ def test_numbers_that_are_not_whole_are_refused(written, store, tmp_path, value)
 
 def test_numbers_that_cannot_be_are_refused(written, store, tmp_path):
     for options in (
-        {"batch": 0},
+        {"batch_size": 0},
         {"buffer": 0},
         {"rank": 2, "world": 2},
         {"world": 0},

@@ -20,8 +20,8 @@ from PIL import Image
 
 from minecraft_jepa import study
 from minecraft_jepa.cli import main
-from minecraft_jepa.evaluation.report import read_report
-from minecraft_jepa.study import HOURS, run_notebook, study_notebooks
+from minecraft_jepa.evaluation.report import load_report
+from minecraft_jepa.study import LONG_NOTEBOOKS, run_notebook, study_notebooks
 from minecraft_jepa.utils import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -249,7 +249,10 @@ def test_executed_notebooks_show_their_pictures_and_no_path_bar_or_warning(clone
 
 @pytest.mark.parametrize(
     "notebook",
-    [*(ROOT / "nbs/study" / f"{n}.ipynb" for n in HOURS), *study_notebooks(ROOT / "nbs/bench")],
+    [
+        *(ROOT / "nbs/study" / f"{n}.ipynb" for n in LONG_NOTEBOOKS),
+        *study_notebooks(ROOT / "nbs/bench"),
+    ],
     ids=lambda p: p.stem,
 )
 def test_notebook_runs_and_leaves_its_numbers(notebook, sample, tmp_path):
@@ -320,10 +323,10 @@ def test_a_folder_of_few_worlds_is_judged_as_far_as_it_goes(pieces, judged, tmp_
         tmp_path / "copy.ipynb",
         values(data, tmp_path / "out", steps=1),
     )
-    report = read_report(tmp_path / "out/evaluate.json")
+    report = load_report(tmp_path / "out/evaluate.json")
     assert len(report["recordings"]) == len(pieces) + judged
     assert bool(report["probes"]["model"]) == bool(report["actions"]) == judged
-    probes = [b for b in report["bars"] if b["bar"].endswith("_r2")]
+    probes = [b for b in report["criteria"] if b["criterion"].endswith("_r2")]
     assert [b["number"] is not None for b in probes] == [judged] * 2
     printed = capsys.readouterr().out
     assert "they were not made for each other" in printed
@@ -336,7 +339,7 @@ def test_a_folder_of_few_worlds_is_judged_as_far_as_it_goes(pieces, judged, tmp_
     assert "left out: world-902_0: nothing moves" in printed
     short = report["by_recording"]["model"]["world-903_0"]
     assert None not in short[:15] and short[15:] == [None, None]
-    for table in ("horizons", "share_of_copying", "ratio"):
+    for table in ("horizons", "relative_to_copy", "ratio"):
         for row in report[table].values():
             assert "model" not in row or row["model"]["mean"] is not None
 

@@ -27,21 +27,23 @@ from minecraft_jepa.training import train_decoders as decoder_training
 from minecraft_jepa.training import train_world_model as world_model_training
 from minecraft_jepa.training.checkpoints import find_checkpoint
 from minecraft_jepa.training.train_decoders import train_decoders
-from minecraft_jepa.training.train_world_model import error_over_copying, train_world_model
+from minecraft_jepa.training.train_world_model import error_ratio_to_copy, train_world_model
 from minecraft_jepa.training.trainer import CollapseError
 
 
 def train(data, folder=None, start=None, seed=0, **changes):
     """Train a world model with settings `SMALL | changes`."""
     config = preset("tiny", **SMALL | changes)
-    return train_world_model(config, data, TRAIN, HELD_OUT, seed=seed, folder=folder, start=start)
+    return train_world_model(
+        config, data, TRAIN, HELD_OUT, seed=seed, folder=folder, init_from=start
+    )
 
 
 def test_chunks_of_a_batch_give_the_same_step_as_the_batch(store):
     # The spread of a chunk is not that of the batch, so the variance hinge is left out.
-    changes = {"steps": 3, "evaluate_every": 3, "floor": 0.0}
+    changes = {"steps": 3, "evaluate_every": 3, "variance_weight": 0.0}
     _, rows = train(store, **changes)
-    _, rows_of_chunks = train(store, accumulate=4, **changes)
+    _, rows_of_chunks = train(store, gradient_accumulation_steps=4, **changes)
     losses = [[row["loss"] for row in history] for history in (rows, rows_of_chunks)]
     assert np.allclose(*losses, rtol=1e-4)
 
@@ -49,34 +51,38 @@ def test_chunks_of_a_batch_give_the_same_step_as_the_batch(store):
 @pytest.mark.parametrize(
     ("changes", "setting"),
     [
-        ({}, "floor=0.3"),
+        ({}, "variance_weight=0.3"),
         ({"anti_collapse": "sigreg"}, "sigreg"),
-        ({"anti_collapse": "vicreg", "floor": 0.0}, "vicreg"),
+        ({"anti_collapse": "vicreg", "variance_weight": 0.0}, "vicreg"),
     ],
 )
 def test_chunks_of_a_batch_with_a_loss_on_its_spread_are_refused(store, changes, setting):
-    message = f"accumulate=2 .*{setting} looks at the spread of the whole batch"
+    message = f"gradient_accumulation_steps=2 .*{setting} looks at the spread of the whole batch"
     with pytest.raises(ValueError, match=message):
-        train_small(store, accumulate=2, **changes)
+        train_small(store, gradient_accumulation_steps=2, **changes)
 
 
 def test_collapse_stops_the_run_with_advice(store, tmp_path):
     message = r"step 4: the latent is collapsing: effective rank .* Try a smaller lr.*sigreg"
     with pytest.raises(CollapseError, match=message):
-        train(store, tmp_path, steps=20, evaluate_every=4, rank_alarm=2.0)
+        train(store, tmp_path, steps=20, evaluate_every=4, min_rank_fraction=2.0)
     assert find_checkpoint(tmp_path / "world_model_checkpoints", {})["step"] == 4
 
 
 def test_constant_encoder_is_kept_from_collapse_by_each_loss(store):
     """A few steps at a large rate empty the latents; each of these losses keeps them apart."""
     variants = {
-        "none": {"anti_collapse": "vicreg", "vicreg_std": 0.0, "vicreg_cov": 0.0},
-        "sigreg": {"anti_collapse": "sigreg", "slices": 128, "sigreg": 1.0},
+        "none": {"anti_collapse": "vicreg", "vicreg_std_weight": 0.0, "vicreg_cov_weight": 0.0},
+        "sigreg": {"anti_collapse": "sigreg", "sigreg_num_slices": 128, "sigreg_weight": 1.0},
         "vicreg": {"anti_collapse": "vicreg"},
-        "variance hinge": {"floor": 1.0, "ema_start": 0.0, "ema_end": 0.0},
+        "variance hinge": {
+            "variance_weight": 1.0,
+            "ema_momentum_start": 0.0,
+            "ema_momentum_end": 0.0,
+        },
     }
-    shared = {"steps": 60, "evaluate_every": 60, "lr": 3e-3, "encoder_lr": 1.0}
-    shared |= {"rank_alarm": 0.0, "std_alarm": 0.0}
+    shared = {"steps": 60, "evaluate_every": 60, "lr": 3e-3, "encoder_lr_scale": 1.0}
+    shared |= {"min_rank_fraction": 0.0, "min_latent_std": 0.0}
     std = {}
     for name, changes in variants.items():
         _, history = train(store, **shared, **changes)
@@ -87,7 +93,7 @@ def test_constant_encoder_is_kept_from_collapse_by_each_loss(store):
 
 def test_a_run_may_start_from_the_weights_of_another(store, tmp_path):
     first_folder = tmp_path / "first"
-    changes = {"steps": 2, "evaluate_every": 2, "rank_alarm": 0.0}
+    changes = {"steps": 2, "evaluate_every": 2, "min_rank_fraction": 0.0}
     # Without the inverse-dynamics head that the next one has.
     first, _ = train(store, first_folder, inverse=0.0, **changes)
     started, _ = train(store, tmp_path / "started", first_folder, lr=1e-12, **changes)
@@ -137,16 +143,16 @@ def test_last_third_feeds_more_ticks_back(store, monkeypatch):
         return out
 
     monkeypatch.setattr(WorldModel, "forward", forward_and_note)
-    train_small(store, steps=6, evaluate_every=6, rollout=2, rollout_late=5)
+    train_small(store, steps=6, evaluate_every=6, rollout=2, rollout_steps_late=5)
     assert rollouts == [2, 2, 2, 2, 5, 5]
 
 
 def test_best_model_ships_the_ema_target_encoder(store, tmp_path):
     model, _ = train(store, tmp_path, steps=6, evaluate_every=3)
-    pairs = zip(model.encoder.parameters(), model.teacher.parameters())
+    pairs = zip(model.encoder.parameters(), model.target_encoder.parameters())
     assert all(torch.equal(a, b) for a, b in pairs)
     names = weights(tmp_path)["world_model.safetensors"]
-    assert not [name for name in names if name.startswith("teacher.")]
+    assert not [name for name in names if name.startswith("target_encoder.")]
 
 
 @pytest.mark.parametrize("with_folder", [True, False])
@@ -154,7 +160,7 @@ def test_the_best_model_is_given_with_a_folder_and_without(
     store, tmp_path, monkeypatch, with_folder
 ):
     # The first evaluation is the best.
-    monkeypatch.setattr(world_model_training, "error_over_copying", lambda row: row["step"])
+    monkeypatch.setattr(world_model_training, "error_ratio_to_copy", lambda row: row["step"])
     folder = tmp_path if with_folder else None
     model, history = train_small(store, folder, steps=4, evaluate_every=2, lr=0.1)
     windows = loader._fixed_windows(store, HELD_OUT, 5, 8, 16, 0)
@@ -167,12 +173,12 @@ def test_best_is_not_the_one_whose_latents_are_all_alike():
     """At the first evaluations of a run every error is tiny, that of copying too."""
     early = {"model": [0, 0.023], "copy_last": [0, 0.027]}
     late = {"model": [0, 0.072], "copy_last": [0, 0.126]}
-    assert error_over_copying(late) < error_over_copying(early)
+    assert error_ratio_to_copy(late) < error_ratio_to_copy(early)
 
 
 def test_error_relative_to_copying_where_it_is_not_defined():
-    assert error_over_copying({"model": [0.1, 0.1], "copy_last": [0.0, 0.0]}) == math.inf
-    assert math.isnan(error_over_copying({"model": [0.1, math.inf], "copy_last": [0.1, 0.1]}))
+    assert error_ratio_to_copy({"model": [0.1, 0.1], "copy_last": [0.0, 0.0]}) == math.inf
+    assert math.isnan(error_ratio_to_copy({"model": [0.1, math.inf], "copy_last": [0.1, 0.1]}))
 
 
 def test_equal_frames_in_validation_are_told_by_name(store):
@@ -222,12 +228,12 @@ def test_numbers_that_cannot_be_are_refused(store, name, value):
     "changes",
     [
         {},
-        {"inverse": 0.1, "tilt": 0.0},
-        {"inverse": 0.0},
-        {"rollout": 1},
+        {"inverse_dynamics_weight": 0.1, "pitch_weight": 0.0},
+        {"inverse_dynamics_weight": 0.0},
+        {"rollout_steps": 1},
         {"kind": "adaln"},
-        {"anti_collapse": "sigreg", "slices": 8},
-        {"drop_latent": 0.0},
+        {"anti_collapse": "sigreg", "sigreg_num_slices": 8},
+        {"latent_drop_prob": 0.0},
     ],
     ids=json.dumps,
 )

@@ -68,7 +68,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(store, tmp_path):
     log, out, uninterrupted = tmp_path / "log", tmp_path / "killed", tmp_path / "uninterrupted"
     num_kills = repeats(6, 20)
     changes = TINY | {"steps": 12 * num_kills, "decoder_steps": 4 * num_kills}
-    changes |= {"save_every": 5, "evaluate_every": 4 * num_kills, "encoder_lr": 1.0}
+    changes |= {"save_every": 5, "evaluate_every": 4 * num_kills, "encoder_lr_scale": 1.0}
 
     def start(folder):
         call = train_in_process, folder_of(store), folder, changes, True
@@ -102,7 +102,7 @@ def test_killed_between_the_last_step_and_the_final_files_no_step_is_done_again(
         interrupt(m, decoder_training, "_save_on_main_process")
         with pytest.raises(KeyboardInterrupt):
             train_decoders(model, store, TRAIN, steps=5, folder=tmp_path)
-    interrupt(monkeypatch, trainer, "descend")  # no step is taken any more
+    interrupt(monkeypatch, trainer, "optimizer_step")  # no step is taken any more
     _, _, history = train_decoders(model, store, TRAIN, steps=5, folder=tmp_path)
     assert len(history) == 5
     assert set(weights(tmp_path)) == {"dit.safetensors", "head.safetensors"}
@@ -110,9 +110,9 @@ def test_killed_between_the_last_step_and_the_final_files_no_step_is_done_again(
 
 
 def test_batch_that_cannot_be_cut_is_refused():
-    remedy = "accumulate=3 parts; choose a multiple of 3"
+    remedy = "gradient_accumulation_steps=3 parts; choose a multiple of 3"
     with pytest.raises(ValueError, match=f"batch=4 can't be cut into {remedy}"):
-        preset("tiny", **TINY, steps=3, accumulate=3)
+        preset("tiny", **TINY, steps=3, gradient_accumulation_steps=3)
 
     class ThreeProcesses:
         num_processes = 3

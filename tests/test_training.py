@@ -79,7 +79,11 @@ def test_command_line_trains_and_goes_on(few, tmp_path, capsys):
         (["--seed", "-1"], "seed=-1", 1),
         (["--minutes", "0"], "minutes=0.0 must be", 1),
         (["--minutes", "nan"], "minutes=nan", 1),
-        (["--train.decoder-batch", "3", "--train.accumulate", "2"], "multiple of 2", 2),
+        (
+            ["--train.decoder-batch-size", "3", "--train.gradient-accumulation-steps", "2"],
+            "multiple of 2",
+            2,
+        ),
         (["--start", "/nonexistent"], "/nonexistent: no such folder", 1),
     ],
 )
@@ -153,8 +157,8 @@ def test_another_seed_or_recipe_in_the_same_folder_is_refused_by_name(
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     message = "holds another run .seed was 0, is 7.; run with those settings, or give another"
     refused(capsys, [*words, "--seed", "7"], message + " folder")
-    message = "train.batch was 4, is 8; train.lr was 0.0008, is 1e-05"
-    refused(capsys, [*words, "--train.batch", "8", "--train.lr", "1e-5"], message)
+    message = "train.batch_size was 4, is 8; train.lr was 0.0008, is 1e-05"
+    refused(capsys, [*words, "--train.batch-size", "8", "--train.lr", "1e-5"], message)
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
     assert main(words) == 0  # its own settings go on, and are what training.json tells
     assert read_summary(out)["seed"] == 0
@@ -163,7 +167,7 @@ def test_another_seed_or_recipe_in_the_same_folder_is_refused_by_name(
 def test_the_same_command_after_a_collapse_alarm_says_so_and_goes_on_only_when_told_to(
     few, tmp_path, capsys
 ):
-    words = command(few, tmp_path / "out", rank_alarm=2.0, steps=6)
+    words = command(few, tmp_path / "out", min_rank_fraction=2.0, steps=6)
     message = "step 2: the latent is collapsing"
     refused(capsys, words, message)
     refused(capsys, words, f"was stopped at {message}.*To go on all the same: --go-on")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from minecraft_jepa.config import preset
 from minecraft_jepa.data.clip_store import ClipStore, cache_dir
 from minecraft_jepa.data.shards import write_shards
-from minecraft_jepa.data.splits import split_recordings
+from minecraft_jepa.data.splits import load_split
 from minecraft_jepa.training import distributed, trainer
 from minecraft_jepa.training import train_world_model as world_model_training
 from minecraft_jepa.training.train_decoders import train_decoders
@@ -26,30 +26,30 @@ from minecraft_jepa.training.train_world_model import train_world_model
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data"
-SPLIT = split_recordings(DATA)
+SPLIT = load_split(DATA)
 TRAIN, HELD_OUT = SPLIT["train"][:2], SPLIT["validation"][:1]
 SMALL = {
     "encoder_depth": 1,
     "conditioner_depth": 1,
     "predictor_depth": 1,
-    "encoder_width": 32,
-    "dit_width": 32,
+    "encoder_embed_dim": 32,
+    "dit_embed_dim": 32,
     "dit_depth": 1,
-    "head_depth": 1,
-    "batch": 8,
-    "decoder_batch": 8,
+    "regression_depth": 1,
+    "batch_size": 8,
+    "decoder_batch_size": 8,
     "dropout": 0.0,
 }
 TINY = SMALL | {
-    "patch": 16,
-    "ticks": 5,
-    "encoder_width": 16,
-    "dit_width": 16,
-    "bottleneck": 8,
-    "batch": 4,
-    "decoder_batch": 4,
-    "rank_alarm": 0.0,
-    "std_alarm": 0.0,
+    "patch_size": 16,
+    "history_ticks": 5,
+    "encoder_embed_dim": 16,
+    "dit_embed_dim": 16,
+    "bottleneck_dim": 8,
+    "batch_size": 4,
+    "decoder_batch_size": 4,
+    "min_rank_fraction": 0.0,
+    "min_latent_std": 0.0,
 }
 world_model_training._NUM_VALIDATION_WINDOWS = 16  # fewer, so that an evaluation is quick
 
@@ -84,7 +84,7 @@ def folder_of(store):
 def train_small(store, folder=None, minutes=None, **changes):
     """Train a world model with settings `TINY | changes`."""
     config = preset("tiny", **TINY | changes)
-    return train_world_model(config, store, TRAIN, HELD_OUT, folder=folder, minutes=minutes)
+    return train_world_model(config, store, TRAIN, HELD_OUT, folder=folder, max_minutes=minutes)
 
 
 def train_in_process(store, out, changes, with_decoders, sharded="false"):
@@ -104,17 +104,17 @@ def run_calls(calls, log, environment, kill_at):
     os.dup2(descriptor, 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    descend, num_calls = trainer.descend, itertools.count(1)
+    descend, num_calls = trainer.optimizer_step, itertools.count(1)
 
     def descend_or_die(*args):
         if next(num_calls) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return descend(*args)
 
-    trainer.descend = descend_or_die
+    trainer.optimizer_step = descend_or_die
     for function, *args in calls:
         function(*args)
-    distributed.leave_processes()
+    distributed.shutdown_distributed()
 
 
 def start_processes(*calls, log, processes=1, kill_at=None):
@@ -199,7 +199,7 @@ def interrupt(monkeypatch, module, name):
 
 def train_until(store, folder, step, monkeypatch, minutes=None, **changes):
     """Train with `TINY | changes`, interrupted in a step."""
-    descend, num_calls = trainer.descend, itertools.count(1)
+    descend, num_calls = trainer.optimizer_step, itertools.count(1)
 
     def descend_or_stop(*args):
         if next(num_calls) == step:
@@ -207,6 +207,6 @@ def train_until(store, folder, step, monkeypatch, minutes=None, **changes):
         return descend(*args)
 
     with monkeypatch.context() as m:
-        m.setattr(trainer, "descend", descend_or_stop)
+        m.setattr(trainer, "optimizer_step", descend_or_stop)
         with pytest.raises(KeyboardInterrupt):
             train_small(store, folder, minutes, **changes)

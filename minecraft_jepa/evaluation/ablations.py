@@ -29,8 +29,8 @@ def factors_of(config) -> dict[str, dict[str, dict]]:
             "SIGReg": {"anti_collapse": "sigreg"},
             "VICReg": {"anti_collapse": "vicreg"},
         },
-        "ticks in the loss": _rollout_variants(jepa.rollout),
-        "history": {"25 ticks": {}, "1 tick": {"ticks": 1}},
+        "ticks in the loss": _rollout_variants(jepa.rollout_steps),
+        "history": {"25 ticks": {}, "1 tick": {"history_ticks": 1}},
         "predictor blocks": {
             str(depth): {},
             str(half_depth): {"predictor_depth": half_depth},
@@ -41,10 +41,14 @@ def factors_of(config) -> dict[str, dict[str, dict]]:
             f"{frame.height} x {frame.width}": {},
             f"{large_height} x {large_width}": large_frame,
         },
-        "inverse dynamics": _weights("inverse", jepa.inverse, {0.0: "no head, no pitch"}, 0.2),
-        "floor": _weights("floor", jepa.floor, {0.0: "0.0"}),
+        "inverse dynamics": _weights(
+            "inverse", jepa.inverse_dynamics_weight, {0.0: "no head, no pitch"}, 0.2
+        ),
+        "floor": _weights("floor", jepa.variance_weight, {0.0: "0.0"}),
         "pitch from the mouse": (
-            _weights("tilt", jepa.tilt, {0.0: "0.0"}, 0.4) if jepa.inverse else {str(jepa.tilt): {}}
+            _weights("tilt", jepa.pitch_weight, {0.0: "0.0"}, 0.4)
+            if jepa.inverse_dynamics_weight
+            else {str(jepa.pitch_weight): {}}
         ),
     }
 
@@ -52,8 +56,8 @@ def factors_of(config) -> dict[str, dict[str, dict]]:
 def _rollout_variants(rollout):
     """Rollout steps in the loss."""
     if rollout == 2:
-        return {"2": {}, "1": {"rollout": 1}, "4": {"rollout": 4}}
-    return {str(rollout): {}, "1": {"rollout": 1}, "2": {"rollout": 2}}
+        return {"2": {}, "1": {"rollout_steps": 1}, "4": {"rollout_steps": 4}}
+    return {str(rollout): {}, "1": {"rollout_steps": 1}, "2": {"rollout_steps": 2}}
 
 
 def _dropout_variants(dropout):
@@ -98,7 +102,7 @@ def quantity_of(run, quantity):
     if quantity == "error / copying, 4 ticks":
         return run["model"][_HORIZONS[4]] / run["copy_last"][_HORIZONS[4]]
     if quantity == "other / true actions, 8 ticks":
-        return run["other_actions"][_HORIZONS[8]] / run["model"][_HORIZONS[8]]
+        return run["shuffled_actions"][_HORIZONS[8]] / run["model"][_HORIZONS[8]]
     if quantity in _PROBES:
         return run["probes"].get(_PROBES[quantity])
     return run["rank"]

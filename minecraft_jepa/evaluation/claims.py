@@ -10,7 +10,7 @@ __all__ = ['judge_prediction', 'judge_content', 'judge_cost', 'judge_labels', 'j
 import json
 from pathlib import Path
 
-from .report import BARS, read_report
+from .report import CRITERIA, load_report
 from .windows import weights_identity
 
 # %% ../../nbs/evaluation/11_claims.ipynb #ded1b9db
@@ -38,16 +38,16 @@ def judge_prediction(report):
     with other actions. Partly: better than all of them at one tick or more.
 
     Args:
-        report: of `read_report`.
+        report: of `load_report`.
 
     Returns:
         The evidence, a sentence, and the verdict.
     """
     better = report["ticks_better"]
-    rivals = [rival for rival in better if rival not in ("other_future", "no_history")]
+    rivals = [rival for rival in better if rival not in ("shuffled_future", "without_history")]
     at_all_rivals = set.intersection(*(set(better[rival]) for rival in rivals))
     counts = "; ".join(f"{rival} {len(better[rival])}" for rival in rivals)
-    row = report["relative_to_best_rival"]["8"]
+    row = report["relative_to_best_baseline"]["8"]
     low, high = row["interval"]
     evidence = (
         f"ticks of 15 at which it is better by pairs: {counts}. At 8 ticks its error is "
@@ -65,7 +65,7 @@ def judge_content(report):
     candidate, the true future is found more often than by copying, intervals apart.
 
     Args:
-        report: of `read_report`.
+        report: of `load_report`.
 
     Returns:
         The evidence, a sentence, and the verdict.
@@ -77,17 +77,17 @@ def judge_content(report):
         interval = report["probes_by_world"].get(label, {}).get("interval")
         span = "[{:.2f}, {:.2f}]".format(*interval) if interval else ""
         probes.append(f"R2 of {name} {_text(r2)} {span}")
-        reached.append(interval is not None and _reaches(interval[0], BARS[f"{label}_r2"]))
+        reached.append(interval is not None and _reaches(interval[0], CRITERIA[f"{label}_r2"]))
 
     top1 = report["retrieval"]["top1"]["4"]["model"]["mean"]
     apart = report["retrieval"]["top1_apart"]["4"]
     model, copying = apart["model"], apart["copy_last"]
     evidence = (
-        f"{', '.join(probes)} (wanted {BARS['pitch_r2']} at the lower end); the true future found "
-        f"first among 256 at 4 ticks: {top1:.2f} (wanted {BARS['top1_at_4_ticks']})"
+        f"{', '.join(probes)} (wanted {CRITERIA['pitch_r2']} at the lower end); the true future found "
+        f"first among 256 at 4 ticks: {top1:.2f} (wanted {CRITERIA['top1_at_4_ticks']})"
         f"; without the given frame {model['mean']:.2f}, by copying {copying['mean']:.2f}"
     )
-    is_found = _reaches(top1, BARS["top1_at_4_ticks"])
+    is_found = _reaches(top1, CRITERIA["top1_at_4_ticks"])
     beats_copying = model["interval"][0] > copying["interval"][1]
     return evidence, _verdict(all(reached) and is_found, any(reached) or beats_copying)
 
@@ -136,7 +136,7 @@ def judge_labels(report):
     them; an R2 of 0 or less counts for nothing.
 
     Args:
-        report: of `read_report`.
+        report: of `load_report`.
 
     Returns:
         The evidence, a sentence, and the verdict.
@@ -170,12 +170,12 @@ def judge_planning(report):
     ticks by the factor of the criterion, with an interval above 1.
 
     Args:
-        report: of `read_report`.
+        report: of `load_report`.
 
     Returns:
         The evidence, a sentence, and the verdict.
     """
-    row, threshold = report["ratio"]["8"], BARS["ratio_at_8_ticks"]
+    row, threshold = report["ratio"]["8"], CRITERIA["ratio_at_8_ticks"]
     low, high = row["interval"]
     evidence = (
         f"the future actions of another clip raise the error {row['mean']:.2f} "
@@ -185,9 +185,9 @@ def judge_planning(report):
         real, imagined = (report["actions"]["4"][kind]["8"] for kind in ("real", "imagined"))
         evidence += (
             f"Actions decoded: keys with F1 {_text(imagined['mean_f1'])} from imagined and "
-            f"{_text(real['mean_f1'])} from real latents ({_text(real['always_f1'])} by always "
-            f"saying yes), the turn with R2 {_text(imagined['turn_r2'])} and "
-            f"{_text(real['turn_r2'])}. "
+            f"{_text(real['mean_f1'])} from real latents ({_text(real['always_on_f1'])} by always "
+            f"saying yes), the turn with R2 {_text(imagined['yaw_r2'])} and "
+            f"{_text(real['yaw_r2'])}. "
         )
     evidence += "Nothing was planned with it"
     return evidence, _verdict(False, row["mean"] >= threshold and low > 1)
@@ -231,7 +231,7 @@ def judge_claims(report, sora, ablations) -> list[dict]:
     """Judge the six claims.
 
     Args:
-        report: of `read_report`.
+        report: of `load_report`.
         sora: numbers of 5_sora.
         ablations: numbers of 8_ablations; None if they were not run.
 
@@ -295,7 +295,7 @@ def load_numbers(folder, weights=None):
         ValueError: if a file is missing, or the report is of other weights.
     """
     folder = Path(folder)
-    report = read_report(folder / "evaluate.json")
+    report = load_report(folder / "evaluate.json")
     identity = report.get("weights_identity")
     if weights and identity and identity["sha256"] != weights_identity(weights)["sha256"]:
         raise ValueError(

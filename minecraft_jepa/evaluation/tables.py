@@ -48,7 +48,7 @@ def rival_rows(relative, ticks) -> dict:
     """Tabulate the comparison with the strongest rival at each horizon.
 
     Args:
-        relative: `relative_to_best_rival` of the report, {ticks: comparison}.
+        relative: `relative_to_best_baseline` of the report, {ticks: comparison}.
         ticks: horizons to show.
 
     Returns:
@@ -119,10 +119,10 @@ def decoded_rows(decoded) -> dict:
             for h, scores in by_ticks.items():
                 row = {
                     "mean F1": scores["mean_f1"],
-                    "F1 of always on": scores["always_f1"],
-                    "camera error, degrees": scores["camera_degrees"],
-                    "error of no turn, degrees": scores["still_degrees"],
-                    "R2 of the turn": scores["turn_r2"],
+                    "F1 of always on": scores["always_on_f1"],
+                    "camera error, degrees": scores["camera_mae"],
+                    "error of no turn, degrees": scores["no_turn_mae"],
+                    "R2 of the turn": scores["yaw_r2"],
                 } | {f"F1 {key}": value for key, value in scores["f1"].items()}
                 column = (DECODER_LABELS[decoder], kind, f"at {h}")
                 table[column] = {name: format_number(value) for name, value in row.items()}
@@ -155,12 +155,16 @@ HEADLINES = {  # section -> {what: path in the report}
     "error": {
         "error at 1 tick": ("horizons", "1", "model", "mean"),
         "error at 8 ticks": ("horizons", "8", "model", "mean"),
-        "error relative to copying at 8 ticks": ("share_of_copying", "8", "model", "mean"),
+        "error relative to copying at 8 ticks": ("relative_to_copy", "8", "model", "mean"),
     },
     "rivals": {
-        "error relative to the strongest rival at 1 tick": ("relative_to_best_rival", "1", "ratio"),
+        "error relative to the strongest rival at 1 tick": (
+            "relative_to_best_baseline",
+            "1",
+            "ratio",
+        ),
         "error relative to the strongest rival at 8 ticks": (
-            "relative_to_best_rival",
+            "relative_to_best_baseline",
             "8",
             "ratio",
         ),
@@ -175,7 +179,7 @@ HEADLINES = {  # section -> {what: path in the report}
     },
     "actions": {
         "mean F1 of keys, imagined, at 8 ticks": ("actions", "4", "imagined", "8", "mean_f1"),
-        "R2 of the turn, imagined, at 8 ticks": ("actions", "1", "imagined", "8", "turn_r2"),
+        "R2 of the turn, imagined, at 8 ticks": ("actions", "1", "imagined", "8", "yaw_r2"),
     },
     "change": {
         "imagined change of the first tick": ("imagined_change", "step", 0),

@@ -9,32 +9,32 @@ __all__ = ['Predictor']
 from torch import nn
 
 from .conditioner import CONDITIONERS
-from .layers import Block, ModulatedBlock, init_weights, mlp, rotary_grid
+from .layers import AdaLNBlock, Block, init_weights, make_mlp, rope_angles_2d
 
 # %% ../../nbs/model/06_predictor.ipynb #10aa16da
 class Predictor(nn.Module):
     """Predicts the change from frame t to frame t+1: (b, n, d), condition -> (b, n, d).
 
     Args:
-        config: uses `frame`, `encoder.width`, `conditioner.kind` and `predictor`.
+        config: uses `frame`, `encoder.embed_dim`, `conditioner.kind` and `predictor`.
     """
 
     def __init__(self, config):
         super().__init__()
-        settings, width = config.predictor, config.encoder.width
-        heads, dropout = settings.heads, settings.dropout
+        settings, width = config.predictor, config.encoder.embed_dim
+        heads, dropout = settings.num_heads, settings.dropout
         self.modulated = CONDITIONERS[config.conditioner.kind].modulates
         self.blocks = nn.ModuleList()
         for _ in range(settings.depth):
             if self.modulated:
-                block = ModulatedBlock(width, heads, mlp(width, dropout), dropout=dropout)
+                block = AdaLNBlock(width, heads, make_mlp(width, dropout), dropout=dropout)
             else:
                 block = Block(width, heads, dropout)
             self.blocks.append(init_weights(block))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, width)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        turns = rotary_grid(config.frame.grid, width // heads)
+        turns = rope_angles_2d(config.frame.grid, width // heads)
         self.register_buffer("turns", turns, persistent=False)
 
     def forward(self, x, condition=None):

@@ -20,7 +20,7 @@ from ..config import preset
 from ..data.clip_store import ClipStore
 from ..data.loader import sample_windows
 from ..model.world_model import WorldModel
-from .distributed import lighten
+from .distributed import apply_compile_and_checkpointing
 from .optim import make_optimizer
 from ..utils import seed_everything
 
@@ -111,7 +111,7 @@ def written_out_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=Fals
 @torch.no_grad()
 def _update_target_plainly(model, momentum=0.996):
     """EMA parameter by parameter."""
-    for target, source in zip(model.teacher.parameters(), model.encoder.parameters()):
+    for target, source in zip(model.target_encoder.parameters(), model.encoder.parameters()):
         target.copy_(momentum * target + (1 - momentum) * source)
 
 
@@ -122,16 +122,16 @@ class _Step:
         seed_everything(0)
         self.ways = set(ways)
         self.model = WorldModel(config).to(device).train()
-        lighten(self.model, config.train, device)
+        apply_compile_and_checkpointing(self.model, config.train, device)
         self.optimizer = make_optimizer({self.model: 1.0}, 1e-4, 0.05)
         if "plain optimizer" in self.ways:
             for group in self.optimizer.param_groups:
                 group.update(fused=False, foreach=False)
-        frame, batch, rollout = config.frame, config.train.batch, config.jepa.rollout
+        frame, batch, rollout = config.frame, config.train.batch_size, config.jepa.rollout_steps
         shape = (batch, 1 + rollout, 3, frame.height, frame.width)
         self.frames = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
         self.actions = torch.randn(batch, 24 + rollout, 28).to(device)
-        self.num_chunks = config.train.accumulate
+        self.num_chunks = config.train.gradient_accumulation_steps
         use_bf16 = "bfloat16" in self.ways
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=use_bf16)
 
@@ -160,7 +160,7 @@ class _Step:
         if "plain optimizer" in self.ways:
             _update_target_plainly(self.model)
         else:
-            self.model.update_teacher(0.996)
+            self.model.update_target_encoder(0.996)
         return total
 
 # %% ../../nbs/training/10_benchmarks.ipynb #5d2595f7

@@ -12,17 +12,17 @@ import numpy as np
 
 from minecraft_jepa.data.actions import (
     ACTION_NAMES,
+    BINARY_ACTIONS,
+    CAMERA,
     DEGREES_PER_PIXEL,
-    MOUSE,
     NOOP,
-    SWITCHES,
 )
 from .action_panel import draw_action
-from .style import COLOURS, TICKS_PER_SECOND
+from .style import COLORS, TICKS_PER_SECOND
 
 # %% ../../nbs/viz/06_data_plots.ipynb #28430fa2
 GREY = "#949494"  # of what is not the finding
-SPLIT_COLORS = {"train": GREY, "validation": COLOURS["model"], "test": COLOURS["dit"]}
+SPLIT_COLORS = {"train": GREY, "validation": COLORS["model"], "test": COLORS["dit"]}
 
 
 def plot_moment(fig, grid, stored, frames, actions, preset_name):
@@ -67,15 +67,15 @@ def plot_piano_roll(ax, actions, first, t, history, horizon):
         horizon: ticks to imagine.
     """
     seconds = (first + np.arange(len(actions))) / TICKS_PER_SECOND
-    pressed = [i for i in SWITCHES if actions[:, i].any()]
+    pressed = [i for i in BINARY_ACTIONS if actions[:, i].any()]
     for y, i in enumerate(reversed(pressed)):
         is_held = actions[:, i] > 0
         band = (y - 0.36, y + 0.36)
-        ax.fill_between(seconds, *band, where=is_held, step="post", color=COLOURS["model"], lw=0)
+        ax.fill_between(seconds, *band, where=is_held, step="post", color=COLORS["model"], lw=0)
     center = len(pressed) + 1.2
-    camera = actions[:, MOUSE]
+    camera = actions[:, CAMERA]
     largest = max(np.abs(camera).max(initial=0), 1)
-    curves = (("right", COLOURS["dit"], "-"), ("down", COLOURS["noop"], "--"))
+    curves = (("right", COLORS["dit"], "-"), ("down", COLORS["no_op"], "--"))
     for turn, (direction, color, line) in zip(camera.T, curves):
         peak = np.abs(turn).max(initial=0)
         label = f"camera {direction} (largest here {peak:.1f}° a tick)"
@@ -83,7 +83,7 @@ def plot_piano_roll(ax, actions, first, t, history, horizon):
         ax.plot(seconds, curve, line, color=color, lw=1.3, drawstyle="steps-post", label=label)
     spans = (
         (t - history + 1, t + 1, "#000000", f"{history} ticks of history"),
-        (t + 1, t + 1 + horizon, COLOURS["copy_last"], f"{horizon} to imagine"),
+        (t + 1, t + 1 + horizon, COLORS["copy_last"], f"{horizon} to imagine"),
     )
     for begin, end, color, text in spans:
         edges = np.array([begin, end]) / TICKS_PER_SECOND
@@ -162,7 +162,7 @@ def plot_camera(ax, turns):
     edges = np.geomspace(0.1, max(turns.max(initial=0), 2), 22)
     edges[np.abs(edges - 1).argmin()] = 1
     percent = np.histogram(turns.clip(edges[0]), edges)[0] / max(len(turns), 1) * 100
-    colors = np.where(edges[:-1] < 1, COLOURS["dit"], COLOURS["model"])
+    colors = np.where(edges[:-1] < 1, COLORS["dit"], COLORS["model"])
     widths = np.diff(edges)
     ax.bar(edges[:-1], percent, widths, align="edge", color=colors, edgecolor="white", lw=0.5)
     ax.set_xscale("log")
@@ -187,7 +187,7 @@ def plot_held(ax, held, gui_fraction):
     ranked = sorted((share, key) for key, share in held.items() if share >= 0.001)
     rare = [key for key, share in held.items() if share < 0.001]
     percents = [100 * share for share, _ in ranked]
-    ax.barh([key for _, key in ranked], percents, color=COLOURS["model"], height=0.7)
+    ax.barh([key for _, key in ranked], percents, color=COLORS["model"], height=0.7)
     note = f"below 0.1 %: {' '.join(rare) or 'none'}\na screen is open: {100 * gui_fraction:.1f} %"
     ax.text(0.98, 0.05, note, transform=ax.transAxes, ha="right", fontsize=9, color="#666666")
     ax.set_xlabel("% of ticks")
@@ -233,7 +233,7 @@ def plot_lags(ax, lags, by_lag):
         ax.plot(lags, values, color=GREY, alpha=0.45, linewidth=0.9)
     mean = np.mean(list(by_lag.values()) or [[0.0] * len(lags)], 0)
     label = f"mean of {len(by_lag)} recordings (thin lines)"
-    ax.plot(lags, mean, color=COLOURS["model"], linewidth=2.6, marker="o", label=label)
+    ax.plot(lags, mean, color=COLORS["model"], linewidth=2.6, marker="o", label=label)
     ax.axvline(0, color="#222222", linewidth=0.8, linestyle=":")
     ax.set_xticks(lags)
     ax.set_xlabel("ticks that the turn is taken later")

@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from .plots import horizon_plot
-from .style import COLOURS, LABELS, MARKERS, TICKS_PER_SECOND, style
+from .plots import plot_horizons
+from .style import COLORS, LABELS, MARKERS, TICKS_PER_SECOND, set_style
 
 # %% ../../nbs/viz/05_evaluation_plots.ipynb #02ed5970
 GREY = "#949494"  # of reference lines and of what is not the model
@@ -27,14 +27,14 @@ def plot_latent_errors(ax, horizons, ticks):
         horizons: `horizons` of the report, {ticks: {method: {"mean", "interval"}}}.
         ticks: horizons to draw.
     """
-    methods = [m for m in horizons[str(ticks[0])] if m not in ("linear", "other_actions")]
+    methods = [m for m in horizons[str(ticks[0])] if m not in ("linear", "shuffled_actions")]
     series = {}
     for method in methods:
         rows = [horizons[str(h)][method] for h in ticks]
         if method != "model":
             rows = [{"mean": row["mean"]} for row in rows]
         series[method] = rows
-    horizon_plot(ax, ticks, series, ylabel="latent error / variance of the true latents")
+    plot_horizons(ax, ticks, series, ylabel="latent error / variance of the true latents")
     ax.set_ylim(bottom=0)
     at = "8" if "8" in horizons else str(ticks[-1])
     row = horizons[at]
@@ -70,7 +70,7 @@ def _plot_intervals(ax, ticks, series):
             np.array(ticks) * 1.035 ** (i - (len(series) - 1) / 2),
             mean,
             yerr=[mean - low, high - mean],
-            color=COLOURS.get(base, GREY),
+            color=COLORS.get(base, GREY),
             marker=MARKERS.get(base, "o"),
             linestyle="--" if base != method else "-",
             markeredgecolor="white",
@@ -87,10 +87,10 @@ def plot_paired_ratios(ax, paired, relative, ticks):
     Args:
         ax: matplotlib axes.
         paired: `paired` of the report, {rival: {ticks: `paired_comparison`}}.
-        relative: `relative_to_best_rival` of the report, {ticks: comparison}.
+        relative: `relative_to_best_baseline` of the report, {ticks: comparison}.
         ticks: horizons to draw.
     """
-    rivals = {"copy_last": paired["copy_last"], "noop": paired["noop"], "best_rival": relative}
+    rivals = {"copy_last": paired["copy_last"], "no_op": paired["no_op"], "best_rival": relative}
     series = {}
     for rival, rows in rivals.items():
         selected = [rows[str(h)] for h in ticks]
@@ -138,7 +138,7 @@ def plot_retrieval(ax, top1, ticks, candidates=256):
         ticks: horizons to draw.
         candidates: number of frames to choose from.
     """
-    methods = ("model", "copy_last", "other_actions")
+    methods = ("model", "copy_last", "shuffled_actions")
     _plot_intervals(ax, ticks, {m: [top1[str(h)][m] for h in ticks] for m in methods})
     ax.axhline(1 / candidates, color=GREY, linestyle="--", linewidth=1, label="chance")
     ax.set_ylim(-0.03, 1.3)  # room for the legend
@@ -152,9 +152,9 @@ def plot_retrieval(ax, top1, ticks, candidates=256):
     return ax
 
 # %% ../../nbs/viz/05_evaluation_plots.ipynb #f19926e1
-_PROBED = {"model": COLOURS["model"], "untrained": "#de8f05", "pixels": GREY}
-_PROBE_LABELS = {"yaw_change": "turn", "climb": "change\nof height", "slot": "hotbar\nslot"}
-_PROBE_LABELS |= {"menu": "screen\nopen"}
+_PROBED = {"model": COLORS["model"], "untrained": "#de8f05", "pixels": GREY}
+_PROBE_LABELS = {"yaw_change": "turn", "height_change": "change\nof height", "slot": "hotbar\nslot"}
+_PROBE_LABELS |= {"gui_open": "screen\nopen"}
 
 
 def plot_probes(ax, probes, by_world):
@@ -208,12 +208,12 @@ def plot_decoded_keys(ax, decoded):
         return ax
     scores = {kind: decoded["4"][kind]["8"] for kind in ("real", "imagined")}
     keys = [key for key, value in scores["real"]["f1"].items() if value is not None]
-    for i, (kind, color) in enumerate((("real", GREY), ("imagined", COLOURS["model"]))):
+    for i, (kind, color) in enumerate((("real", GREY), ("imagined", COLORS["model"]))):
         values = [scores[kind]["f1"][key] or 0 for key in keys]
         positions = np.arange(len(keys)) + 0.4 * i
         ax.barh(positions, values, 0.38, label=f"{kind} latents", color=color)
     ax.set_yticks(np.arange(len(keys)) + 0.2, keys)
-    always_on = scores["real"]["always_f1"]
+    always_on = scores["real"]["always_on_f1"]
     if always_on is not None:
         ax.axvline(always_on, color="#222222", linestyle="--", label="always on (mean of keys)")
     ax.set_xlim(0, 1)
@@ -233,7 +233,7 @@ def plot_imagined_change(ax, change):
     """
     ax.axhline(1, color=GREY, linestyle="--", linewidth=1)
     labels = {"step": "change in one tick", "displacement": "change since the given frame"}
-    for (key, label), color in zip(labels.items(), (COLOURS["model"], COLOURS["dit"])):
+    for (key, label), color in zip(labels.items(), (COLORS["model"], COLORS["dit"])):
         ax.plot(change["ticks"], change[key], color=color, label=label)
     ax.set_ylim(bottom=0)
     ax.set_xlabel(f"ticks ahead ({TICKS_PER_SECOND} ticks = 1 s)")
@@ -253,10 +253,10 @@ def plot_drift(ax, drift):
 
     Args:
         ax: matplotlib axes.
-        drift: `drift` of the report: "ticks", "imagined" and "real".
+        drift: `rollout_drift` of the report: "ticks", "imagined" and "real".
     """
     labels = {"spread": "variance over rollouts", "nearest": "distance to the nearest real latent"}
-    for (key, label), color in zip(labels.items(), (COLOURS["model"], COLOURS["dit"])):
+    for (key, label), color in zip(labels.items(), (COLORS["model"], COLORS["dit"])):
         ax.plot(drift["ticks"], drift["imagined"][key], color=color, label=label)
         ax.axhline(drift["real"][key], color=color, linestyle="--", linewidth=1)
     ax.set_ylim(bottom=0)
@@ -300,7 +300,7 @@ def evaluate_figure(report, ticks):
     """
     fig, axes = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
     plot_latent_errors(axes[0], report["horizons"], ticks)
-    plot_paired_ratios(axes[1], report["paired"], report["relative_to_best_rival"], ticks)
+    plot_paired_ratios(axes[1], report["paired"], report["relative_to_best_baseline"], ticks)
     plot_psnr(axes[2], report["psnr"], list(map(int, report["psnr"])))
     return fig
 

@@ -12,8 +12,8 @@ import textwrap
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .plots import curves_plot
-from .style import COLOURS
+from .plots import plot_curves
+from .style import COLORS
 
 # %% ../../nbs/viz/07_study_plots.ipynb #0a5095f9
 GREY = "#949494"  # of reference lines and of what is compared with
@@ -31,25 +31,25 @@ def training_figure(history, decoder_history, width, min_rank):
     checks = [row for row in history if "model" in row]
     fig, axes = plt.subplots(2, 2, figsize=(12, 7.5), layout="constrained")
     loss, error, rank, decoders = axes.flat
-    curves_plot(loss, history, ["loss"], smooth=25, ylabel="total loss")
+    plot_curves(loss, history, ["loss"], smooth=25, ylabel="total loss")
     loss.set_title("Training loss of the world model")
 
     two_ticks = [{"step": r["step"], "model": r["model"][1]} for r in checks]
     two_ticks = [r | {"copy_last": c["copy_last"][1]} for r, c in zip(two_ticks, checks)]
-    curves_plot(error, two_ticks, ["model", "copy_last"], ylabel="latent error at 2 ticks")
+    plot_curves(error, two_ticks, ["model", "copy_last"], ylabel="latent error at 2 ticks")
     last = two_ticks[-1]
     error.set_title(
         f"Validation worlds: {last['model']:.3f}, copying {last['copy_last']:.3f} at the end"
     )
 
-    curves_plot(rank, checks, ["rank"], ylabel=f"effective rank of {width}")
+    plot_curves(rank, checks, ["rank"], ylabel=f"effective rank of {width}")
     rank.axhline(min_rank, linestyle="--", color="#b00020", label="alarm")
     rank.set_ylim(bottom=0)
     rank.legend()
     lowest = min(row["rank"] for row in checks)
     rank.set_title(f"Effective rank {checks[-1]['rank']:.0f} at the end, lowest {lowest:.0f}")
 
-    curves_plot(decoders, decoder_history, ["dit", "head"], smooth=25, ylabel="loss (each its own)")
+    plot_curves(decoders, decoder_history, ["dit", "head"], smooth=25, ylabel="loss (each its own)")
     decoders.set_yscale("log")
     decoders.set_title("Training loss of the decoders")
     return fig
@@ -73,7 +73,7 @@ def cost_figure(peers, flops):
         1, 2, figsize=(13, 5), width_ratios=[1.5, 1], layout="constrained"
     )
     ranked = sorted(peers, key=lambda row: row["parameters"])
-    colors = [COLOURS["model"] if r["model"].startswith("this") else "#bbbbbb" for r in ranked]
+    colors = [COLORS["model"] if r["model"].startswith("this") else "#bbbbbb" for r in ranked]
     parameters = [row["parameters"] for row in ranked]
     sizes.barh([row["model"] for row in ranked], parameters, color=colors)
     for y, value in enumerate(parameters):
@@ -87,7 +87,7 @@ def cost_figure(peers, flops):
     labels = {"latents": "latents", "with_preview": "+ regression\nhead"}
     labels |= {"with_pixels": "+ diffusion"}
     teraflops = [flops[key] / 1e12 for key in labels]
-    colors = [COLOURS["model"], COLOURS["head"], COLOURS["dit"]]
+    colors = [COLORS["model"], COLORS["head"], COLORS["dit"]]
     cost.bar(labels.values(), teraflops, color=colors)
     for x, value in enumerate(teraflops):
         text = f"{value:,.1f}\n({value / teraflops[0]:.1f}x)"
@@ -124,13 +124,13 @@ def lag_figure(lags, correlations, jumps, frame_times, threshold):
     if correlations:
         camera.legend(fontsize=8)
 
-    jump.bar(list(jumps), list(jumps.values()), color=COLOURS["model"])
+    jump.bar(list(jumps), list(jumps.values()), color=COLORS["model"])
     jump.set_xlabel("ticks from space to the first rise")
     jump.set_ylabel("jumps")
     jump.set_title(f"Jump: {jumps.get(0, 0)} of {sum(jumps.values())} in the tick of the key")
     jump.grid(axis="x", visible=False)
 
-    clock.hist(frame_times, bins=np.arange(0, 102, 2), color=COLOURS["model"])
+    clock.hist(frame_times, bins=np.arange(0, 102, 2), color=COLORS["model"])
     clock.set_xlabel("ms from frame to frame, without gaps")
     clock.set_ylabel("frames")
     median = np.median(frame_times) if len(frame_times) else 0
@@ -191,7 +191,7 @@ def _plot_variants(ax, rows, quantity, preset_values, sign):
         if points:
             is_worse = _is_outside(points, preset_values, sign)
             is_better = _is_outside(points, preset_values, -sign)
-            color = COLOURS["dit"] if is_worse else COLOURS["model"] if is_better else GREY
+            color = COLORS["dit"] if is_worse else COLORS["model"] if is_better else GREY
             marker = "v" if is_worse else "^" if is_better else "o"
             ax.plot(points, [y] * len(points), marker, color=color, markersize=7)
         else:
@@ -257,15 +257,15 @@ def loader_figure(reading, building, formats, peak_bytes, size):
         peak_bytes: {number of recordings: bytes at the peak}.
         size: of a frame as text, for example "48 x 80".
     """
-    blue, orange = COLOURS["model"], COLOURS["dit"]
+    blue, orange = COLORS["model"], COLORS["dit"]
     fig, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
     drawn, decoded, by_format, memory = axes.flat
-    names = {"seed_way": "open the video", "ours": "clip store", "memory_copy": "memory copy"}
+    names = {"original_way": "open the video", "ours": "clip store", "memory_copy": "memory copy"}
     speeds = {name: reading[key] for key, name in names.items()}
     _labelled_bars(drawn, speeds, [orange, blue, GREY], "windows a second (logarithmic)")
     drawn.set_xscale("log")
     drawn.set_xlim(right=reading["memory_copy"] * 30)
-    times = reading["ours"] / reading["seed_way"]
+    times = reading["ours"] / reading["original_way"]
     drawn.set_title(f"The store is read {times:,.0f} times as fast as the video")
 
     workers = {f"store, {w} process(es)": v for w, v in building["by_workers"].items()}
@@ -289,7 +289,7 @@ def _plot_formats(ax, formats, size):
     """Size against speed of each format."""
     for label, row in formats.items():
         point = row["gigabytes_per_hour"], row["windows_per_second"]
-        ax.scatter(*point, color=COLOURS["model"] if label == "raw" else GREY, zorder=3)
+        ax.scatter(*point, color=COLORS["model"] if label == "raw" else GREY, zorder=3)
         quality = f"\n{row['psnr']:.0f} dB" if row["psnr"] else "\nexact"
         below = -24 if label == "WebP 90" else 5
         ax.annotate(
@@ -313,20 +313,20 @@ def step_figure(step_seconds, peak_bytes, growth, setting):
         setting: preset, batch and device, as text.
     """
     fig, (seconds, memory, scaling) = plt.subplots(1, 3, figsize=(17, 4.6), layout="constrained")
-    names = {"seed_way": "as the original"}
+    names = {"original_way": "as the original"}
     names |= {"ours_activations_kept": "ours, without\ncheckpointing", "ours": "ours"}
-    colors = [COLOURS["dit"], GREY, COLOURS["model"]]
+    colors = [COLORS["dit"], GREY, COLORS["model"]]
     values = {name: step_seconds[key] for key, name in names.items()}
     _labelled_bars(seconds, values, colors, f"seconds a step ({setting})", digits=2)
-    speedup = step_seconds["seed_way"] / step_seconds["ours"]
+    speedup = step_seconds["original_way"] / step_seconds["ours"]
     seconds.set_title(f"A step is {speedup:.1f} times as fast")
 
     values = {name: peak_bytes[key] / 2**30 for key, name in names.items()}
     _labelled_bars(memory, values, colors, "GiB at the peak", digits=2)
-    fraction = peak_bytes["ours"] / peak_bytes["seed_way"]
+    fraction = peak_bytes["ours"] / peak_bytes["original_way"]
     memory.set_title(f"in {fraction:.2f} of the memory")
 
-    palette = (COLOURS["model"], COLOURS["dit"], COLOURS["noop"], GREY)
+    palette = (COLORS["model"], COLORS["dit"], COLORS["no_op"], GREY)
     for (name, row), color, marker in zip(growth.items(), palette, "os^D"):
         work = np.array(row["values"]) / row["values"][0]
         taken = np.array(row["seconds"]) / row["seconds"][0]

@@ -124,9 +124,8 @@ class Jepa(_Section):
     # with ema: weight of a variance hinge on each feature, VICReg's variance term alone, as
     # C-JEPA (arXiv 2410.19560) adds it to I-JEPA; 0: none
     variance_weight: float = _within(0.0, **_WEIGHT)
-    variance_target_std: float = _within(
-        0.5, **_WEIGHT
-    )  # target std of that hinge; layer norm allows 1 at most
+    # target std of that hinge; layer norm allows 1 at most
+    variance_target_std: float = _within(0.5, **_WEIGHT)
     sigreg_weight: float = _within(0.05, **_WEIGHT)  # weight of SIGReg, LeJEPA sec. 6
     sigreg_num_slices: int = _within(1024, 1, 2**20)  # random directions that SIGReg projects on
     # weights of VICReg's two terms relative to the prediction's, VICReg sec. 4.1
@@ -140,9 +139,8 @@ class Jepa(_Section):
     pitch_weight: float = _within(0.0, **_WEIGHT)
     pitch_horizon: int = _within(16, 1, 1000)  # horizon of the pitch loss, in ticks
     min_rank_fraction: float = _within(0.08, **_WEIGHT)  # alarm when RankMe / width falls below
-    min_latent_std: float = _within(
-        0.05, **_WEIGHT
-    )  # alarm when the mean std over frames falls below
+    # alarm when the mean std over frames falls below
+    min_latent_std: float = _within(0.05, **_WEIGHT)
 
     @property
     def longest(self):
@@ -165,14 +163,12 @@ class Dit(_Section):
     bottleneck_dim: int = _within(64, 1, _SIZE)  # patch -> bottleneck -> width, JiT sec. 4.3
     time_logit_mean: float = _within(-0.8, -100, 100)  # mean of the logit-normal times
     time_logit_std: float = _within(0.8, 0, 100)  # their standard deviation
-    min_one_minus_t: float = _within(
-        0.05, above=0, most=1
-    )  # lower bound of 1-t in the velocity loss
+    # lower bound of 1-t in the velocity loss
+    min_one_minus_t: float = _within(0.05, above=0, most=1)
     latent_noise_std: float = _within(0.3, **_WEIGHT)  # std of the noise on latents, RAE sec. 4.3
     latent_drop_prob: float = _within(0.1, **_FRACTION)  # of the samples, for guidance
-    ema_momentum: float = _within(
-        0.999, **_FRACTION
-    )  # momentum of the weights that are sampled from
+    # momentum of the weights that are sampled from
+    ema_momentum: float = _within(0.999, **_FRACTION)
     guidance_scale: float = _within(1.0, 0, 1000)  # scale of classifier-free guidance; 1: none
     sampling_steps: int = _within(10, 1, 10_000)  # Heun steps
     regression_depth: int = _within(2, 1, 1000)  # blocks of the regression head, the fast decoder
@@ -190,12 +186,10 @@ class Train(_Section):
     encoder_lr_scale: float = _within(0.5, 0, 1000)
     warmup_fraction: float = _within(0.05, **_FRACTION)  # fraction of the steps
     weight_decay: float = _within(0.05, 0, 100)  # of matrices only
-    max_grad_norm: float = _within(
-        1.0, **_WEIGHT | {"least": 1e-12}
-    )  # largest norm of the gradient
-    gradient_accumulation_steps: int = _within(
-        1, 1, 2**24
-    )  # chunks that a batch is cut into: less memory
+    # largest norm of the gradient
+    max_grad_norm: float = _within(1.0, **_WEIGHT | {"least": 1e-12})
+    # chunks that a batch is cut into: less memory
+    gradient_accumulation_steps: int = _within(1, 1, 2**24)
     activation_checkpointing: bool = False  # compute blocks twice, keep less
     compile: bool = False  # torch.compile each block, on a GPU
     evaluate_every: int = _within(100, **_STEPS)  # steps, and at the last one

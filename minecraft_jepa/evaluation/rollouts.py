@@ -112,7 +112,10 @@ def turn_response(model, frames, history, degrees=(2.5, 5, 10, 15, 30, 60)) -> d
 # %% ../../nbs/evaluation/08_rollouts.ipynb #31ddc8b4
 @torch.no_grad()
 def attention_between_tokens(model, frames, actions) -> list[float]:
-    """Measure the share of the variance of the attention to ticks that lies between tokens.
+    """Measure how much the attention to the ticks differs between the tokens of a frame.
+
+    The attention weights of a frame vary over ticks and over tokens. The share that lies between
+    tokens, tick by tick, is near 0 where all tokens attend to the same ticks.
 
     Args:
         model: WorldModel, in eval mode.
@@ -146,9 +149,9 @@ def _between_tokens(module, x, context, bias):
     query, key = module.q_norm(query), module.k_norm(key)
     logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + bias
     weights = logits.float().softmax(-1)  # (b, h, n, ticks)
-    between = weights.var(2, unbiased=False).mean(0)  # (h, ticks)
-    total = weights.transpose(1, 2).flatten(0, 1).var(0, unbiased=False)  # (h, ticks)
-    return float(between.sum() / total.sum().clamp_min(1e-12))
+    between = weights.var(2, unbiased=False).mean()  # over tokens, tick by tick
+    total = weights.flatten(2).var(2, unbiased=False).mean()  # over tokens and ticks
+    return float(between / total.clamp_min(1e-12))
 
 # %% ../../nbs/evaluation/08_rollouts.ipynb #e201943d
 @torch.no_grad()

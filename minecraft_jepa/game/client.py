@@ -342,14 +342,7 @@ class Game(_GameProcess):
             raise
 
     def send(self, keys, right, down, wheel=0):
-        """Press keys and move the mouse, as `Screen.send`.
-
-        Args:
-            keys: to be held from now on.
-            right: pixels of the mouse to the right.
-            down: pixels of the mouse down.
-            wheel: notches, up is positive.
-        """
+        """Press keys and move the mouse; arguments as of `Screen.send`."""
         try:
             self.screen.send(keys, right, down, wheel)
         except ConnectionClosedError:

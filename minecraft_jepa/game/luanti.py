@@ -127,7 +127,7 @@ STARTING_ITEMS = (  # items in the inventory
 )
 SPAWN_RADIUS = 3000  # blocks from the middle of the world: spawn points lie within
 
-
+# %% ../../nbs/game/01_luanti.ipynb #7448e206
 def _free_port():
     """A free UDP port of this machine."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:

@@ -208,11 +208,7 @@ class ScriptedPlayer:
         self.begin("explore")
 
     def begin(self, mode):
-        """Change the mode.
-
-        Args:
-            mode: one of LENGTH.
-        """
+        """Change the mode to `mode`, one of LENGTH."""
         self.mode = mode
         self.left, self.age = self.between(MODE_TICKS[mode]), 0  # ticks to go, ticks since
         self.keys = {}  # by key: whether it is held, and for how many ticks more
@@ -221,19 +217,11 @@ class ScriptedPlayer:
             self.slot = int(self.random.choice(list(MODE_SLOTS[mode])))
 
     def between(self, limits):
-        """Draw a whole number.
-
-        Args:
-            limits: smallest and largest.
-        """
+        """Draw a whole number; `limits` are the smallest and the largest."""
         return int(self.random.integers(limits[0], limits[1] + 1))
 
     def press(self, action):
-        """Press keys, choose a slot, turn the wheel.
-
-        Args:
-            action: (28,), written to.
-        """
+        """Press keys, choose a slot, turn the wheel, in `action` (28,)."""
         for name, (released_ticks, held_ticks) in KEY_TIMINGS[self.mode].items():
             if name in self.keys:
                 is_held, remaining = self.keys[name]

@@ -93,7 +93,7 @@ def vicreg_terms(z, target_std=1):
         hinge = F.relu(target_std - (variance + 1e-4).sqrt()).mean()
         return hinge, off_diagonal.square().sum() / z.shape[-1]
 
-
+# %% ../../nbs/model/07_collapse.ipynb #4e14c118
 @dataclass(frozen=True)
 class AntiCollapse:
     """A way to prevent latents from collapsing."""

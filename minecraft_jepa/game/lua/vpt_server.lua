@@ -1,7 +1,8 @@
 -- Server mod: moves the player to a spawn point, with tools and blocks in hand.
 -- A request is a file `ask` in the world's folder with one line: id, seed, biome, time of day.
 -- The answer goes to the log: `answer ID BIOME`, or `answer ID none`.
--- game/luanti.py writes KIT (items) and REACH (blocks from the middle of the world) above this file.
+-- game/luanti.py writes KIT (items) and REACH (blocks from the middle of the world) above this
+-- file.
 
 local MAX_DRAWS = 4000  -- coordinates drawn until one has the biome
 local MAX_POINTS = 20  -- further points tried where one is not free

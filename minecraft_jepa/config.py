@@ -200,6 +200,7 @@ class Train(_Section):
     decoder_lr: float = _within(6e-4, **_RATE)  # peak learning rate
 
 # %% ../nbs/01_config.ipynb #e5d4386b
+_FORMAT = 2  # of config.json; raised when the name of a setting changes
 # settings of the decoders that shape a tensor
 _DECODER_SHAPE = ("embed_dim", "depth", "num_heads", "bottleneck_dim", "regression_depth")
 
@@ -226,7 +227,7 @@ class Config:
 
     def to_json(self):
         """The tree as JSON text, which `load_config` reads back."""
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=1)
 
     def architecture(self):
         """Settings that shape a tensor or the input, and must agree before weights fit.
@@ -416,6 +417,12 @@ def load_config(path) -> Config:
         kind = type(tree).__name__
         raise ValueError(f"{path}, line 1: expected an object, found {kind}; {remedy}")
 
+    if tree.get("format") != _FORMAT:
+        found = tree.get("format", 1)
+        raise ValueError(
+            f"{path}: not a configuration of this version (format {found}, not {_FORMAT}: see "
+            f"CHANGELOG.md); {remedy}"
+        )
     try:
         sections = {f.name: f.default_factory(**tree[f.name]) for f in fields(Config)[1:]}
         return Config(tree["name"], **sections)

@@ -158,7 +158,7 @@ def test_every_leaf_of_the_config_is_an_option(section, leaf):
         ("--train.steps 1_000", "train.steps", 1000),
         ("--train.steps 1e3", "train.steps", 1000),
         ("--train.activation-checkpointing", "train.activation_checkpointing", True),
-        ("--train.activation-checkpointing", "train.activation_checkpointing", True),
+        ("--train.activation_checkpointing", "train.activation_checkpointing", True),
         ("--preset paper --train.no-compile", "train.compile", False),
         ("--dit.time-logit-mean -0.5", "dit.time_logit_mean", -0.5),
         ("--conditioner.kind adaln", "conditioner.kind", "adaln"),

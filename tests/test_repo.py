@@ -1,4 +1,4 @@
-"Promises of the repository: layers, clean notebooks, modules in step with them, figures with their numbers, size."
+"Promises of the repository: floors, notebooks and modules in step, style, figures, size."
 
 import ast
 import configparser
@@ -39,9 +39,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SETTINGS = configparser.ConfigParser()
 SETTINGS.read(ROOT / "settings.ini")
 
-each = lambda paths: pytest.mark.parametrize(
-    "path", paths, ids=[str(p.relative_to(ROOT)) for p in paths]
-)
+
+def each(paths):
+    "A test for each of the files."
+    return pytest.mark.parametrize("path", paths, ids=[str(p.relative_to(ROOT)) for p in paths])
 
 
 def cells(path, kind="code"):
@@ -55,7 +56,8 @@ def source(cell):
 def tracked():
     "Files that git tracks."
     try:
-        done = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True)
+        command = ["git", "-C", ROOT, "ls-files", "-z"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         pytest.skip("git is not installed")
     if done.returncode:
@@ -316,7 +318,7 @@ def test_study_notebook_opens_with_a_command_for_the_root(path):
 
 @pytest.fixture
 def make(tmp_path):
-    "Runs make on a copy of the Makefile, with a Python that fails where `breaks` stands in what it is asked."
+    "Runs make on a copy of the Makefile, with a Python that fails where it is asked for `breaks`."
     if not shutil.which("make"):
         pytest.skip("make is not installed")
     for name in ("Makefile", "pyproject.toml"):
@@ -335,13 +337,14 @@ def make(tmp_path):
             env=clean,
             capture_output=True,
             text=True,
+            check=False,
         )
 
     return run
 
 
 @pytest.mark.parametrize(
-    "breaks, remedy",
+    ("breaks", "remedy"),
     [
         ("version_info", "Python 3.11 or newer"),
         ("ensurepip", f"apt install python3.{sys.version_info.minor}-venv"),
@@ -360,7 +363,7 @@ def test_make_refuses_a_misspelt_variable(make):
 def test_a_study_leaves_the_tracked_figures_alone(make):
     recipe = make("-n", "study", breaks="nothing").stdout
     out = re.search(r"--out '([^']+)'", recipe)[1]
-    ignored = subprocess.run(["git", "-C", ROOT, "check-ignore", "-q", out])
+    ignored = subprocess.run(["git", "-C", ROOT, "check-ignore", "-q", out], check=False)
     assert out == "_runs/figures"
     if (ROOT / ".git").exists():
         assert ignored.returncode == 0
@@ -372,9 +375,9 @@ def test_pip_installs_where_uv_does_not(make, tmp_path, uv):
     folder.mkdir(parents=True)
     programs = {
         "pip": "exit 0",
-        "python": 'echo "python $*" >> calls; case "$*" in *uv) exit %d;; esac'
-        % (uv == "is missing"),
-        "uv": 'echo "uv $*" >> calls; exit %d' % (uv == "fails"),
+        "python": 'echo "python $*" >> calls; case "$*" in *uv) exit '
+        f"{int(uv == 'is missing')};; esac",
+        "uv": f'echo "uv $*" >> calls; exit {int(uv == "fails")}',
     }
     for name, body in programs.items():
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -386,3 +389,24 @@ def test_pip_installs_where_uv_does_not(make, tmp_path, uv):
     assert bool(by_pip) == (uv != "works")
     assert any(call.startswith("uv") for call in calls) == (uv != "is missing")
     assert len(done.stdout.splitlines()) <= 2, "installing is told in a line"
+
+
+@pytest.mark.parametrize("command", ["check", "format --check"])
+def test_style_is_what_ruff_asks_for(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *command.split(), "--quiet", str(ROOT)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+
+
+def test_no_line_is_longer_than_a_screen():
+    long = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in [*LIBRARY, *STUDY, *(ROOT / "tests").glob("*.py")]
+        for number, line in enumerate(code(path).splitlines(), 1)
+        if len(line) > 100
+    ]
+    assert not long

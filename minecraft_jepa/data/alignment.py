@@ -21,7 +21,7 @@ def estimate_image_shift(frames, chunk=500) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         frames: (T, 3, H, W) uint8 of a clip.
-        many: frames that are compared at a time.
+        chunk: frames that are compared at a time.
 
     Returns:
         Shift to the right in pixels (T-1,), and the agreement of the two frames then, at most 1,
@@ -100,7 +100,8 @@ def lag_correlation(shift, agreement, turn, lags, sure=0.7, limit=8) -> list[flo
         turn: (T,) degrees to the right in each tick.
         lags: ticks by which the turn is taken later.
         sure: frames that agree less are left out: they show more than a shift.
-        limit: degrees in a tick; faster turns are left out, for `estimate_image_shift` does not find them.
+        limit: degrees in a tick; faster turns are left out, because
+            `estimate_image_shift` does not find them.
 
     Returns:
         A correlation for each lag. Where frames and actions agree, its peak is at lag 0.

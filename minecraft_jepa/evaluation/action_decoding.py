@@ -262,7 +262,7 @@ def decode_rollout_actions(reader, model, store, names, horizons, windows_per_re
         store: ClipStore.
         names: recordings that neither has seen.
         horizons: ticks, at least the decoder's gap.
-        count: windows a recording.
+        windows_per_recording: windows a recording.
 
     Returns:
         {"real" | "imagined": {ticks: scores}}, as `action_metrics` returns them.

@@ -95,7 +95,7 @@ def encode_windows(model, store, name, horizons, windows_per_recording):
         store: ClipStore.
         name: one recording.
         horizons: ticks.
-        count: windows.
+        windows_per_recording: windows.
 
     Returns:
         Latents of frame t (b, n, d), of frames t+h (b, h, n, d), and the turn of the camera from
@@ -138,7 +138,7 @@ def fit_copy_baselines(model, store, names, horizons, windows_per_recording=8) -
         store: ClipStore.
         names: training recordings; those that are too short are passed over.
         horizons: ticks.
-        count: windows a recording.
+        windows_per_recording: windows a recording.
 
     Returns:
         The fitted numbers.
@@ -226,7 +226,7 @@ def copy_baseline_errors(
         horizons: ticks; the same as in the fit, or some of them.
         fit: CopyFit of training recordings.
         variance: of the true latents, as `horizon_errors` returns it.
-        count: windows a recording; the same windows as those of `horizon_errors`.
+        windows_per_recording: windows a recording; the same windows as those of `horizon_errors`.
 
     Returns:
         {baseline: errors (recordings, horizons)}.

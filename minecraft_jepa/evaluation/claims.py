@@ -83,7 +83,8 @@ def judge_content(report):
     apart = report["retrieval"]["top1_apart"]["4"]
     model, copying = apart["model"], apart["copy_last"]
     evidence = (
-        f"{', '.join(probes)} (wanted {CRITERIA['pitch_r2']} at the lower end); the true future found "
+        f"{', '.join(probes)} (wanted {CRITERIA['pitch_r2']} at the lower end); "
+        "the true future found "
         f"first among 256 at 4 ticks: {top1:.2f} (wanted {CRITERIA['top1_at_4_ticks']})"
         f"; without the given frame {model['mean']:.2f}, by copying {copying['mean']:.2f}"
     )

@@ -76,7 +76,7 @@ def horizon_errors(model, store, names, horizons, windows_per_recording=64, batc
         store: ClipStore.
         names: recordings, at least two: the actions of one are the wrong actions of another.
         horizons: ticks.
-        count: windows a recording.
+        windows_per_recording: windows a recording.
         batch: windows at a time.
 
     Returns:

@@ -69,7 +69,7 @@ def pixel_metrics(model, decoders, store, names, horizons, windows_per_recording
         store: ClipStore.
         names: recordings.
         horizons: ticks.
-        count: windows a recording.
+        windows_per_recording: windows a recording.
         measures: {name: function of two batches of frames -> a number for each frame}; None for
             PSNR and SSIM.
 

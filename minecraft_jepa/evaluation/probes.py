@@ -165,7 +165,7 @@ def probe_dataset(store, names, gap=1, windows_per_recording=200):
         names: recordings.
         gap: ticks between a frame and the later one; a turn of several ticks is too large for
             `flow_field`.
-        count: examples a recording.
+        windows_per_recording: examples a recording.
 
     Returns:
         Frames and later frames, (b, 3, H, W) uint8 each; labels {name: (b,)} that all recordings

@@ -91,7 +91,7 @@ def retrieval(
         store: ClipStore.
         names: recordings, at least two.
         horizons: ticks.
-        count: windows a recording.
+        windows_per_recording: windows a recording.
         candidates: real frames to choose from.
         apart: ticks that other frames of the recording keep from the true one.
         near: ticks around the true frame, for `top1_dense` and `ticks_off`.

@@ -163,7 +163,7 @@ def imagined_change(model, store, names, ticks=60, windows_per_recording=8) -> d
         store: ClipStore.
         names: recordings; those without so long a window are left out.
         ticks: imagined, K.
-        count: windows a recording.
+        windows_per_recording: windows a recording.
 
     Returns:
         `ticks`, 1 to K, and for each of them `step`, the mean square change from the tick before,
@@ -205,7 +205,7 @@ def rollout_drift(model, store, names, ticks=300, every=10, windows_per_recordin
         names: recordings.
         ticks: imagined.
         every: ticks between two measurements.
-        count: starts a recording; where its actions end they begin again.
+        windows_per_recording: starts a recording; where its actions end they begin again.
         decode: latents -> frames (b, 3, H, W) uint8; None leaves brightness and contrast out.
 
     Returns:

@@ -29,7 +29,7 @@ def window_starts(store, name, ticks, horizon, windows_per_recording):
         name: one recording.
         ticks: length of the action history.
         horizon: ticks after t.
-        count: number of windows; fewer where the recording is short.
+        windows_per_recording: number of windows; fewer where the recording is short.
 
     Returns:
         Ticks t, (count,).
@@ -133,7 +133,7 @@ def evaluation_windows(store, name, ticks, horizon, windows_per_recording):
         name: one recording.
         ticks: length of the action history.
         horizon: ticks imagined.
-        count: number of windows B; fewer where the recording is short.
+        windows_per_recording: number of windows B; fewer where the recording is short.
 
     Returns:
         Frames t-1 .. t+horizon, (B, 2+horizon, 3, H, W) uint8, and actions

@@ -1,8 +1,8 @@
 """Luanti, an open voxel game: processes, environment, scripted player, recorder."""
 
 try:
-    import gymnasium
-    import Xlib
+    import gymnasium  # noqa: F401
+    import Xlib  # noqa: F401
 except ImportError as error:
     raise ImportError(
         f"{error.name or error} is needed to play Luanti: pip install 'minecraft_jepa[luanti]', "

@@ -79,10 +79,11 @@ def vicreg_terms(z, target_std=1):
 
     Args:
         z: latents (b, n, d) of `center_over_batch`.
-        least: standard deviation that a feature should have at least.
+        target_std: standard deviation that a feature should have at least.
 
     Returns:
-        Two scalars: how far the features' standard deviations stay below `least` on average, and
+        Two scalars: how far the features' standard deviations stay below `target_std` on
+        average, and
         the sum of the squared covariances of different features, over d.
     """
     with torch.autocast(z.device.type, enabled=False):  # in bfloat16 a variance keeps two digits
@@ -124,7 +125,8 @@ ANTI_COLLAPSE = {  # by `jepa.anti_collapse` of the config
     "ema": AntiCollapse(
         _variance_hinge,
         uses_ema=True,
-        remedy="a smaller lr, a larger ema_momentum_start, anti_collapse='sigreg', a smaller inverse",
+        remedy="a smaller lr, a larger ema_momentum_start, anti_collapse='sigreg', "
+        "a smaller inverse_dynamics_weight",
     ),
     "sigreg": AntiCollapse(
         _sigreg_loss, uses_ema=False, remedy="a larger sigreg, or a larger batch"

@@ -26,19 +26,19 @@ def frozen_copy(module):
 
 @torch.no_grad()
 def ema_update(target, source, momentum):
-    """Move every parameter of `slow` by 1 - momentum towards `fast`.
+    """Move every parameter of `target` by 1 - momentum towards `source`.
 
     Buffers are copied: a running count has no meaningful average.
 
     Args:
-        slow: module that is changed in place.
-        fast: module of the same architecture.
+        target: module that is changed in place.
+        source: module of the same architecture.
         momentum: fraction of the old value that is kept.
     """
     targets = list(target.parameters())
     torch._foreach_lerp_(targets, [p.detach() for p in source.parameters()], 1 - momentum)
-    for target, source in zip(target.buffers(), source.buffers()):
-        target.copy_(source)
+    for target_buffer, source_buffer in zip(target.buffers(), source.buffers()):
+        target_buffer.copy_(source_buffer)
 
 # %% ../../nbs/model/03_ema.ipynb #da7bb174
 def ema_momentum(step, steps, start, end):

@@ -50,8 +50,8 @@ def run_training(
         out: folder for weights, logs and checkpoints.
         seed: a whole number; decides every random number.
         device: 'cpu' or 'cuda'.
-        minutes: time limit of both, interruptions included; the decoders get three tenths.
-        start: folder of weights that the world model starts from; None: random weights.
+        max_minutes: time limit of both, interruptions included; the decoders get three tenths.
+        init_from: folder of weights that the world model starts from; None: random weights.
         go_on: do not stop for a collapse alarm.
 
     Returns:

@@ -483,7 +483,7 @@ def train_packed(parts, run, config, max_minutes=None, seed=0, device="cuda"):
         parts: folder that `pack` filled.
         run: folder to train in.
         config: a `Config`.
-        minutes: time limit, interruptions included; None: none.
+        max_minutes: time limit, interruptions included; None: none.
         seed: a whole number; decides every random number.
         device: 'cuda' or 'cpu'.
 

@@ -100,12 +100,12 @@ def train_decoders(
     Args:
         model: the `WorldModel`; it stays as it is.
         data: a `ClipStore`, or the URL of shards.
-        names: recordings to train on.
+        train_names: recordings to train on.
         steps: length of the run; None: `config.train.decoder_steps`.
         seed: a whole number; decides every random number.
         device: 'cpu' or 'cuda'.
         folder: for weights, log and checkpoints; None: nothing is written.
-        minutes: time limit, interruptions included; the schedule is made to fit into it.
+        max_minutes: time limit, interruptions included; the schedule is made to fit into it.
 
     Returns:
         The EMA copy of the diffusion transformer, the regression head, and the rows of the log:

@@ -195,8 +195,9 @@ def _check_accumulate(config):
     if jepa.anti_collapse == "ema":
         setting = f"floor={jepa.variance_weight}"
     raise ValueError(
-        f"gradient_accumulation_steps={accumulate} cuts the batch into parts, and {setting} looks at the spread of "
-        "the whole batch: take gradient_accumulation_steps=1 with activation_checkpointing=true or a smaller batch, "
+        f"gradient_accumulation_steps={accumulate} cuts the batch into parts, and {setting} looks "
+        "at the spread of the whole batch: take gradient_accumulation_steps=1 with "
+        "activation_checkpointing=true or a smaller batch, "
         "or variance_weight=0 with anti_collapse=ema"
     )
 
@@ -341,14 +342,14 @@ def train_world_model(
     Args:
         config: a `Config`.
         data: a `ClipStore`, or the URL of shards.
-        names: recordings to train on.
-        held_out: recordings to validate on, none of them in `names`.
+        train_names: recordings to train on.
+        val_names: recordings to validate on, none of them in `train_names`.
         steps: length of the run; None: `config.train.steps`.
         seed: a whole number; decides every random number.
         device: 'cpu' or 'cuda'.
         folder: for weights, log and checkpoints; None: nothing is written.
-        minutes: time limit, interruptions included; the schedule is made to fit into it.
-        start: folder of weights of the same architecture to start from; None: random weights.
+        max_minutes: time limit, interruptions included; the schedule is made to fit into it.
+        init_from: folder of weights of the same architecture to start from; None: random weights.
         go_on: do not stop for a collapse alarm.
 
     Returns:

@@ -372,7 +372,7 @@ _SHOWN = "loss", "dit", "head"  # numbers of the progress line
 
 
 class Trainer(_ResumableTrainer):
-    """Trains a `TrainingTask`. Its arguments are those of the function `fit`, with an accelerator."""
+    """Trains a `TrainingTask`; its arguments are those of `fit`, with an accelerator."""
 
     def fit(self):
         """Train to the end of the schedule; returns the module and the rows of the log."""
@@ -477,7 +477,7 @@ def fit(job, settings, seed, device, folder=None, max_minutes=None, go_on=False)
         seed: decides every random number, together with the step.
         device: 'cpu' or 'cuda'.
         folder: for log, pictures and checkpoints; None: nothing is written.
-        minutes: time limit of this job, interruptions included; None: none.
+        max_minutes: time limit of this job, interruptions included; None: none.
         go_on: do not stop for a collapse alarm.
 
     Returns:

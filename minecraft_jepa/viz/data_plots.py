@@ -7,7 +7,6 @@ __all__ = ['GREY', 'SPLIT_COLORS', 'plot_moment', 'plot_piano_roll', 'plot_split
            'plot_lags']
 
 # %% ../../nbs/viz/06_data_plots.ipynb #5e5ca041
-import matplotlib.pyplot as plt
 import numpy as np
 
 from minecraft_jepa.data.actions import (
@@ -15,7 +14,6 @@ from minecraft_jepa.data.actions import (
     BINARY_ACTIONS,
     CAMERA,
     DEGREES_PER_PIXEL,
-    NOOP,
 )
 from .action_panel import draw_action
 from .style import COLORS, TICKS_PER_SECOND

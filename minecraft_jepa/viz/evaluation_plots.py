@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from .plots import plot_horizons
-from .style import COLORS, LABELS, MARKERS, TICKS_PER_SECOND, set_style
+from .style import COLORS, LABELS, MARKERS, TICKS_PER_SECOND
 
 # %% ../../nbs/viz/05_evaluation_plots.ipynb #02ed5970
 GREY = "#949494"  # of reference lines and of what is not the model

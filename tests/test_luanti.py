@@ -209,7 +209,8 @@ RELEASES = {  # of /etc/os-release -> the package
     "Ubuntu 24.10": ('ID=ubuntu\nID_LIKE=debian\nVERSION_ID="24.10"', "luanti"),
     "Ubuntu 26.04": ('ID=ubuntu\nID_LIKE=debian\nVERSION_ID="26.04"', "luanti"),
     "Mint 22": (
-        'ID=linuxmint\nID_LIKE="ubuntu debian"\nVERSION_ID="22"\n'
+        'ID=linuxmint\nID_LIKE=debian\nVERSION_ID="6"\n'
+        "VERSION_CODENAME=faye\nDEBIAN_CODENAME=bookworm",
         "VERSION_CODENAME=wilma\nUBUNTU_CODENAME=noble",
         "minetest",
     ),

@@ -209,13 +209,13 @@ RELEASES = {  # of /etc/os-release -> the package
     "Ubuntu 24.10": ('ID=ubuntu\nID_LIKE=debian\nVERSION_ID="24.10"', "luanti"),
     "Ubuntu 26.04": ('ID=ubuntu\nID_LIKE=debian\nVERSION_ID="26.04"', "luanti"),
     "Mint 22": (
-        'ID=linuxmint\nID_LIKE=debian\nVERSION_ID="6"\n'
-        "VERSION_CODENAME=faye\nDEBIAN_CODENAME=bookworm",
+        'ID=linuxmint\nID_LIKE="ubuntu debian"\nVERSION_ID="22"\n'
         "VERSION_CODENAME=wilma\nUBUNTU_CODENAME=noble",
         "minetest",
     ),
     "LMDE 6": (
-        'ID=linuxmint\nID_LIKE=debian\nVERSION_ID="6"\nVERSION_CODENAME=faye\nDEBIAN_CODENAME=bookworm',
+        'ID=linuxmint\nID_LIKE=debian\nVERSION_ID="6"\n'
+        "VERSION_CODENAME=faye\nDEBIAN_CODENAME=bookworm",
         "minetest",
     ),
     "Raspbian 13": (

@@ -5,7 +5,8 @@
 # make test       every check: modules in step with notebooks, notebooks, tests
 # make soak       the tests again, with the full counts of what repeats: kills, mutations, game steps
 # make lowest     the quick tests with the oldest versions of the dependencies that are allowed
-# make export     after editing notebooks: write the modules, drop outputs and stray metadata
+# make export     after editing notebooks: format, write the modules, drop stray metadata
+# make outputs    after a study: put its outputs into the notebooks
 
 PRESET = tiny
 STEPS  = 0
@@ -27,7 +28,7 @@ SETTINGS = --preset '$(PRESET)' --steps '$(STEPS)' --seed '$(SEED)' --device '$(
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n auto --maxprocesses 8 \
 	--dist loadgroup
 
-.PHONY: help demo study bench ablations test soak lowest export
+.PHONY: help demo study bench ablations test soak lowest export outputs
 help:
 	@grep '^# make' Makefile | cut -c3-
 
@@ -58,9 +59,12 @@ lowest: .venv/installed
 		tests/test_remote.py tests/test_contractor.py
 
 export: .venv/installed
+	$(BIN)/ruff format --quiet nbs tests
 	$(BIN)/nbdev_export
-	$(BIN)/jupyter nbconvert --log-level WARN --clear-output --inplace nbs/*.ipynb nbs/*/*.ipynb
 	$(BIN)/nbdev_clean
+
+outputs: .venv/installed
+	$(BIN)/python -m minecraft_jepa.outputs
 
 # uv takes one minute where pip takes five; where it can't be had, pip does it
 .venv/installed: pyproject.toml | $(BIN)/pip

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import minecraft_jepa
+from minecraft_jepa.outputs import MAX_PICTURE_BYTES, source_hash
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "nbs").rglob("[0-9][0-9]_*.ipynb"))
@@ -23,7 +24,9 @@ PACKAGE = ROOT / "minecraft_jepa"
 BY_HAND = PACKAGE / "game" / "guard.py"  # a program of its own, run by path
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if not p.name.startswith("_") and p != BY_HAND)
 # Imports go to packages further left only. Within a package the notebooks' numbers decide.
-FLOORS = "utils < config < data < viz model game < training evaluation < agent study demo < cli"
+FLOORS = (
+    "utils < config < data < viz model game < training evaluation < agent study demo outputs < cli"
+)
 FLOOR = {name: i for i, floor in enumerate(FLOORS.split(" < ")) for name in floor.split()}
 
 
@@ -133,11 +136,20 @@ def test_notebook_opens_with_title_and_claim(path):
 
 
 @each(NOTEBOOKS)
-def test_notebook_holds_no_outputs(path):
-    dirty = [
-        source(c)[:60] for c in cells(path) if c["outputs"] or c["execution_count"] is not None
-    ]
-    assert not dirty, "run `make export`"
+def test_outputs_are_those_of_the_cell_as_it_is(path):
+    for cell in cells(path):
+        assert cell["execution_count"] is None, "run `make export`"
+        if cell["outputs"]:
+            key = cell["metadata"].get("source_hash")
+            assert key == source_hash(source(cell)), f"run `make outputs`: {source(cell)[:60]}"
+        for output in cell["outputs"]:
+            picture = output.get("data", {}).get("image/png", "")
+            assert len(picture) * 3 / 4 <= MAX_PICTURE_BYTES
+
+
+def test_outputs_stay_small():
+    outputs = [cell["outputs"] for path in NOTEBOOKS for cell in cells(path)]
+    assert len(json.dumps(outputs)) < 4 * 2**20
 
 
 @each(LIBRARY)

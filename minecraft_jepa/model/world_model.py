@@ -31,7 +31,7 @@ def _target_state(state):
 
 
 class TargetEncoderMixin(PretrainedModel):
-    """A network with an `encoder` and its EMA target encoder, the `teacher`."""
+    """A network with an `encoder` and its EMA copy, the `target_encoder`."""
 
     def update_target_encoder(self, momentum):
         """Move the EMA target encoder towards the encoder.

@@ -134,8 +134,8 @@ class Jepa(_Section):
     # weight of the inverse-dynamics head, which predicts the action between two frames and is
     # used in training alone; 0: no head
     inverse_dynamics_weight: float = _within(0.0, **_WEIGHT)
-    # weight of the pitch loss: the camera's change of pitch over `reach` ticks, predicted as the
-    # difference of one score per frame; 0: none
+    # weight of the pitch loss: the camera's change of pitch over `pitch_horizon` ticks, predicted
+    # as the difference of one score per frame; 0: none
     pitch_weight: float = _within(0.0, **_WEIGHT)
     pitch_horizon: int = _within(16, 1, 1000)  # horizon of the pitch loss, in ticks
     min_rank_fraction: float = _within(0.08, **_WEIGHT)  # alarm when RankMe / width falls below
@@ -360,7 +360,7 @@ def preset(name: str, **changes) -> Config:
 
     Args:
         name: 'tiny', 'small' or 'paper'.
-        **changes: new values, such as `batch=8` or `encoder_depth=2`.
+        **changes: new values, such as `batch_size=8` or `encoder_depth=2`.
 
     Returns:
         The tree.

@@ -25,13 +25,15 @@ def test_claims_are_judged_by_the_numbers_beside_them():
     assert shipped["recordings"] == report["recordings"]
     assert shipped["weights"] == report["weights"]
     prediction, content = shipped["claims"][:2]
-    better = {rival: set(ticks) for rival, ticks in report["ticks_better"].items()}
-    rivals = [rival for rival in better if rival not in ("shuffled_future", "without_history")]
-    at_all_rivals = set.intersection(*(better[rival] for rival in rivals))
-    if len(at_all_rivals) == 15:
+    better = {baseline: set(ticks) for baseline, ticks in report["ticks_better"].items()}
+    baselines = [
+        baseline for baseline in better if baseline not in ("shuffled_future", "without_history")
+    ]
+    at_all_baselines = set.intersection(*(better[baseline] for baseline in baselines))
+    if len(at_all_baselines) == 15:
         expected = "held"
     else:
-        expected = "partly" if at_all_rivals else "not shown"
+        expected = "partly" if at_all_baselines else "not shown"
     assert prediction["verdict"] == expected
     assert f"{report['retrieval']['top1']['4']['model']['mean']:.2f}" in content["evidence"]
     for c in shipped["claims"]:
@@ -50,13 +52,13 @@ def toy(ticks=15, r2=0.9, top1=0.6, ratio=1.4, alarm=None, has_head=False):
     """A report with just what the rules read."""
     scores = {"mean_f1": 0.5, "always_on_f1": 0.3, "yaw_r2": 0.4}
     decoded = {kind: {"8": scores} for kind in ("real", "imagined")}
-    rivals = ("copy_last", "shrunk_copy", "no_op", "shuffled_actions")
-    relative = {"ratio": 0.7, "interval": [0.6, 0.8], "rival": "shrunk_copy"}
+    baselines = ("copy_last", "shrunk_copy", "no_op", "shuffled_actions")
+    relative = {"ratio": 0.7, "interval": [0.6, 0.8], "baseline": "shrunk_copy"}
     found = {"4": {"model": with_interval(top1), "copy_last": with_interval(0.3)}}
     by_source = (("model", r2), ("untrained", 0.3), ("pixels", 0.5))
     by_world = {"interval": [r2 - 0.05, r2 + 0.05]}
     return {
-        "ticks_better": {r: list(range(1, ticks + 1)) for r in rivals} | {"without_history": []},
+        "ticks_better": {r: list(range(1, ticks + 1)) for r in baselines} | {"without_history": []},
         "relative_to_best_baseline": {"8": relative},
         "probes": {source: {"pitch": v, "yaw_change": v} for source, v in by_source},
         "probes_by_world": {"pitch": by_world, "yaw_change": by_world},

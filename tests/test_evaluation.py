@@ -191,8 +191,8 @@ def test_who_knows_the_future_has_no_error(store):
     assert errors["model"].shape == (len(store.names), len(HORIZONS))
     assert errors["model"].max() < 1e-9
     assert np.abs(errors["without_history"]).max() < 1e-9  # this world has no memory
-    for rival in ("copy_last", "no_op", "shuffled_actions"):
-        assert errors[rival].min() > 0.5
+    for baseline in ("copy_last", "no_op", "shuffled_actions"):
+        assert errors[baseline].min() > 0.5
     # Nothing is pressed, so nothing turns.
     assert np.allclose(errors["copy_last"], errors["no_op"], rtol=1e-5)
 

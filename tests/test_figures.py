@@ -32,11 +32,11 @@ def test_judged_on_worlds_not_trained_on(evaluate):
 
 @pytest.mark.parametrize("ticks", ["1", "2", "4", "8", "15"])
 def test_model_beats_every_rival_by_pairs(evaluate, ticks):
-    rivals = {"copy_last", "linear", "shrunk_copy", "shifted_copy", "no_op", "shuffled_future"}
-    assert rivals <= set(evaluate["paired"])
-    for rival in rivals:
-        row = evaluate["paired"][rival][ticks]
-        assert row["interval"][1] < 1 and row["sign_test"] < 0.05, rival
+    baselines = {"copy_last", "linear", "shrunk_copy", "shifted_copy", "no_op", "shuffled_future"}
+    assert baselines <= set(evaluate["paired"])
+    for baseline in baselines:
+        row = evaluate["paired"][baseline][ticks]
+        assert row["interval"][1] < 1 and row["sign_test"] < 0.05, baseline
 
 
 def test_nothing_collapsed(evaluate):

@@ -287,24 +287,24 @@ def paired_comparison(first, second, seed=0) -> dict:
     }
 
 
-def paired_table(errors, horizons, rivals, method="model") -> dict[str, dict[str, dict]]:
-    """Compare a method with each of its rivals at each horizon, ready for JSON.
+def paired_table(errors, horizons, baselines, method="model") -> dict[str, dict[str, dict]]:
+    """Compare a method with each of its baselines at each horizon, ready for JSON.
 
     Args:
         errors: {method: (recordings, horizons)}.
         horizons: ticks.
-        rivals: names of methods.
+        baselines: names of methods.
         method: the method that they are compared with.
 
     Returns:
-        {rival: {ticks: `paired_comparison` of the method with it}}.
+        {baseline: {ticks: `paired_comparison` of the method with it}}.
     """
     return {
-        rival: {
-            str(h): paired_comparison(errors[method][:, i], errors[rival][:, i])
+        baseline: {
+            str(h): paired_comparison(errors[method][:, i], errors[baseline][:, i])
             for i, h in enumerate(horizons)
         }
-        for rival in rivals
+        for baseline in baselines
     }
 
 # %% ../../nbs/evaluation/03_baselines.ipynb #b334b0aa
@@ -312,11 +312,11 @@ def ticks_better(comparisons, ticks=range(1, 16)) -> list[int]:
     """List the ticks at which the interval lies below 1 and the sign test below .05.
 
     Args:
-        comparisons: {ticks: `paired_comparison`}, of one rival.
+        comparisons: {ticks: `paired_comparison`}, of one baseline.
         ticks: horizons to look at.
 
     Returns:
-        Those of `ticks` at which the method is better than the rival.
+        Those of `ticks` at which the method is better than the baseline.
     """
     rows = {h: comparisons[str(h)] for h in ticks if str(h) in comparisons}
     return [h for h, row in rows.items() if row["interval"][1] < 1 and row["sign_test"] < 0.05]
@@ -326,23 +326,23 @@ FREE_BASELINES = ("copy_last", "linear", *BASELINES)
 
 
 def relative_to_best_baseline(
-    errors, horizons, method="model", rivals=FREE_BASELINES
+    errors, horizons, method="model", baselines=FREE_BASELINES
 ) -> dict[str, dict]:
-    """Compare a method with the strongest rival at each horizon.
+    """Compare a method with the strongest baseline at each horizon.
 
     Args:
         errors: {method: (recordings, horizons)}.
         horizons: ticks.
         method: the method that is compared.
-        rivals: names of methods; those without errors are passed over.
+        baselines: names of methods; those without errors are passed over.
 
     Returns:
-        {ticks: `paired_comparison` with the rival of the smallest mean error, and its name}.
+        {ticks: `paired_comparison` with the baseline of the smallest mean error, and its name}.
     """
-    measured = [rival for rival in rivals if rival in errors]
+    measured = [baseline for baseline in baselines if baseline in errors]
     table = {}
     for i, h in enumerate(horizons):
-        strongest = min(measured, key=lambda rival: np.nanmean(errors[rival][:, i]))
+        strongest = min(measured, key=lambda baseline: np.nanmean(errors[baseline][:, i]))
         comparison = paired_comparison(errors[method][:, i], errors[strongest][:, i])
-        table[str(h)] = {"rival": strongest} | comparison
+        table[str(h)] = {"baseline": strongest} | comparison
     return table

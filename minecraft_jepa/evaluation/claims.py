@@ -44,17 +44,19 @@ def judge_prediction(report):
         The evidence, a sentence, and the verdict.
     """
     better = report["ticks_better"]
-    rivals = [rival for rival in better if rival not in ("shuffled_future", "without_history")]
-    at_all_rivals = set.intersection(*(set(better[rival]) for rival in rivals))
-    counts = "; ".join(f"{rival} {len(better[rival])}" for rival in rivals)
+    baselines = [
+        baseline for baseline in better if baseline not in ("shuffled_future", "without_history")
+    ]
+    at_all_baselines = set.intersection(*(set(better[baseline]) for baseline in baselines))
+    counts = "; ".join(f"{baseline} {len(better[baseline])}" for baseline in baselines)
     row = report["relative_to_best_baseline"]["8"]
     low, high = row["interval"]
     evidence = (
         f"ticks of 15 at which it is better by pairs: {counts}. At 8 ticks its error is "
         f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}] of that of "
-        f"the strongest free rival ({row['rival']})"
+        f"the best model-free baseline ({row['baseline']})"
     )
-    return evidence, _verdict(len(at_all_rivals) == 15, at_all_rivals)
+    return evidence, _verdict(len(at_all_baselines) == 15, at_all_baselines)
 
 
 def judge_content(report):

@@ -23,11 +23,11 @@ def check_criteria(found):
         found: the report, without its criteria.
 
     Returns:
-        [{"bar", "number", "interval", "wanted", "met"}].
+        [{"criterion", "number", "interval", "threshold", "passed"}].
     """
     rows = []
-    for rival, ticks in found["ticks_better"].items():
-        name = f"ticks of 1-15 better than {rival}, by pairs"
+    for baseline, ticks in found["ticks_better"].items():
+        name = f"ticks of 1-15 better than {baseline}, by pairs"
         rows.append({"criterion": name, "number": len(ticks), "interval": None, "threshold": 15})
     for label in ("pitch", "yaw_change"):
         r2 = found["probes"]["model"].get(label)
@@ -127,7 +127,7 @@ def compare_with_shipped(yours, shipped):
 
     Returns:
         "comparable", whether the recordings are the same; "told", that in words; "rows" of
-        {"what", "wanted", "yours", "shipped"}; "share_of_copying"; and "about" each report.
+        {"what", "wanted", "yours", "shipped"}; "relative_to_copy"; and "about" each report.
     """
     reports = {"yours": yours, "shipped": shipped}
     ticks = ("1", "2", "4", "8", "15")

@@ -118,8 +118,8 @@ def retrieval(
     for r, name in enumerate(names):
         pool = _Candidates(model, store, name, names, candidates)
         frames, actions = evaluation_windows(store, name, history, horizon, windows_per_recording)
-        rival = names[(r + len(names) // 2) % len(names)]
-        other = evaluation_windows(store, rival, history, horizon, windows_per_recording)[1]
+        baseline = names[(r + len(names) // 2) % len(names)]
+        other = evaluation_windows(store, baseline, history, horizon, windows_per_recording)[1]
         other = other[torch.arange(len(actions)) % len(other)]
         starts = window_starts(store, name, history, horizon, windows_per_recording)
         z = model.encode(frames[:, 1].to(pool.device))

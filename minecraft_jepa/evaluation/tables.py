@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECODER_LABELS', 'SPANS', 'HEADLINES', 'STUDY_NUMBERS', 'format_interval', 'format_number', 'error_rows',
-           'rival_rows', 'score_rows', 'world_rows', 'decoded_rows', 'span_rows', 'headline', 'expected_rows']
+           'baseline_rows', 'score_rows', 'world_rows', 'decoded_rows', 'span_rows', 'headline', 'expected_rows']
 
 # %% ../../nbs/evaluation/10_tables.ipynb #68d607a1
 import numpy as np
@@ -44,8 +44,8 @@ def error_rows(horizons, ticks) -> dict:
     }
 
 
-def rival_rows(relative, ticks) -> dict:
-    """Tabulate the comparison with the strongest rival at each horizon.
+def baseline_rows(relative, ticks) -> dict:
+    """Tabulate the comparison with the strongest baseline at each horizon.
 
     Args:
         relative: `relative_to_best_baseline` of the report, {ticks: comparison}.
@@ -59,7 +59,7 @@ def rival_rows(relative, ticks) -> dict:
         row = relative[str(h)]
         low, high = row["interval"]
         table[h] = {
-            "strongest free rival": row["rival"],
+            "best model-free baseline": row["baseline"],
             "error relative to it": f"{row['ratio']:.2f}",
             "95 % interval": f"[{low:.2f}, {high:.2f}]",
             "better on": f"{row['better']} of {row['of']}",
@@ -157,13 +157,13 @@ HEADLINES = {  # section -> {what: path in the report}
         "error at 8 ticks": ("horizons", "8", "model", "mean"),
         "error relative to copying at 8 ticks": ("relative_to_copy", "8", "model", "mean"),
     },
-    "rivals": {
-        "error relative to the strongest rival at 1 tick": (
+    "baselines": {
+        "error relative to the strongest baseline at 1 tick": (
             "relative_to_best_baseline",
             "1",
             "ratio",
         ),
-        "error relative to the strongest rival at 8 ticks": (
+        "error relative to the strongest baseline at 8 ticks": (
             "relative_to_best_baseline",
             "8",
             "ratio",

@@ -46,7 +46,7 @@ def read_frame_id(row) -> int:
             and black, for comparison; then come the bits in Gray code, lowest first.
 
     Returns:
-        The number, modulo 2 ** CODE_BITS.
+        The number, modulo 2 ** FRAME_ID_BITS.
     """
     num_blocks = FRAME_ID_BITS + 2
     middles = (2 * np.arange(num_blocks) + 1) * len(row) // (2 * num_blocks)

@@ -129,7 +129,7 @@ ANTI_COLLAPSE = {  # by `jepa.anti_collapse` of the config
         "a smaller inverse_dynamics_weight",
     ),
     "sigreg": AntiCollapse(
-        _sigreg_loss, uses_ema=False, remedy="a larger sigreg, or a larger batch"
+        _sigreg_loss, uses_ema=False, remedy="a larger sigreg_weight, or a larger batch"
     ),
     "vicreg": AntiCollapse(
         _vicreg_loss, uses_ema=False, remedy="a larger vicreg_std_weight, or a larger batch"

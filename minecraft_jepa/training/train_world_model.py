@@ -193,7 +193,7 @@ def _check_accumulate(config):
         return
     setting = f"anti_collapse={jepa.anti_collapse}"
     if jepa.anti_collapse == "ema":
-        setting = f"floor={jepa.variance_weight}"
+        setting = f"variance_weight={jepa.variance_weight}"
     raise ValueError(
         f"gradient_accumulation_steps={accumulate} cuts the batch into parts, and {setting} looks "
         "at the spread of the whole batch: take gradient_accumulation_steps=1 with "

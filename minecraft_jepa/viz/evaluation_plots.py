@@ -82,28 +82,32 @@ def _plot_intervals(ax, ticks, series):
 
 
 def plot_paired_ratios(ax, paired, relative, ticks):
-    """Draw the model's error over that of three rivals, with intervals over recordings.
+    """Draw the model's error over that of three baselines, with intervals over recordings.
 
     Args:
         ax: matplotlib axes.
-        paired: `paired` of the report, {rival: {ticks: `paired_comparison`}}.
+        paired: `paired` of the report, {baseline: {ticks: `paired_comparison`}}.
         relative: `relative_to_best_baseline` of the report, {ticks: comparison}.
         ticks: horizons to draw.
     """
-    rivals = {"copy_last": paired["copy_last"], "no_op": paired["no_op"], "best_rival": relative}
+    baselines = {
+        "copy_last": paired["copy_last"],
+        "no_op": paired["no_op"],
+        "best_baseline": relative,
+    }
     series = {}
-    for rival, rows in rivals.items():
+    for baseline, rows in baselines.items():
         selected = [rows[str(h)] for h in ticks]
-        series[rival] = [{"mean": r["ratio"], "interval": r["interval"]} for r in selected]
+        series[baseline] = [{"mean": r["ratio"], "interval": r["interval"]} for r in selected]
     _plot_intervals(ax, ticks, series)
     ax.axhline(1, color=GREY, linestyle="--", linewidth=1)
     ax.set_ylim(bottom=0)
-    ax.set_ylabel("error of the model / error of the rival")
-    ax.legend(title="rival", loc="lower right", alignment="left")
+    ax.set_ylabel("error of the model / error of the baseline")
+    ax.legend(title="baseline", loc="lower right", alignment="left")
     at = "8" if "8" in relative else str(ticks[-1])
     row = relative[at]
     ax.set_title(
-        f"{row['ratio']:.2f} of the strongest rival's error at {at} ticks\n"
+        f"{row['ratio']:.2f} of the strongest baseline's error at {at} ticks\n"
         f"(bars: 95 % BCa interval, n = {row['of']} recordings)"
     )
     return ax

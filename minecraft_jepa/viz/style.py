@@ -31,7 +31,7 @@ COLORS = {  # by method, the same in every figure
     "shrunk_copy": "#ca9161",
     "shifted_copy": "#b3a100",
     "shuffled_future": "#cc78bc",
-    "best_rival": "#0173b2",
+    "best_baseline": "#0173b2",
     "real": "#222222",
     "imagined": "#0173b2",
     "dit": "#d55e00",
@@ -51,7 +51,7 @@ LABELS = {  # in the legends
     "shrunk_copy": "copy, shrunk to the mean",
     "shifted_copy": "copy, shifted and shrunk to the mean",
     "shuffled_future": "shuffled future actions",
-    "best_rival": "strongest baseline",
+    "best_baseline": "strongest baseline",
     "dit": "diffusion transformer",
     "head": "regression head",
 }
@@ -65,7 +65,7 @@ MARKERS = {
     "shrunk_copy": "p",
     "shifted_copy": "*",
     "shuffled_future": "v",
-    "best_rival": "o",
+    "best_baseline": "o",
     "dit": "P",
     "head": "X",
 }

@@ -42,11 +42,11 @@ def factors_of(config) -> dict[str, dict[str, dict]]:
             f"{large_height} x {large_width}": large_frame,
         },
         "inverse dynamics": _weights(
-            "inverse", jepa.inverse_dynamics_weight, {0.0: "no head, no pitch"}, 0.2
+            "inverse_dynamics_weight", jepa.inverse_dynamics_weight, {0.0: "no head, no pitch"}, 0.2
         ),
-        "floor": _weights("floor", jepa.variance_weight, {0.0: "0.0"}),
+        "variance hinge": _weights("variance_weight", jepa.variance_weight, {0.0: "0.0"}),
         "pitch from the mouse": (
-            _weights("tilt", jepa.pitch_weight, {0.0: "0.0"}, 0.4)
+            _weights("pitch_weight", jepa.pitch_weight, {0.0: "0.0"}, 0.4)
             if jepa.inverse_dynamics_weight
             else {str(jepa.pitch_weight): {}}
         ),

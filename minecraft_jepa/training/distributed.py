@@ -80,7 +80,7 @@ def transformer_blocks(module):
     """All transformer blocks of a module: the units that are compiled and checkpointed."""
     containers = [m for m in module.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
     children = [child for container in containers for child in container]
-    return [child for child in children if hasattr(child, "attn") or hasattr(child, "attn")]
+    return [child for child in children if hasattr(child, "attn")]
 
 
 def apply_compile_and_checkpointing(module, settings, device):

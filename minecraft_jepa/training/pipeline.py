@@ -128,7 +128,7 @@ def _load_or_train_world_model(config, data, split, seed, device, out, minutes, 
         rows = rows or [{"step": config.train.steps, "seconds": 0.0}]
         return WorldModel.from_pretrained(out, config), rows
     recordings = split["train"], split["validation"]
-    options = {"seed": seed, "device": device, "folder": out, "minutes": minutes}
+    options = {"seed": seed, "device": device, "folder": out, "max_minutes": minutes}
     return train_world_model(config, data, *recordings, **options, init_from=start, go_on=go_on)
 
 # %% ../../nbs/training/08_pipeline.ipynb #680ae1e5

@@ -95,7 +95,7 @@ def test_a_run_may_start_from_the_weights_of_another(store, tmp_path):
     first_folder = tmp_path / "first"
     changes = {"steps": 2, "evaluate_every": 2, "min_rank_fraction": 0.0}
     # Without the inverse-dynamics head that the next one has.
-    first, _ = train(store, first_folder, inverse=0.0, **changes)
+    first, _ = train(store, first_folder, inverse_dynamics_weight=0.0, **changes)
     started, _ = train(store, tmp_path / "started", first_folder, lr=1e-12, **changes)
     random, _ = train(store, tmp_path / "random", seed=1, lr=1e-12, **changes)
     frames = torch.randint(0, 256, (2, 3, 48, 80), dtype=torch.uint8)
@@ -143,7 +143,7 @@ def test_last_third_feeds_more_ticks_back(store, monkeypatch):
         return out
 
     monkeypatch.setattr(WorldModel, "forward", forward_and_note)
-    train_small(store, steps=6, evaluate_every=6, rollout=2, rollout_steps_late=5)
+    train_small(store, steps=6, evaluate_every=6, rollout_steps=2, rollout_steps_late=5)
     assert rollouts == [2, 2, 2, 2, 5, 5]
 
 
@@ -215,12 +215,12 @@ def test_whole_numbers_of_any_type_train(store):
         ("steps", True),
         ("seed", -1),
         ("seed", None),
-        ("minutes", math.inf),
-        ("minutes", "x"),
+        ("max_minutes", math.inf),
+        ("max_minutes", "x"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(store, name, value):
-    with pytest.raises(ValueError, match=f"{name}="):
+    with pytest.raises(ValueError, match=f"{name.removeprefix('max_')}="):
         train_world_model(preset("tiny", **TINY), store, TRAIN, HELD_OUT, **{name: value})
 
 

@@ -111,7 +111,7 @@ def test_killed_between_the_last_step_and_the_final_files_no_step_is_done_again(
 
 def test_batch_that_cannot_be_cut_is_refused():
     remedy = "gradient_accumulation_steps=3 parts; choose a multiple of 3"
-    with pytest.raises(ValueError, match=f"batch=4 can't be cut into {remedy}"):
+    with pytest.raises(ValueError, match=f"batch_size=4 can't be cut into {remedy}"):
         preset("tiny", **TINY, steps=3, gradient_accumulation_steps=3)
 
     class ThreeProcesses:

@@ -317,7 +317,7 @@ def test_damaged_and_missing_shards_are_named(written, tmp_path):
         shard_windows(tmp_path)
     with pytest.raises(ShardError, match="no segment can be cut"):
         write_shards(ClipStore({}, {}), tmp_path, progress=False)
-    for options in ({"history_ticks": 26}, {"rollout_steps": 17}, {"history_ticks": 0}):
+    for options in ({"ticks": 26}, {"rollout": 17}, {"ticks": 0}):
         with pytest.raises(ShardError, match="cut for 1 to"):
             ShardWindows(written, **options)
 
@@ -602,7 +602,7 @@ def test_numbers_that_are_not_whole_are_refused(written, store, tmp_path, value)
 
 def test_numbers_that_cannot_be_are_refused(written, store, tmp_path):
     for options in (
-        {"batch_size": 0},
+        {"batch": 0},
         {"buffer": 0},
         {"rank": 2, "world": 2},
         {"world": 0},

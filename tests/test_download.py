@@ -458,14 +458,14 @@ import os
 import sys
 import traceback
 
-from minecraft_jepa.data.download import fetch
+from minecraft_jepa.data.download import download_recordings
 
 for _ in sys.stdin:
     pid = os.fork()
     if not pid:
         code = 1
         try:
-            fetch(sys.argv[1], workers=3, progress=False, pause=0.01, timeout=5)
+            download_recordings(sys.argv[1], workers=3, progress=False, pause=0.01, timeout=5)
             code = 0
         except BaseException:
             traceback.print_exc()

@@ -111,9 +111,9 @@ def test_lines_come_back_as_the_actions_of_the_game():
 def test_killed_writer_leaves_no_half_pair(tmp_path):
     code = """
 import sys, numpy as np
-from minecraft_jepa.game.recorder import PairWriter
+from minecraft_jepa.game.recorder import RecordingWriter
 
-with PairWriter(sys.argv[1], "w", 64, 36) as pair:
+with RecordingWriter(sys.argv[1], "w", 64, 36) as pair:
     for t in range(10**6):
         pair.write(np.zeros((36, 64, 3), np.uint8), {})
         print(t, flush=True)

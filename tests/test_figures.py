@@ -1,5 +1,6 @@
 """What the README says of the committed figures, held against the numbers beside them."""
 
+import bisect
 import json
 import re
 from pathlib import Path
@@ -182,3 +183,53 @@ def test_frames_and_actions_of_the_game_are_in_step():
     assert found["source"] == "recorded here" and len(found["r"]) >= 3
     for world, r in found["r"].items():
         assert r[now] == max(r) >= 0.9 and late[world][now] < max(late[world])
+
+
+# computed in the cell from numbers of the figure, and in no file
+DERIVED = {"1_data": {"304.58"}, "5_sora": {"55.10", "1.633", "8.186"}}
+
+
+def numbers_in(value):
+    "All numbers of a JSON value, those in its texts too."
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return {number for part in value for number in numbers_in(part)}
+    if isinstance(value, str):
+        return {float(number) for number in re.findall(r"-?\d+\.\d+", value)}
+    return {float(value)} if isinstance(value, (int, float)) else set()
+
+
+def printed_in_tables(notebook):
+    "Numbers with two decimals or more, as text, in the tables of a notebook's outputs."
+    for cell in json.loads(notebook.read_text())["cells"]:
+        for output in cell.get("outputs", ()):
+            html = "".join(output.get("data", {}).get("text/html", ""))
+            html = re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL)
+            text = re.sub(r"<[^>]+>", " ", html)
+            yield from re.findall(r"(?<![\w.])-?\d+\.\d{2,}(?![\w.])", text)
+
+
+@pytest.fixture(scope="module")
+def shipped_numbers():
+    paths = (ROOT / "figures").glob("*.json")
+    return sorted({n for path in paths for n in numbers_in(json.loads(path.read_text()))})
+
+
+@pytest.mark.parametrize("name", ["1_data", "2_train", "3_evaluate", "5_sora", "9_claims"])
+def test_numbers_in_a_notebooks_outputs_are_those_of_the_figures(name, shipped_numbers):
+    printed = list(printed_in_tables(ROOT / f"nbs/study/{name}.ipynb"))
+    assert len(printed) >= 10
+
+    def is_shipped(text):
+        "Whether a number of the figures is rounded to this one, as it is, in % or in thousandths."
+        value, rounding = float(text), 0.5001 * 10.0 ** -len(text.split(".")[1])
+        for scale in (1, 0.01, 1e3, 1e-3):
+            low, high = (value - rounding) * scale, (value + rounding) * scale
+            at = bisect.bisect_left(shipped_numbers, low)
+            if at < len(shipped_numbers) and shipped_numbers[at] <= high:
+                return True
+        return False
+
+    unknown = {text for text in printed if not is_shipped(text)}
+    assert unknown <= DERIVED.get(name, set())

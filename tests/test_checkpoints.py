@@ -122,7 +122,7 @@ def test_a_folder_in_use_is_refused(store, tmp_path):
 
 
 def test_the_same_run_started_twice_is_told_on_a_disk_without_locks(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_try_flock", lambda file: None)
+    monkeypatch.setattr(checkpoints, "lock_file", lambda file: None)
     lock = checkpoints._FolderLock(tmp_path)
     with pytest.raises(InUseError):
         checkpoints._FolderLock(tmp_path)
@@ -148,7 +148,7 @@ def test_a_run_on_another_machine_is_told_while_its_heartbeat_moves(tmp_path, mo
     monkeypatch.setattr(checkpoints._FolderLock, "heartbeat_seconds", 0.1)
     monkeypatch.setattr(checkpoints._FolderLock, "watch_seconds", 20.0)
     # A lock that holds on one machine alone.
-    monkeypatch.setattr(checkpoints, "_try_flock", lambda file: True)
+    monkeypatch.setattr(checkpoints, "lock_file", lambda file: True)
     with monkeypatch.context() as m:
         m.setattr(checkpoints, "_process_identity", identity_elsewhere)
         lock = checkpoints._FolderLock(tmp_path)

@@ -8,7 +8,6 @@ __all__ = ['cache_dir', 'default_store_dir', 'ClipReader', 'DecodingStopped', 'C
 # %% ../../nbs/data/09_clip_store.ipynb #b5e92d45
 import ctypes
 import errno
-import fcntl
 import json
 import multiprocessing
 import os
@@ -39,7 +38,14 @@ from minecraft_jepa.data.clips import (
     is_stale,
 )
 from .recordings import RecordingError, find_pair, session_of
-from ..utils import _place_of, cache_root, cores_allowed, whole_number, write_json
+from minecraft_jepa.utils import (
+    _place_of,
+    cache_root,
+    cores_allowed,
+    lock_folder,
+    whole_number,
+    write_json,
+)
 
 # %% ../../nbs/data/09_clip_store.ipynb #3f838021
 def cache_dir():
@@ -247,38 +253,22 @@ class ClipReader:
 
 # %% ../../nbs/data/09_clip_store.ipynb #05d45f92
 # Errors of disks that know no locks, as on some clusters.
-_NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP
-
-
-def _open_lock(path):
-    """Open a file to lock. One of another user, that may not be written, is opened to be read."""
-    try:
-        return open(path, "a")
-    except PermissionError:
-        if not path.is_file():
-            raise
-        return open(path)
 
 
 @contextmanager
 def _build_lock(store_dir):
     """Wait for other builds into a folder, and remove what a killed one left."""
     store_dir.mkdir(parents=True, exist_ok=True)
-    with _open_lock(store_dir / ".lock") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+    with lock_folder(store_dir, wait=True) as is_locked:
+        if is_locked:
+            _remove_unfinished(store_dir)
+        else:
             print(
-                f"{store_dir}: this disk does not lock files ({error.strerror}), so build into it "
-                "from one process at a time, or set MINECRAFT_JEPA_CACHE to a folder on a local "
-                "disk",
+                f"{store_dir}: this disk does not lock files, so build into it from one process "
+                "at a time, or set MINECRAFT_JEPA_CACHE to a folder on a local disk",
                 file=sys.stderr,
                 flush=True,
             )
-        else:
-            _remove_unfinished(store_dir)
         yield
 
 

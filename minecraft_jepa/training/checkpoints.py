@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..utils import write_json
+from ..utils import lock_file, write_json
 
 # %% ../../nbs/training/03_checkpoints.ipynb #676fc124
 _REMEDY = (
@@ -282,21 +282,6 @@ def _process_start(pid):
     return "?"
 
 
-def _try_flock(file):
-    """True if the lock was taken, False if another has it, None if the disk has no locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
 def _is_alive(owner, has_flock, read_owner, watch_seconds):
     """Whether the process `owner`, as the lock file names it, still runs."""
     me = _process_identity()
@@ -336,7 +321,7 @@ class _FolderLock:
         """Open the lock file and try to lock it, again if its owner removed it meanwhile."""
         while True:
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            has_flock = _try_flock(self.file)
+            has_flock = lock_file(self.file)
             if self._is_in_place():
                 return has_flock
             os.close(self.file)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .actions import ACTION_DIM
 from .shards import ShardError, segment_starts
 from ..utils import whole_number
 
@@ -93,7 +94,18 @@ def _decode_segment(tar_bytes):
     encoded = [files[kind] for kind in sorted(files) if kind.endswith((".jpg", ".webp"))]
     images = [Image.open(io.BytesIO(image)).convert("RGB") for image in encoded]
     frames = np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])
-    return frames, np.load(io.BytesIO(files["actions.npy"])), json.loads(files["json"])
+    return frames, _read_actions(files["actions.npy"]), json.loads(files["json"])
+
+
+def _read_actions(npy_bytes):
+    """Actions (T, 28) from the bytes that `np.save` wrote of them.
+
+    `np.load` would parse the header with `ast`, and in CPython 3.11 two threads that do so at once
+    fail now and then: "AST constructor recursion depth mismatch" (python/cpython#106905).
+    """
+    header_bytes = int.from_bytes(npy_bytes[8:10], "little")
+    values = np.frombuffer(npy_bytes, "<f4", offset=10 + header_bytes)
+    return values.reshape(-1, ACTION_DIM)
 
 
 def _open_filesystem(url, storage):

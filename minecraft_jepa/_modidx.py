@@ -431,6 +431,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                          'minecraft_jepa/data/shard_reader.py'),
                                                   'minecraft_jepa.data.shard_reader._rank_and_world_size': ( 'data/shard_reader.html#_rank_and_world_size',
                                                                                                              'minecraft_jepa/data/shard_reader.py'),
+                                                  'minecraft_jepa.data.shard_reader._read_actions': ( 'data/shard_reader.html#_read_actions',
+                                                                                                      'minecraft_jepa/data/shard_reader.py'),
                                                   'minecraft_jepa.data.shard_reader._read_shards_json': ( 'data/shard_reader.html#_read_shards_json',
                                                                                                           'minecraft_jepa/data/shard_reader.py'),
                                                   'minecraft_jepa.data.shard_reader._shared_progress': ( 'data/shard_reader.html#_shared_progress',

@@ -112,18 +112,6 @@ def write_json(path, value):
     with atomic_path(path) as tmp_path:
         tmp_path.write_text(json.dumps(value, indent=1) + "\n")
 
-# %% ../nbs/00_utils.ipynb #7a715c5d
-def _replace(path, write):
-    """Call `write` with a temporary path, then give the file its name."""
-    with atomic_path(path) as tmp_path:
-        write(tmp_path)
-
-
-def _write(path, data):
-    """Write bytes, completely or not at all."""
-    with atomic_path(path) as tmp_path:
-        tmp_path.write_bytes(data)
-
 # %% ../nbs/00_utils.ipynb #74c20079
 _BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",

@@ -33,17 +33,16 @@ def test_file_is_written_completely_or_not_at_all(tmp_path):
 
 
 def test_bytes_that_do_not_fit_on_the_disk_leave_nothing_behind(tmp_path, monkeypatch):
-    "Both helpers for one file clean up; the one for bytes once did not."
-
     def no_space(self, data):
         self.touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", no_space)
-    with pytest.raises(OSError, match="No space"):
-        utils._write(tmp_path / "figure.png", b"data")
-    with pytest.raises(OSError, match="No space"):
-        utils._replace(tmp_path / "figure.png", lambda path: path.write_bytes(b"data"))
+    with (
+        pytest.raises(OSError, match="No space"),
+        utils.atomic_path(tmp_path / "figure.png") as path,
+    ):
+        path.write_bytes(b"data")
     assert not os.listdir(tmp_path)
 
 

@@ -36,6 +36,7 @@ from minecraft_jepa.game.luanti import (
     game_package,
     write_home,
 )
+from ..utils import atomic_path
 
 # %% ../../nbs/game/02_client.ipynb #5e6e2b5e
 def read_frame_id(row) -> int:
@@ -380,10 +381,8 @@ class Game(_GameProcess):
         """
         self.send(set(), 0, 0)
         request = str(next(self.asked))
-        path = Path(self.home) / ".minetest/worlds/world/ask"
-        tmp_path = path.with_suffix(".part")
-        tmp_path.write_text(f"{request} {seed} {biome} {time_of_day}\n")
-        os.replace(tmp_path, path)
+        with atomic_path(Path(self.home) / ".minetest/worlds/world/ask") as tmp_path:
+            tmp_path.write_text(f"{request} {seed} {biome} {time_of_day}\n")
         not_found = f"no spawn point in {biome!r} was found"
         self.until(lambda: request in self.answers, 40, not_found)
         spawned_in = self.answers.pop(request)

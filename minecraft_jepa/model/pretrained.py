@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from ..config import load_config
-from ..utils import _replace
+from ..utils import atomic_path
 
 # %% ../../nbs/model/02_pretrained.ipynb #6a7cd107
 class PretrainedModel(nn.Module):
@@ -60,8 +60,10 @@ class PretrainedModel(nn.Module):
             tensors[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
         weights = save(tensors, metadata={"preset": self.config.name})
         config = self.config.to_json() + "\n"
-        _replace(folder / self.file, lambda tmp_path: tmp_path.write_bytes(weights))
-        _replace(folder / "config.json", lambda tmp_path: tmp_path.write_text(config))
+        with atomic_path(folder / self.file) as tmp_path:
+            tmp_path.write_bytes(weights)
+        with atomic_path(folder / "config.json") as tmp_path:
+            tmp_path.write_text(config)
 
     def _saved_state(self):
         """Tensors by clean name. FSDP shards are gathered, which all processes have to join."""

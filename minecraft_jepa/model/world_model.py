@@ -318,11 +318,10 @@ def encoder_gradients(model, frames, actions, seed=0) -> dict[str, float]:
     weights = [p for p in model.encoder.parameters() if p.requires_grad]
     norms = {}
     with torch.enable_grad():
-        for name in model.loss_parts(frames, actions, seed):
-            part = model.loss_parts(frames, actions, seed)[name]  # a graph of its own
+        for name, part in model.loss_parts(frames, actions, seed).items():
             if not torch.is_tensor(part):
                 continue
-            gradients = torch.autograd.grad(part, weights, allow_unused=True)
+            gradients = torch.autograd.grad(part, weights, retain_graph=True, allow_unused=True)
             sizes = [g.detach().float().norm() for g in gradients if g is not None]
             norms[name] = float(torch.stack(sizes).norm()) if sizes else 0.0
     return norms

@@ -9,13 +9,14 @@ __all__ = ['make_optimizer', 'cosine_lr', 'optimizer_step', 'Schedule', 'MetricL
 import dataclasses
 import json
 import math
-import os
 import time
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import nn
+
+from ..utils import atomic_path
 
 # %% ../../nbs/training/01_optim.ipynb #bc117761
 _NO_WEIGHT_DECAY = "position", "recency_bias"  # ends of the names of learned tables
@@ -157,9 +158,8 @@ class MetricLogger:
             return
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        tmp_path = self.path.with_name(self.path.name + ".part")
-        tmp_path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        os.replace(tmp_path, self.path)
+        with atomic_path(self.path) as tmp_path:
+            tmp_path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  closed by `close`
         self.board = _open_tensorboard(Path(folder) / "tensorboard" / name, step)
 
@@ -182,9 +182,8 @@ class MetricLogger:
         """Write pixels (H, W, 3) uint8 as `NAME.png`, in place of the one before."""
         if not self.path:
             return
-        tmp_path = self.path.with_name(f"{name}.part")
-        Image.fromarray(pixels).save(tmp_path, "PNG")
-        os.replace(tmp_path, self.path.with_name(f"{name}.png"))
+        with atomic_path(self.path.with_name(f"{name}.png")) as tmp_path:
+            Image.fromarray(pixels).save(tmp_path, "PNG")
         self._to_tensorboard("add_image", name, pixels, step, dataformats="HWC")
 
     def _to_tensorboard(self, method, *args, **kwargs):

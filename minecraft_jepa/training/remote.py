@@ -24,7 +24,7 @@ from ..data.checks import _RULES, CHECKS_FILE, find_recordings, read_checks
 from ..data.splits import load_split
 from .distributed import make_accelerator
 from .pipeline import run_training
-from ..utils import write_json
+from ..utils import atomic_path, write_json
 from ..viz.plots import plot_curves
 from ..viz.style import set_style
 
@@ -375,9 +375,8 @@ def write_model_card(folder, command=None, data=None):
         lines += [*_error_table(report), ""]
     if _draw_curves(folder):
         lines += ["![Loss, error on other recordings, effective rank](curves.png)", ""]
-    tmp_path = folder / "README.md.part"
-    tmp_path.write_text("\n".join(lines))
-    os.replace(tmp_path, folder / "README.md")
+    with atomic_path(folder / "README.md") as tmp_path:
+        tmp_path.write_text("\n".join(lines))
 
 
 def _describe_training(summary, config):
@@ -467,10 +466,9 @@ def _draw_curves(folder):
         plot_curves(axes[2], evaluated, ["rank"], ylabel="effective rank")
         axes[2].set_ylim(bottom=0)
         axes[2].set_title("No collapse while this stays up")
-    tmp_path = folder / "curves.part"
-    fig.savefig(tmp_path, format="png", dpi=80, metadata={"Software": None})
+    with atomic_path(folder / "curves.png") as tmp_path:
+        fig.savefig(tmp_path, format="png", dpi=80, metadata={"Software": None})
     plt.close(fig)
-    os.replace(tmp_path, folder / "curves.png")
     return True
 
 # %% ../../nbs/training/09_remote.ipynb #b35a25d3

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from PIL import Image
 
-from ..utils import _write, write_json
+from ..utils import atomic_path, write_json
 
 # %% ../../nbs/viz/01_style.ipynb #20e5aa88
 COLORS = {  # by method, the same in every figure
@@ -202,7 +202,8 @@ def save_figure(fig, out_dir, name, numbers) -> Path:
         # without the tag that changes with matplotlib's version
         fig.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
     write_json(path.with_suffix(".json"), _to_jsonable(numbers))
-    _write(path, png.getvalue())
+    with atomic_path(path) as tmp_path:
+        tmp_path.write_bytes(png.getvalue())
     plt.close(fig)
     _show_png(png.getvalue())
     return path

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..data.actions import ACTION_DIM
-from ..utils import _write
+from ..utils import atomic_path
 from .action_panel import _PALETTE, _PANEL_SIZE, _fit_font, _font, draw_action
 from .style import TICKS_PER_SECOND
 
@@ -243,5 +243,6 @@ def save_gif(frames, path, fps=20, hold: float = 0.5, limit: float = 3.0) -> Pat
             stacklevel=2,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, gif)
+    with atomic_path(path) as tmp_path:
+        tmp_path.write_bytes(gif)
     return path

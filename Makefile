@@ -1,4 +1,5 @@
 # make demo       one minute: a frame, one second imagined beside reality, a table of errors
+# make play       a page in the browser: walk through what the model imagines
 # make study      the whole study: environment, training, evaluation, figures
 # make bench      the benchmarks, side by side on this machine; their figures too
 # make ablations  one thing changed at a time, two seeds each: two hours on two cores
@@ -28,12 +29,15 @@ SETTINGS = --preset '$(PRESET)' --steps '$(STEPS)' --seed '$(SEED)' --device '$(
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n auto --maxprocesses 8 \
 	--dist loadgroup
 
-.PHONY: help demo study bench ablations test soak lowest export outputs
+.PHONY: help play demo study bench ablations test soak lowest export outputs
 help:
 	@grep '^# make' Makefile | cut -c3-
 
 demo: .venv/installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/minecraft-jepa demo
+
+play: .venv/installed
+	$(BIN)/minecraft-jepa play
 
 study: .venv/installed
 	$(STUDY) $(SETTINGS)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PresetName', 'Device', 'Biome', 'COMMANDS', 'WrongUse', 'DownloadCommand', 'StoreCommand', 'ShardsCommand',
            'TrainCommand', 'RemotePackCommand', 'RemoteTrainCommand', 'RemoteBringCommand', 'ImagineCommand',
-           'DemoCommand', 'EvaluateCommand', 'StudyCommand', 'read_seeds', 'RecordCommand', 'usage', 'read_command',
-           'main']
+           'PlayCommand', 'DemoCommand', 'EvaluateCommand', 'StudyCommand', 'read_seeds', 'RecordCommand', 'usage',
+           'read_command', 'main']
 
 # %% ../nbs/90_cli.ipynb #ff7cc0b8
 import contextlib
@@ -412,6 +412,32 @@ class ImagineCommand:
             print(f"PSNR of the last frame: {float(values[-1]):.1f} dB")
         print(path)
 
+# %% ../nbs/90_cli.ipynb #bec07b73
+@dataclass
+class PlayCommand:
+    """Play in what the model imagines, on a page in the browser.
+
+    For example: minecraft-jepa play --data data --port 8020
+    """
+
+    data: Path = Path("data")  # recordings to start from
+    weights: Path = Path("data/weights/tiny")  # folder that a training wrote
+    out: Path = Path("_runs/play")  # for what is saved
+    host: str = "127.0.0.1"  # another address lets others in by a token in the URL; not encrypted
+    port: int = 8020  # 0 takes any that is free
+    pages: int = 4  # open at a time, at most
+    open: bool = True  # the browser, where there is a screen
+
+    def run(self):
+        """Serve until it is stopped."""
+        _need_folders(self.data, self.weights)
+        if not (0 <= self.port < 2**16 and 0 < self.pages <= 64):
+            raise WrongUse("--port is from 0 to 65535, --pages from 1 to 64")
+        from minecraft_jepa.agent.play import run_page
+
+        folders = str(self.data), str(self.weights), str(self.out)
+        run_page(*folders, self.host, self.port, self.pages, self.open)
+
 # %% ../nbs/90_cli.ipynb #cb454c95
 @dataclass
 class DemoCommand:
@@ -635,6 +661,7 @@ COMMANDS = {
     "record": RecordCommand,
     "study": StudyCommand,
     "demo": DemoCommand,
+    "play": PlayCommand,
     "remote pack": RemotePackCommand,
     "remote train": RemoteTrainCommand,
     "remote bring": RemoteBringCommand,

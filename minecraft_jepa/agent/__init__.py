@@ -1,0 +1,1 @@
+"""What acts: the dream to play in, its page and its widget."""

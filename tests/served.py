@@ -1,0 +1,53 @@
+"""A play server in a thread, on a few recordings of the sample, for tests."""
+
+import asyncio
+import contextlib
+import shutil
+import threading
+from pathlib import Path
+
+from aiohttp import web
+
+from minecraft_jepa.agent import play
+
+ROOT = Path(__file__).parent.parent
+NAMES = (
+    "world-301_0680",
+    "world-305_0360",
+    "world-321_0740",
+    "world-324_0340",
+)  # the last two unseen
+
+
+def copy_recordings(folder):
+    """Copy four recordings of the sample into `folder`, and return it."""
+    for name in NAMES:
+        for suffix in (".mp4", ".jsonl"):
+            shutil.copy(ROOT / "data" / f"{name}{suffix}", folder)
+    return folder
+
+
+@contextlib.contextmanager
+def running(assets, folder, **options):
+    """Serve in a thread of its own: gives the address and the Server."""
+    taken, ready, box = play.take_port("127.0.0.1", 0), threading.Event(), {}
+    app = play.make_app(assets, folder, **options)
+
+    async def go():
+        runner = web.AppRunner(app)
+        box["stop"], box["loop"] = asyncio.Event(), asyncio.get_running_loop()
+        await runner.setup()
+        await web.SockSite(runner, taken).start()
+        ready.set()
+        await box["stop"].wait()
+        await runner.cleanup()
+
+    thread = threading.Thread(target=asyncio.run, args=[go()])
+    thread.start()
+    assert ready.wait(30)
+    try:
+        yield play.url_of(taken, "127.0.0.1"), app[play.SERVER]
+    finally:
+        box["loop"].call_soon_threadsafe(box["stop"].set)
+        thread.join(30)
+    assert not thread.is_alive(), "it ends at once"

@@ -437,6 +437,8 @@ class PlayCommand:
 
         folders = str(self.data), str(self.weights), str(self.out)
         run_page(*folders, self.host, self.port, self.pages, self.open)
+        sys.stdout.flush()
+        os._exit(0)  # a thread may still compute; what it writes is whole or not there
 
 # %% ../nbs/90_cli.ipynb #cb454c95
 @dataclass

@@ -46,7 +46,7 @@ def running(assets, folder, **options):
     thread.start()
     assert ready.wait(30)
     try:
-        yield play.url_of(taken, "127.0.0.1"), app[play.SERVER]
+        yield play.page_url(taken, "127.0.0.1"), app[play.SERVER]
     finally:
         box["loop"].call_soon_threadsafe(box["stop"].set)
         thread.join(30)

@@ -25,7 +25,7 @@ from PIL import Image
 from served import NAMES, copy_recordings, running
 
 from minecraft_jepa.agent import play, play_session
-from minecraft_jepa.agent.dream import Dream, play_back, read_image, save_film, save_pair
+from minecraft_jepa.agent.dream import Dream, read_image, replay, save_film, save_pair
 from minecraft_jepa.agent.play_assets import PlayAssets
 from minecraft_jepa.agent.play_messages import Refused, unpack_frame
 from minecraft_jepa.agent.play_session import Session
@@ -83,7 +83,7 @@ def test_what_is_saved_gives_the_same_frames_played_back(dream, assets, tmp_path
     pair = save_pair(dream.trajectory, tmp_path / "dream")
     recording = open_recording(tmp_path / "dream")
     assert same([f.transpose(2, 0, 1) for f in recording.frames()], shown)
-    assert same(list(play_back(Dream(assets.model, assets.head), pair[0])), shown)
+    assert same(list(replay(Dream(assets.model, assets.head), pair[0])), shown)
     assert len(shown) == 30 - 7 + 3 + 2 + 1 and len(recording.lines) == len(shown)
 
 
@@ -99,10 +99,10 @@ def test_a_corrected_dream_plays_back_with_its_correction(dream, assets, tmp_pat
         plain.step(FORWARD)
     assert not np.array_equal(dream.frame, plain.frame)
     pair = save_pair(dream.trajectory, tmp_path / "corrected")
-    again = play_back(Dream(assets.model, assets.head), pair[0], assets.corrections)
+    again = replay(Dream(assets.model, assets.head), pair[0], assets.corrections)
     assert same(list(again), recorded(dream.trajectory))
     with pytest.raises(ValueError, match=f"corrected.jsonl, line 2: .*{name}"):
-        list(play_back(Dream(assets.model, assets.head), pair[0]))
+        list(replay(Dream(assets.model, assets.head), pair[0]))
 
 
 def test_a_dream_that_ends_with_a_look_plays_back_with_it(dream, assets, tmp_path):
@@ -110,7 +110,7 @@ def test_a_dream_that_ends_with_a_look_plays_back_with_it(dream, assets, tmp_pat
     dream.step(LEFT)
     dream.look(assets.clip(NAMES[3]).frames[60])
     pair = save_pair(dream.trajectory, tmp_path / "looked")
-    again = list(play_back(Dream(assets.model, assets.head), pair[0]))
+    again = list(replay(Dream(assets.model, assets.head), pair[0]))
     assert same(again, recorded(dream.trajectory)) and len(again) == 2
     dream.step(LEFT)
     assert not np.array_equal(dream.frame, again[1])
@@ -124,7 +124,7 @@ def test_cursor_and_wheel_of_a_recording_survive(dream, assets, tmp_path):
         dream.step(action)
     pair = save_pair(dream.trajectory, tmp_path / "screen")
     assert np.array_equal(open_recording(pair[0]).actions[:3], [action] * 3)
-    again = play_back(Dream(assets.model, assets.head), pair[0])
+    again = replay(Dream(assets.model, assets.head), pair[0])
     assert same(list(again), recorded(dream.trajectory))
 
 
@@ -156,7 +156,7 @@ def test_a_trajectory_that_is_full_keeps_its_beginning(assets, tmp_path):
     dream.rewind(2)  # still beyond its end: nothing may be added after a gap
     dream.step(FORWARD)
     pair = save_pair(dream.trajectory, tmp_path / "full")
-    assert same(list(play_back(Dream(assets.model, assets.head), pair[0])), seen[:4])
+    assert same(list(replay(Dream(assets.model, assets.head), pair[0])), seen[:4])
     dream.rewind(4)
     dream.step(FORWARD)
     assert len(dream.trajectory) == 3 or len(dream.trajectory) == dream.tick + 1
@@ -209,7 +209,7 @@ def test_a_damaged_mark_names_file_and_line(dream, assets, tmp_path, field):
     row = json.loads(first) | json.loads("{" + field + "}")
     lines.write_text("\n".join([json.dumps(row), *others]) + "\n")
     with pytest.raises(ValueError, match=r"broken\.jsonl, line 1"):
-        list(play_back(Dream(assets.model, assets.head), lines))
+        list(replay(Dream(assets.model, assets.head), lines))
 
 
 def test_a_film_of_a_long_dream_is_its_end(dream, tmp_path):
@@ -355,14 +355,14 @@ class Page:
                     return told
                 assert told["type"] != "closed", self.told
 
-    async def predict(self, kind, **fields):
+    async def send(self, kind, **fields):
         await self.socket.send_str(json.dumps({"type": kind} | fields))
 
     async def hold(self, action, ticks):
         """Answer so many frames with an action."""
         seen = []
         for _ in range(ticks):
-            await self.predict("input", action=action.tolist(), seen=self.header["number"])
+            await self.send("input", action=action.tolist(), seen=self.header["number"])
             await self.until("frame")
             seen.append((self.header, self.frame))
         return seen
@@ -394,11 +394,11 @@ def test_a_held_key_moves_the_dream_and_two_pages_have_two_dreams(server):
 
     async def walk():
         async with opened(url) as one, opened(url) as other:
-            await one.predict("play")
+            await one.send("play")
             await one.until("frame")
             seen = await one.hold(FORWARD, 12)
             assert len(held.sessions) == 2
-            await other.predict("step")
+            await other.send("step")
             await other.until("frame")
             return seen, other
 
@@ -412,15 +412,15 @@ def test_a_held_key_moves_the_dream_and_two_pages_have_two_dreams(server):
 def test_nothing_is_imagined_while_it_is_paused(server):
     async def rest():
         async with opened(server[0]) as page:
-            await page.predict("play")
+            await page.send("play")
             await page.until("frame")
             await page.hold(FORWARD, 3)
-            await page.predict("pause")
+            await page.send("pause")
             while (await page.until("frame"))["playing"]:
-                await page.predict("input", action=NOOP.tolist(), seen=page.header["number"])
+                await page.send("input", action=NOOP.tolist(), seen=page.header["number"])
             tick = page.header["tick"]
-            await page.predict("input", action=FORWARD.tolist(), seen=page.header["number"])
-            await page.predict("rewind", ticks=1)
+            await page.send("input", action=FORWARD.tolist(), seen=page.header["number"])
+            await page.send("rewind", ticks=1)
             return tick, (await page.until("frame"))["tick"]
 
     tick, later = asyncio.run(rest())
@@ -466,13 +466,13 @@ def test_bad_messages_are_refused_and_the_dream_goes_on(server):
             await page.socket.send_bytes(b"\xff\xfe no picture")
             assert "PNG" in (await page.until("refused"))["why"]
             for kind in ("look", "save"):
-                await page.predict(kind)
+                await page.send(kind)
                 assert (await page.until("refused"))["why"]
-            await page.predict("start", name="../../etc/passwd", tick=0)
+            await page.send("start", name="../../etc/passwd", tick=0)
             assert "no recording" in (await page.until("refused"))["why"]
-            await page.predict("start", name=NAMES[0], tick=10**6)
+            await page.send("start", name=NAMES[0], tick=10**6)
             assert "ticks 0 to" in (await page.until("refused"))["why"]
-            await page.predict("step")
+            await page.send("step")
             while (await page.until("frame"))["tick"] != 1:
                 pass
             return page.header
@@ -490,7 +490,7 @@ def test_ten_megabytes_close_the_page_and_nothing_else(server, text):
             while not page.socket.closed:
                 await page.take()
             code = page.socket.close_code
-            await other.predict("step")
+            await other.send("step")
             await other.until("frame")
             async with opened(server[0]) as again:
                 return code, other.header["tick"], again.header["given"]
@@ -502,7 +502,7 @@ def test_ten_megabytes_close_the_page_and_nothing_else(server, text):
 def test_who_sends_nothing_but_nonsense_is_put_out(server):
     async def send():
         async with opened(server[0]) as page:
-            for _ in range(play.MOST_REFUSALS + 5):
+            for _ in range(play.MAX_REFUSALS + 5):
                 with contextlib.suppress(ConnectionError):
                     await page.socket.send_str("nonsense")
             while not page.socket.closed:
@@ -657,9 +657,9 @@ def test_what_was_saved_can_be_fetched_and_read(server, tmp_path):
     async def save():
         async with opened(url) as page:
             for _ in range(3):
-                await page.predict("step")
+                await page.send("step")
                 await page.until("frame")
-            await page.predict("save")
+            await page.send("save")
             told, got = await page.until("saved"), {}
             async with aiohttp.ClientSession() as client:
                 for name in told["files"]:
@@ -673,7 +673,7 @@ def test_what_was_saved_can_be_fetched_and_read(server, tmp_path):
         (tmp_path / name).write_bytes(data)
     pair = next(tmp_path.glob("*.mp4"))
     assert len(open_recording(pair)) == 4
-    again = list(play_back(Dream(held.assets.model, held.assets.head), pair))
+    again = list(replay(Dream(held.assets.model, held.assets.head), pair))
     assert same(again, [f.transpose(2, 0, 1) for f in open_recording(pair).frames()])
 
 
@@ -722,7 +722,7 @@ def test_ctrl_c_ends_all_at_once(data, tmp_path):
 
         async def play_on():
             async with opened(url) as page:
-                await page.predict("play")
+                await page.send("play")
                 await page.hold(FORWARD, 5)
                 process.send_signal(signal.SIGINT)
                 while not page.socket.closed:
@@ -776,7 +776,7 @@ def test_a_slow_page_gets_no_queue_of_frames(assets, tmp_path):
     for _ in range(20):
         session.due = 0
         session.work()
-    assert session.dream.tick <= play_session.AHEAD and session.wait() == math.inf
+    assert session.dream.tick <= play_session.MAX_FRAMES_IN_FLIGHT and session.wait() == math.inf
     session.receive(json.dumps({"type": "input", "action": NOOP.tolist(), "seen": session.sent}))
     assert session.wait() < 1
 
@@ -793,7 +793,7 @@ def test_a_late_session_does_not_hurry_afterwards(assets, tmp_path):
 
 def test_commands_in_a_flood_are_refused(assets, tmp_path):
     session = Session(assets, tmp_path)
-    for _ in range(play_session.WAITING):
+    for _ in range(play_session.MAX_WAITING_COMMANDS):
         session.receive('{"type": "sharpen"}')
     with pytest.raises(Refused, match="waiting"):
         session.receive('{"type": "sharpen"}')
@@ -834,8 +834,8 @@ class FakeGame:
 
 @pytest.fixture
 def game(monkeypatch, assets):
-    luanti = pytest.importorskip("minecraft_jepa.game.env", exc_type=ImportError)
-    monkeypatch.setattr(luanti, "LuantiEnv", FakeGame)
+    env = pytest.importorskip("minecraft_jepa.game.env", exc_type=ImportError)
+    monkeypatch.setattr(env, "LuantiEnv", FakeGame)
     monkeypatch.setattr(play_session, "find_game", lambda: (True, ""))
     FakeGame.made.clear()
     yield FakeGame.made
@@ -938,7 +938,7 @@ def test_a_page_that_leaves_while_the_game_starts_ends_it(assets, tmp_path, game
 
 
 def test_without_the_game_the_page_tells_the_line_that_installs_it(assets, tmp_path, monkeypatch):
-    luanti = pytest.importorskip("minecraft_jepa.game.env", exc_type=ImportError)
+    luanti = pytest.importorskip("minecraft_jepa.game.luanti", exc_type=ImportError)
     monkeypatch.setattr(luanti.shutil, "which", lambda *_, **__: None)
     session = begun(assets, tmp_path)
     assert "install" in session.hello()["game"]["line"]

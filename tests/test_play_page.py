@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from minecraft_jepa.agent.dream import Dream, play_back
-from minecraft_jepa.agent.play_assets import PlayAssets
 from served import ROOT, copy_recordings, running
 
+from minecraft_jepa.agent.dream import Dream, replay
+from minecraft_jepa.agent.play_assets import PlayAssets
 from minecraft_jepa.data.actions import NOOP
 from minecraft_jepa.data.recordings import open_recording
 
@@ -165,7 +165,7 @@ def test_a_walk_from_load_to_reload(visit, server, assets, tmp_path):
     pair = next((tmp_path / "got").glob("*.jsonl"))
     recording = open_recording(pair)
     frames = [f.transpose(2, 0, 1) for f in recording.frames()]
-    again = list(play_back(Dream(assets.model, assets.head), pair))
+    again = list(replay(Dream(assets.model, assets.head), pair))
     assert all(np.array_equal(a, b) for a, b in zip(frames, again)) and len(frames) == len(again)
     page.reload()
     seen.until("one frame is given")

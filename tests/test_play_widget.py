@@ -8,10 +8,10 @@ import time
 
 import numpy as np
 import pytest
-from minecraft_jepa.agent.play_assets import PlayAssets
-from minecraft_jepa.agent.play_messages import unpack_frame
 from served import ROOT, copy_recordings
 
+from minecraft_jepa.agent.play_assets import PlayAssets
+from minecraft_jepa.agent.play_messages import unpack_frame
 from minecraft_jepa.data.actions import NOOP
 
 pytest.importorskip("anywidget", reason="anywidget is not installed: pip install anywidget")

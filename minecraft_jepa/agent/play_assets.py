@@ -13,8 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from .latent_bank import CORRECTIONS, LatentBank, encode_evenly, make_correction
 
+from minecraft_jepa.agent.latent_bank import (
+    CORRECTIONS,
+    LatentBank,
+    encode_sample_frames,
+    make_correction,
+)
 from ..data.checks import find_recordings
 from ..data.clip_store import ClipStore
 from ..data.recordings import RecordingError
@@ -121,13 +126,13 @@ class PlayAssets(StartFrames):
         size, each = self.model.config.frame, max(1024 // len(names), 1)
         try:
             store = ClipStore.build(self.data_dir, size, names=names, progress=False, workers=1)
-            bank = LatentBank(*encode_evenly(self.model, store, names, each))
+            bank = LatentBank(*encode_sample_frames(self.model, store, names, each))
             self.corrections = {name: make_correction(name, bank) for name in CORRECTIONS}
             self.bank = bank
         except ValueError as e:  # a broken recording, or one alone
             self.bank_error = str(e)
 
-    def load_behind(self):
+    def load_bank_in_background(self):
         """Make the bank in a thread that waits for all others."""
 
         def load():

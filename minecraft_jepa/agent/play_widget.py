@@ -13,9 +13,10 @@ import tempfile
 import threading
 from pathlib import Path
 
-import minecraft_jepa.agent.play_session as play_session
 import torch
-from .dream import Dream, play_back, save_film
+
+import minecraft_jepa.agent.play_session as play_session
+from .dream import Dream, replay, save_film
 from .play_assets import PlayAssets
 from .play_messages import Refused
 from .play_session import Session
@@ -25,9 +26,9 @@ try:
     from IPython import get_ipython
     from IPython.display import Image
 except ImportError as e:
-    told = f"{e.name or e} is needed to play in a notebook"
+    reason = f"{e.name or e} is needed to play in a notebook"
     remedy = "pip install 'minecraft_jepa[notebook]', in a clone pip install -e '.[notebook]'"
-    raise ImportError(f"{told}: {remedy}") from None
+    raise ImportError(f"{reason}: {remedy}") from None
 
 # %% ../../nbs/agent/24_play_widget.ipynb #c7366a9c
 _RENDER = """
@@ -147,7 +148,7 @@ def film_recording(assets, recording=None, ticks=100) -> Image:
     """
     path = Path(recording or assets.data_dir / assets.starts[0]["name"])
     dream = Dream(assets.model, assets.head)
-    for _ in itertools.islice(play_back(dream, path, assets.corrections), ticks + 1):
+    for _ in itertools.islice(replay(dream, path, assets.corrections), ticks + 1):
         pass
     with tempfile.TemporaryDirectory() as folder:
         film = save_film(dream.trajectory, Path(folder) / "film.gif", ticks)
@@ -169,5 +170,5 @@ def play(
     assets = PlayAssets(weights, data_dir)
     if not is_watched():
         return film_recording(assets, recording, ticks)
-    assets.load_behind()
+    assets.load_bank_in_background()
     return PlayWidget(assets, out_dir)

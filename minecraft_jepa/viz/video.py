@@ -85,7 +85,7 @@ def comparison_frames(panels, actions, first: int = 0, columns=None, scale=None)
         actions: (k, 28), or (k-1, 28): no action follows the last frame.
         first: tick of the first frame; 1 if the given frame is not among them.
         columns: panels in a row; None: all of up to three, else two.
-        scale: how many times a frame is enlarged; None: to about 320 pixels.
+        scale: how many times a frame is enlarged; None: to about 250 pixels.
 
     Returns:
         Pictures, uint8 (h, w, 3).
@@ -100,7 +100,7 @@ def comparison_frames(panels, actions, first: int = 0, columns=None, scale=None)
             f"actions {actions.shape} for {num_ticks} frames: give one action a frame "
             f"({num_ticks}, {ACTION_DIM}), or none for the last ({num_ticks - 1}, {ACTION_DIM})"
         )
-    scale = scale or max(1, math.ceil(300 / width))
+    scale = scale or max(1, round(250 / width))
     columns = min(columns or (len(panels) if len(panels) < 4 else 2), len(panels))
     step_x, step_y = width * scale + _GAP, _CAPTION_HEIGHT + height * scale + _GAP // 2
     total_width = _GAP + columns * step_x

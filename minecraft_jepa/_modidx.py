@@ -1638,6 +1638,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                         'minecraft_jepa.outputs.keep_all': ('outputs.html#keep_all', 'minecraft_jepa/outputs.py'),
                                         'minecraft_jepa.outputs.keep_output': ('outputs.html#keep_output', 'minecraft_jepa/outputs.py'),
                                         'minecraft_jepa.outputs.keep_outputs': ('outputs.html#keep_outputs', 'minecraft_jepa/outputs.py'),
+                                        'minecraft_jepa.outputs.middle_frame': ('outputs.html#middle_frame', 'minecraft_jepa/outputs.py'),
                                         'minecraft_jepa.outputs.shrink_picture': ( 'outputs.html#shrink_picture',
                                                                                    'minecraft_jepa/outputs.py'),
                                         'minecraft_jepa.outputs.source_hash': ('outputs.html#source_hash', 'minecraft_jepa/outputs.py')},

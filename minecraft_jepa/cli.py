@@ -279,7 +279,7 @@ class RemotePackCommand:
 
     def run(self):
         """Pack, and list the parts."""
-        from minecraft_jepa.training.remote import MIB, pack
+        from minecraft_jepa.training.packing import MIB, pack
 
         for part in pack(self.recordings, self.parts, int(self.limit * MIB), self.wheel):
             print(f"{part}  {part.stat().st_size / MIB:.1f} MiB")
@@ -319,7 +319,7 @@ class RemoteBringCommand:
 
     def run(self):
         """Bring them, and say so."""
-        from minecraft_jepa.training.remote import join_weights
+        from minecraft_jepa.training.weight_parts import join_weights
 
         join_weights(self.parts, self.target)
         print(

@@ -54,7 +54,7 @@ def test_other_recordings_under_the_same_names_are_another_run(store, tmp_path, 
     changes = {"steps": 6, "save_every": 2, "evaluate_every": 6}
     train_until(store, tmp_path, 5, monkeypatch, **changes)
     other_source = {"source": {"mp4": {"sha256": "other"}}}
-    about = store.about | {TRAIN[0]: store.about[TRAIN[0]] | other_source}
+    about = store.metadata | {TRAIN[0]: store.metadata[TRAIN[0]] | other_source}
     with pytest.raises(ValueError, match="contents was"):
         train_small(ClipStore(store.folders, about), tmp_path, **changes)
 

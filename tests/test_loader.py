@@ -39,7 +39,7 @@ def test_samples_are_whole_windows_of_one_clip():
     assert torch.equal(frames[:, :, 0, 0, 0], (t[:, None] + torch.arange(3)).byte())
 
     # All windows are drawn and nothing else, each clip as often as it has windows.
-    starts_a, starts_b = clips.starts("a", 5, 2), clips.starts("b", 5, 2) + 100
+    starts_a, starts_b = clips.window_starts("a", 5, 2), clips.window_starts("b", 5, 2) + 100
     assert set(t.int().tolist()) == {*starts_a.tolist(), *starts_b.tolist()}
     fraction_b = len(starts_b) / (len(starts_a) + len(starts_b))
     assert (t >= 100).float().mean().item() == pytest.approx(fraction_b, abs=0.04)
@@ -71,7 +71,7 @@ def test_few_windows_to_validate_on_serve_from_shards_as_from_a_store(shards):
     windows = ShardWindows(shards, 25, 16, 128, 0, HELD_OUT, even=False, rank=0, world=1)
     frames, actions = loader.fixed_windows(shards, HELD_OUT, 25, 8, 5000, 0)
     assert len(frames) == len(actions) == 5000
-    assert sum(map(len, windows.starts)) < 5000
+    assert sum(map(len, windows.window_starts)) < 5000
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])

@@ -185,10 +185,10 @@ def test_error_relative_to_copying_where_it_is_not_defined():
 def test_equal_frames_in_validation_are_told_by_name(store):
     class BlackStore(ClipStore):
         def read(self, *args, **kwargs):
-            frames, actions = super().read(*args, **kwargs)
+            frames, actions = super().read_windows(*args, **kwargs)
             return torch.zeros_like(frames), actions
 
-    black_store = BlackStore(store.folders, store.about)
+    black_store = BlackStore(store.folders, store.metadata)
     message = f"validation recordings {HELD_OUT[0]}: all windows begin with the same picture"
     with pytest.raises(ValueError, match=message):
         train_small(black_store)

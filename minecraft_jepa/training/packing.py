@@ -15,7 +15,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from ..data.checks import _RULES, CHECKS_FILE, find_recordings, read_checks
+from ..data.checks import CHECK_RULES, CHECKS_FILE, find_recordings, read_checks
 from ..data.splits import load_split
 
 # %% ../../nbs/training/15_packing.ipynb #c0713b30
@@ -42,7 +42,7 @@ def _metadata_files(folder, names):
             stats = [stat and [stat[0], stat[1] // 10**9 * 10**9] for stat in check["files"]]
         checks[name] = check | {"files": stats}
     if checks:
-        contents = {"version": _RULES, "recordings": checks}
+        contents = {"version": CHECK_RULES, "recordings": checks}
         files[CHECKS_FILE] = json.dumps(contents, indent=1).encode()
     return files
 

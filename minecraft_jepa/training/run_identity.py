@@ -44,7 +44,7 @@ def _short_hash(value):
 def _recordings_hash(data, names):
     """Hash of the recordings themselves; of shards, of their segments."""
     if not is_shards_url(data):
-        sources = {name: data.about[name].get("source", {}) for name in names}
+        sources = {name: data.metadata[name].get("source", {}) for name in names}
         return _short_hash(
             [[n, sorted(file["sha256"] for file in sources[n].values())] for n in sorted(names)]
         )

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from .utils import _finite_number, _unknown, whole_number
+from .utils import did_you_mean, finite_number, whole_number
 
 # %% ../nbs/01_config.ipynb #a91cf6c6
 def _check_value(name, value, kind, allowed):
@@ -20,7 +20,7 @@ def _check_value(name, value, kind, allowed):
     if kind is int:
         return whole_number(value, name, **allowed)
     if kind is float:
-        return _finite_number(name, value, **allowed)
+        return finite_number(name, value, **allowed)
     if kind is bool:
         if isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool":
             return bool(value)
@@ -370,12 +370,12 @@ def preset(name: str, **changes) -> Config:
             or a value is refused.
     """
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(_unknown("preset", name, list(PRESETS)))
+        raise ValueError(did_you_mean("preset", name, list(PRESETS)))
     paths = _override_paths()
     overrides = {}  # {section: {setting: value}}
     for key, value in changes.items():
         if key not in paths:
-            raise ValueError(_unknown("setting", key, list(paths)))
+            raise ValueError(did_you_mean("setting", key, list(paths)))
         section, setting = paths[key]
         section_overrides = overrides.setdefault(section, {})
         if setting in section_overrides:

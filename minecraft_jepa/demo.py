@@ -42,7 +42,7 @@ def find_walking_window(store, name, history, ticks) -> int:
     Returns:
         The tick after which forward is held the longest, and of these the one with the least turn.
     """
-    starts = store.starts(name, max(history, 2), ticks)
+    starts = store.window_starts(name, max(history, 2), ticks)
     futures = [store[name].actions[t : t + ticks] for t in starts]
     walk = np.array([actions[:, ACTION_NAMES.index("w")].mean() for actions in futures])
     turn = np.array([np.hypot(*actions[:, CAMERA].T).sum() for actions in futures])

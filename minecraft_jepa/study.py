@@ -24,7 +24,13 @@ from tqdm import tqdm
 
 from .config import Config, preset
 from .evaluation.report import compare_with_shipped, load_report
-from .utils import _unknown, check_device, seed_everything, whole_number, write_json
+from minecraft_jepa.utils import (
+    check_device,
+    did_you_mean,
+    seed_everything,
+    whole_number,
+    write_json,
+)
 from .viz.plots import plot_beside_shipped
 from .viz.style import save_figure
 
@@ -67,7 +73,7 @@ def _refuse_misspelt(names):
     near = [n for n in own if difflib.get_close_matches(n, _PARAMETERS, 1, 0.8)]
     for name in (*_injected(names), *near):
         if name not in _PARAMETERS:
-            raise ValueError(_unknown("parameter", name, list(_PARAMETERS)))
+            raise ValueError(did_you_mean("parameter", name, list(_PARAMETERS)))
 
 
 def _text(name, value, empty=False):

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from minecraft_jepa.data.clip_store import ClipReader
+from minecraft_jepa.data.clip_reader import ClipReader
 from minecraft_jepa.data.clips import Clip, contiguous_runs
 
 

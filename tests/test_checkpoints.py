@@ -1,13 +1,11 @@
 """Checkpoints are whole, finite and of their own run; a folder belongs to one run at a time."""
 
-import json
 import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from training_runs import (
-    FORKS,
     HELD_OUT,
     SMALL,
     TRAIN,
@@ -22,7 +20,7 @@ from training_runs import (
 from minecraft_jepa.config import preset
 from minecraft_jepa.data.clip_store import ClipStore
 from minecraft_jepa.training import checkpoints, optim
-from minecraft_jepa.training.checkpoints import InUseError, find_checkpoint
+from minecraft_jepa.training.checkpoints import find_checkpoint
 from minecraft_jepa.training.train_world_model import train_world_model
 from minecraft_jepa.training.trainer import CollapseError
 
@@ -56,7 +54,7 @@ def test_other_recordings_under_the_same_names_are_another_run(store, tmp_path, 
     changes = {"steps": 6, "save_every": 2, "evaluate_every": 6}
     train_until(store, tmp_path, 5, monkeypatch, **changes)
     other_source = {"source": {"mp4": {"sha256": "other"}}}
-    about = store.about | {TRAIN[0]: store.about[TRAIN[0]] | other_source}
+    about = store.metadata | {TRAIN[0]: store.metadata[TRAIN[0]] | other_source}
     with pytest.raises(ValueError, match="contents was"):
         train_small(ClipStore(store.folders, about), tmp_path, **changes)
 
@@ -110,51 +108,3 @@ def test_a_checkpoint_that_is_not_sound_is_passed_over(store, tmp_path, monkeypa
     assert (message in capsys.readouterr().out) == (fault != "no about")
     assert_same_weights(weights(run), weights(uninterrupted))
     assert losses(run) == losses(uninterrupted)
-
-
-def test_a_folder_in_use_is_refused(store, tmp_path):
-    lock = checkpoints._FolderLock(tmp_path / "out")
-    with pytest.raises(InUseError, match=r"a run is at work here already \(process"):
-        train_small(store, tmp_path / "out")
-    lock.release()
-    train_small(store, tmp_path / "out", steps=1)
-    assert not (tmp_path / "out/.running").exists()
-
-
-def test_the_same_run_started_twice_is_told_on_a_disk_without_locks(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "lock_file", lambda file: None)
-    lock = checkpoints._FolderLock(tmp_path)
-    with pytest.raises(InUseError):
-        checkpoints._FolderLock(tmp_path)
-    lock.release()
-
-    ended = FORKS.Process(target=int)
-    ended.start()
-    ended.join()
-    identity = checkpoints._process_identity()
-    killed = {"pid": ended.pid}  # it left its file
-    of_another_process = {"started": "1"}  # its number is another process's now
-    for change in (killed, of_another_process):
-        (tmp_path / ".running").write_text(json.dumps(identity | change))
-        checkpoints._FolderLock(tmp_path).release()
-
-
-def test_a_run_on_another_machine_is_told_while_its_heartbeat_moves(tmp_path, monkeypatch):
-    process_identity = checkpoints._process_identity
-
-    def identity_elsewhere():
-        return process_identity() | {"host": "elsewhere", "boot": "another"}
-
-    monkeypatch.setattr(checkpoints._FolderLock, "heartbeat_seconds", 0.1)
-    monkeypatch.setattr(checkpoints._FolderLock, "watch_seconds", 20.0)
-    # A lock that holds on one machine alone.
-    monkeypatch.setattr(checkpoints, "lock_file", lambda file: True)
-    with monkeypatch.context() as m:
-        m.setattr(checkpoints, "_process_identity", identity_elsewhere)
-        lock = checkpoints._FolderLock(tmp_path)
-    with pytest.raises(InUseError, match="on elsewhere"):
-        checkpoints._FolderLock(tmp_path)
-    lock.stop.set()
-    lock.thread.join()
-    monkeypatch.setattr(checkpoints._FolderLock, "watch_seconds", 0.6)
-    checkpoints._FolderLock(tmp_path).release()

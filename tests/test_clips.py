@@ -24,13 +24,15 @@ from soak import repeats
 
 from minecraft_jepa.cli import main
 from minecraft_jepa.config import preset
-from minecraft_jepa.data import clip_store
+from minecraft_jepa.data import clip_store, store_build
 from minecraft_jepa.data.checks import check_folder
-from minecraft_jepa.data.clip_store import ClipStore, DecodingStopped, default_store_dir
+from minecraft_jepa.data.clip_store import ClipStore, default_store_dir
 from minecraft_jepa.data.clips import CLIP_FORMAT, StaleStoreError
 from minecraft_jepa.data.loader import sample_windows
-from minecraft_jepa.data.recordings import Recording, RecordingError, open_recording
+from minecraft_jepa.data.recording_files import RecordingError
+from minecraft_jepa.data.recordings import Recording, open_recording
 from minecraft_jepa.data.splits import load_split
+from minecraft_jepa.data.store_build import DecodingStopped
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data"
@@ -123,7 +125,7 @@ def test_teleports_of_the_sample_are_avoided(store):
     teleports = {name: np.flatnonzero(store[name].teleported) for name in store.names}
     assert sum(map(len, teleports.values())) == 58
     for name, ticks in teleports.items():
-        starts = store.starts(name, 25, 4)
+        starts = store.window_starts(name, 25, 4)
         for tick in ticks:
             assert not ((starts - 24 <= tick) & (tick < starts + 4)).any()
         state = store[name].state
@@ -318,7 +320,7 @@ def test_killed_build_goes_on(tmp_path):
 def test_killed_decoding_process_is_told_and_the_build_goes_on(tmp_path, monkeypatch, capsys):
     for name in "abcd":
         pairs.make_pair(tmp_path / "v", name, 4)
-    decode_clip = clip_store.decode_clip
+    decode_clip = store_build.decode_clip
 
     def decode_or_die(path, *args):
         if path.stem in "cd":
@@ -327,7 +329,7 @@ def test_killed_decoding_process_is_told_and_the_build_goes_on(tmp_path, monkeyp
 
     words = ["store", str(tmp_path / "v"), str(tmp_path / "store"), "--workers", "2"]
     with monkeypatch.context() as m:
-        m.setattr(clip_store, "decode_clip", decode_or_die)
+        m.setattr(store_build, "decode_clip", decode_or_die)
         line = refused(capsys, words, "a decoding process was killed")
         assert "memory" in line
         assert "--workers 1" in line
@@ -431,7 +433,7 @@ def test_store_that_may_only_be_read_serves(tmp_path, monkeypatch):
     split.chmod(0o444)
     first = build(source, store_dir, workers=1)
     assert (store_dir / "split.json").stat().st_mode & 0o200
-    monkeypatch.setattr(clip_store, "_build_lock", lambda _: pytest.fail("locked"))
+    monkeypatch.setattr(store_build, "_build_lock", lambda _: pytest.fail("locked"))
     before = change_times(tmp_path, "*")
     assert build(source, store_dir, workers=1).folders == first.folders
     assert change_times(tmp_path, "*") == before
@@ -454,7 +456,7 @@ def test_disk_that_refuses_is_named_with_a_remedy(tmp_path, monkeypatch, capsys,
     def refuse(path, *_):
         raise OSError(code, os.strerror(code), None if error == "ENOSPC" else str(path))
 
-    monkeypatch.setattr(clip_store, "write_json", refuse)
+    monkeypatch.setattr(store_build, "write_json", refuse)
     message = rf"{os.strerror(code)}; .*MINECRAFT_JEPA_CACHE.*'{store_dir}"
     with pytest.raises(OSError, match=message):
         build(source, store_dir, workers=1)
@@ -494,7 +496,7 @@ def test_workers_are_as_many_as_cores_allowed(tmp_path, monkeypatch):
         return []
 
     monkeypatch.setattr(clip_store, "cores_allowed", lambda: 2)
-    monkeypatch.setattr(clip_store, "_decode_all", decode_all)
+    monkeypatch.setattr(store_build, "_decode_all", decode_all)
     with pytest.raises(StaleStoreError):
         build(tmp_path / "v", tmp_path / "store")
     assert num_workers == [2]
@@ -564,7 +566,7 @@ def test_last_window_ends_on_the_last_frame(tmp_path, lines):
     last_frame = list(recording.frames(FRAME.height, FRAME.width))[-1].transpose(2, 0, 1)
     assert last_frame.mean() > 120
     for rollout in (1, 3):
-        starts = store.starts("toy", 5, rollout)
+        starts = store.window_starts("toy", 5, rollout)
         assert starts.tolist() == list(range(4, NUM_FRAMES - rollout))
         frames, actions = store.window("toy", starts[-1], 5, rollout)
         assert np.array_equal(frames[-1], last_frame)
@@ -574,7 +576,7 @@ def test_last_window_ends_on_the_last_frame(tmp_path, lines):
         batches = itertools.islice(sample_windows(store, ["toy"], 5, rollout, 64, 0), 5)
         drawn = np.concatenate([pairs.ticks_of(actions) for _, actions in batches])
         assert set(drawn.flatten().tolist()) == set(range(NUM_FRAMES - 1))
-    frames, actions = store.read([("toy", 4)], 5, 1, far=NUM_FRAMES - 5)
+    frames, actions = store.read_windows([("toy", 4)], 5, 1, far=NUM_FRAMES - 5)
     assert pairs.ticks_of(actions)[0] == list(range(NUM_FRAMES - 1))
     assert np.array_equal(frames[0, -1], last_frame)
     clip = store["toy"]
@@ -589,7 +591,7 @@ def test_no_window_crosses_a_tick_without_its_action(tmp_path):
     rows[30]["yaw"] = float("nan")  # frame 30 is in no window
     store = make_toy_store(tmp_path, rows=rows)
     starts = [*range(2, 19), *range(23, 28), *range(33, 38)]
-    assert store.starts("toy", 3, 2).tolist() == starts
+    assert store.window_starts("toy", 3, 2).tolist() == starts
     assert all(np.isfinite(values).all() for values in store["toy"].state.values())
 
 
@@ -600,11 +602,11 @@ KINDS = np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint64, np.array, t
 def test_whole_numbers_of_any_type_give_the_same_windows(kind, toy_store):
     frames, actions = toy_store.window("toy", 30, 5, 2)
     window = toy_store.window("toy", kind(30), kind(5), kind(2))
-    batch = toy_store.read([("toy", kind(30))], kind(5), kind(2), kind(0))
+    batch = toy_store.read_windows([("toy", kind(30))], kind(5), kind(2), kind(0))
     for other_frames, other_actions in (window, (batch[0][0], batch[1][0])):
         assert torch.equal(other_frames, frames)
         assert torch.equal(other_actions, actions)
-    assert toy_store.runs("toy", kind(5), kind(2)) == toy_store.runs("toy", 5, 2)
+    assert toy_store.window_ranges("toy", kind(5), kind(2)) == toy_store.window_ranges("toy", 5, 2)
 
 
 @pytest.mark.parametrize(
@@ -615,9 +617,9 @@ def test_numbers_that_are_not_whole_are_refused(toy_store, value):
         lambda: toy_store.window("toy", value),
         lambda: toy_store.window("toy", 30, value),
         lambda: toy_store.window("toy", 30, 25, value),
-        lambda: toy_store.starts("toy", value),
-        lambda: toy_store.runs("toy", 25, value),
-        lambda: toy_store.read([("toy", value)]),
+        lambda: toy_store.window_starts("toy", value),
+        lambda: toy_store.window_ranges("toy", 25, value),
+        lambda: toy_store.read_windows([("toy", value)]),
         lambda: next(sample_windows(toy_store, ["toy"], 25, 1, value, 0)),
         lambda: next(sample_windows(toy_store, ["toy"], 25, 1, 4, value)),
     ):
@@ -629,9 +631,9 @@ def test_numbers_that_are_not_whole_are_refused(toy_store, value):
 def test_reading_beyond_a_recording_is_refused(toy_store, t):
     message = f"toy: no window at tick {t}; it has {NUM_FRAMES} ticks"
     with pytest.raises(IndexError, match=message):
-        toy_store.read([("toy", t)], 5, 1)
+        toy_store.read_windows([("toy", t)], 5, 1)
     with pytest.raises(KeyError, match="no clip 'nobody'"):
-        toy_store.read([("nobody", 10)], 5, 1)
+        toy_store.read_windows([("nobody", 10)], 5, 1)
 
 
 NAMES = {"long": "n" * 240, "accents": "\u00e9" * 120, "dots": "with.dots.in it", "dash": "-dash"}

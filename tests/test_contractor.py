@@ -21,7 +21,8 @@ from minecraft_jepa.data.checks import find_recordings, read_checks
 from minecraft_jepa.data.clip_store import ClipStore
 from minecraft_jepa.data.download import read_ledger
 from minecraft_jepa.data.manifest import read_manifest
-from minecraft_jepa.data.recordings import open_recording, parse_name
+from minecraft_jepa.data.recording_files import parse_name
+from minecraft_jepa.data.recordings import open_recording
 from minecraft_jepa.data.splits import load_split
 from minecraft_jepa.model.world_model import WorldModel
 from minecraft_jepa.training.pipeline import run_training

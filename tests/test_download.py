@@ -29,9 +29,10 @@ from commands import refused
 from soak import repeats
 
 from minecraft_jepa.cli import main
-from minecraft_jepa.data import transfer
+from minecraft_jepa.data import http_client, transfer
 from minecraft_jepa.data.checks import check_folder, find_recordings
 from minecraft_jepa.data.download import download_recordings, read_ledger
+from minecraft_jepa.data.http_client import DownloadError
 from minecraft_jepa.data.manifest import (
     IndexEntry,
     read_index,
@@ -39,9 +40,8 @@ from minecraft_jepa.data.manifest import (
     select_recordings,
     write_manifest,
 )
-from minecraft_jepa.data.recordings import parse_name
+from minecraft_jepa.data.recording_files import parse_name
 from minecraft_jepa.data.splits import assign_splits, load_split
-from minecraft_jepa.data.transfer import DownloadError
 from minecraft_jepa.utils import lock_folder
 
 ROOT = Path(__file__).parent.parent
@@ -631,7 +631,7 @@ def listed(server, tmp_path, entries):
 def test_proxy_that_cannot_be_used_is_named(no_proxies, name, value):
     no_proxies.setenv(name, value)
     with pytest.raises(DownloadError) as e:
-        transfer._open_client()
+        http_client.open_client()
     message = str(e.value)
     assert message.startswith(f"{name}={value}: this proxy can't be used (")
     assert "\n" not in message
@@ -642,13 +642,13 @@ def test_socks_proxy_without_its_package_names_it(no_proxies, value):
     no_proxies.setitem(sys.modules, "socksio", None)
     no_proxies.setenv("ALL_PROXY", value)
     with pytest.raises(DownloadError, match=r"^ALL_PROXY=socks5.*pip install 'httpx\[socks\]'"):
-        transfer._open_client()
+        http_client.open_client()
 
 
 def test_no_password_of_a_proxy_is_shown(no_proxies):
     no_proxies.setenv("HTTPS_PROXY", "http://me:secret@proxy:port")
     with pytest.raises(DownloadError, match=r"HTTPS_PROXY=http://\.\.\.@proxy:port") as e:
-        transfer._open_client()
+        http_client.open_client()
     assert "secret" not in str(e.value)
 
 
@@ -657,20 +657,20 @@ def test_no_proxy_that_cannot_be_read_is_named(no_proxies, value):
     no_proxies.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     no_proxies.setenv("NO_PROXY", value)
     with pytest.raises(DownloadError) as e:
-        transfer._open_client()
+        http_client.open_client()
     assert str(e.value).startswith(f"NO_PROXY={value}: can't be read")
 
 
 def test_proxy_that_is_never_asked_may_be_wrong(no_proxies):
     no_proxies.setenv("HTTP_PROXY", "http://proxy:port")
     no_proxies.setenv("NO_PROXY", "*")
-    transfer._open_client().close()
+    http_client.open_client().close()
 
 
 def test_certificates_that_are_not_there_are_named(no_proxies, tmp_path):
     no_proxies.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
     with pytest.raises(DownloadError, match=r"SSL_CERT_FILE=.*none\.pem"):
-        transfer._open_client()
+        http_client.open_client()
 
 
 def test_fetch_and_index_name_the_proxy(no_proxies, server, tmp_path, capsys):
@@ -1071,4 +1071,4 @@ def test_manifest_that_does_not_go_with_the_call_is_named(tmp_path):
     ],
 )
 def test_address_that_can_be_is_taken(address):
-    assert transfer._address_fault(address) == ""
+    assert http_client.find_address_fault(address) == ""

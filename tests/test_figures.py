@@ -91,7 +91,7 @@ def test_shipped_weights_are_what_their_card_says():
 
     The figures, and so the README's table, are those of the evaluation beside them.
     """
-    from minecraft_jepa.data.recordings import session_of
+    from minecraft_jepa.data.recording_files import session_of
     from minecraft_jepa.model.world_model import WorldModel
 
     folder = ROOT / "data/weights/tiny"

@@ -39,7 +39,7 @@ def test_samples_are_whole_windows_of_one_clip():
     assert torch.equal(frames[:, :, 0, 0, 0], (t[:, None] + torch.arange(3)).byte())
 
     # All windows are drawn and nothing else, each clip as often as it has windows.
-    starts_a, starts_b = clips.starts("a", 5, 2), clips.starts("b", 5, 2) + 100
+    starts_a, starts_b = clips.window_starts("a", 5, 2), clips.window_starts("b", 5, 2) + 100
     assert set(t.int().tolist()) == {*starts_a.tolist(), *starts_b.tolist()}
     fraction_b = len(starts_b) / (len(starts_a) + len(starts_b))
     assert (t >= 100).float().mean().item() == pytest.approx(fraction_b, abs=0.04)
@@ -69,9 +69,9 @@ def test_whole_numbers_of_any_type_give_the_same_batches(kind, store):
 def test_few_windows_to_validate_on_serve_from_shards_as_from_a_store(shards):
     """Fewer than are evaluated: from a store some are drawn twice."""
     windows = ShardWindows(shards, 25, 16, 128, 0, HELD_OUT, even=False, rank=0, world=1)
-    frames, actions = loader._fixed_windows(shards, HELD_OUT, 25, 8, 5000, 0)
+    frames, actions = loader.fixed_windows(shards, HELD_OUT, 25, 8, 5000, 0)
     assert len(frames) == len(actions) == 5000
-    assert sum(map(len, windows.starts)) < 5000
+    assert sum(map(len, windows.window_starts)) < 5000
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
@@ -80,7 +80,7 @@ def test_the_position_in_shards_is_carried_through_epochs(shards, world):
 
     def batches_from(step):
         batch, rank = 40 * world, world - 1
-        return loader._window_batches(shards, TRAIN, 25, 2, batch, 0, step, rank, world)
+        return loader.window_batches(shards, TRAIN, 25, 2, batch, 0, step, rank, world)
 
     all_actions = [actions for _, actions in itertools.islice(batches_from(0), 14)]
     for step in (1, 3, 6, 9, 13):
@@ -91,4 +91,4 @@ def test_the_position_in_shards_is_carried_through_epochs(shards, world):
 def test_an_epoch_without_a_batch_is_an_error(shards):
     message = "no batch of 5000 for each of 2 readers; take a smaller batch"
     with pytest.raises(ShardError, match=message):
-        next(loader._window_batches(shards, TRAIN, 25, 2, 10_000, 0, 0, 0, 2))
+        next(loader.window_batches(shards, TRAIN, 25, 2, 10_000, 0, 0, 0, 2))

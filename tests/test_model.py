@@ -618,10 +618,10 @@ def test_equal_encoders_are_saved_once(tmp_path):
         WorldModel.from_pretrained(tmp_path, preset("small"))
 
 
-def test_save_adopted_writes_what_adopt_teacher_would_leave(tmp_path):
+def test_save_with_target_encoder_writes_what_copying_it_would_leave(tmp_path):
     model = perturbed(WorldModel(smallest())).eval()
     before = copy.deepcopy(model.state_dict())
-    model.save_adopted(tmp_path / "adopted")
+    model.save_with_target_encoder(tmp_path / "adopted")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     model.copy_target_to_encoder()
     model.save_pretrained(tmp_path / "expected")

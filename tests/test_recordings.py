@@ -17,18 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from soak import repeats
 
-from minecraft_jepa.data import checks, recordings
+from minecraft_jepa.data import checks
 from minecraft_jepa.data.actions import ACTION_NAMES, CURSOR, NOOP
 from minecraft_jepa.data.checks import check_folder, check_recording, find_recordings, read_checks
-from minecraft_jepa.data.recordings import (
-    RecordingError,
-    draw_cursor,
-    find_pair,
-    open_recording,
-    parse_name,
-    session_of,
-)
+from minecraft_jepa.data.lines import STATE_FIELDS
+from minecraft_jepa.data.recording_files import RecordingError, find_pair, parse_name, session_of
+from minecraft_jepa.data.recordings import open_recording
 from minecraft_jepa.data.splits import SPLITS, assign_splits, load_split
+from minecraft_jepa.data.video import draw_cursor
 from minecraft_jepa.utils import cache_root
 
 DATA = Path(__file__).parent.parent / "data"
@@ -448,7 +444,7 @@ def test_frames_are_rgb_and_area_averaged():
 def test_bundled_recordings_are_whole(name):
     recording = open_recording(DATA / name)
     assert len(recording) == (600 if int(name[6:9]) <= 348 else 240)
-    assert set(recording.state) == set(recordings.STATE_FIELDS)
+    assert set(recording.state) == set(STATE_FIELDS)
     assert (DATA / f"{name}.jsonl").read_bytes().count(b"\n") == len(recording)
     yaw_change = (np.diff(recording.state["yaw"]) + 180) % 360 - 180
     gui_open = recording.state["isGuiOpen"].astype(bool)  # then the mouse moves the cursor
@@ -629,7 +625,7 @@ def test_number_that_is_none_is_a_gap(tmp_path, field, value):
     path = pairs.make_pair(tmp_path, "toy", FRAMES, rows=rows)
     recording = open_recording(path)
     assert np.flatnonzero(recording.teleported).tolist() == [19, 20]
-    assert set(recording.state) == set(recordings.STATE_FIELDS)
+    assert set(recording.state) == set(STATE_FIELDS)
     assert all(np.isfinite(v).all() for v in recording.state.values())
     assert any("line 21" in r for r in remarks(path))
     assert check_recording(path)["gaps"] == 2

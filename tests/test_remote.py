@@ -14,14 +14,9 @@ from minecraft_jepa.data import checks
 from minecraft_jepa.data.checks import CHECKS_FILE, check_folder, find_recordings, read_checks
 from minecraft_jepa.data.splits import load_split
 from minecraft_jepa.training import remote
-from minecraft_jepa.training.remote import (
-    MIB,
-    join_weights,
-    pack,
-    split_weights,
-    unpack,
-    write_model_card,
-)
+from minecraft_jepa.training.model_card import write_model_card
+from minecraft_jepa.training.packing import MIB, pack, unpack
+from minecraft_jepa.training.weight_parts import join_weights, split_weights
 
 NAMES = [name_of(player) for player in ("a", "b", "c", "d", "e")]
 WHOLE_NAMES, BROKEN_NAME = NAMES[:4], NAMES[4]

@@ -23,13 +23,8 @@ from minecraft_jepa.config import preset
 from minecraft_jepa.data import shard_reader, shards
 from minecraft_jepa.data.clip_store import ClipStore
 from minecraft_jepa.data.clips import contiguous_runs
-from minecraft_jepa.data.shard_reader import (
-    ShardWindows,
-    assign_evenly,
-    shuffle_windows,
-    some_windows,
-    stride_windows,
-)
+from minecraft_jepa.data.shard_order import assign_evenly, shuffle_windows, stride_windows
+from minecraft_jepa.data.shard_reader import ShardWindows, some_windows
 from minecraft_jepa.data.shards import ShardError, cut_segments, segment_starts, write_shards
 
 DATA = Path(__file__).parent.parent / "data"
@@ -63,7 +58,7 @@ def window_key(actions):
 
 
 def count_store_windows(store, names):
-    windows = [(name, t) for name in names for t in store.starts(name, TICKS, ROLLOUT)]
+    windows = [(name, t) for name in names for t in store.window_starts(name, TICKS, ROLLOUT)]
     return Counter(window_key(store.window(*window, TICKS, ROLLOUT)[1]) for window in windows)
 
 
@@ -193,13 +188,13 @@ def test_goes_on_in_mid_epoch(written, workers, stop):
 
 
 def test_going_on_fetches_only_what_is_needed(written, monkeypatch):
-    fetched, fetch = [], shard_reader._SegmentFetcher.fetch
+    fetched, fetch = [], shard_reader.SegmentFetcher.fetch
 
     def fetch_and_note(self, index, *args):
         fetched.append(index)
         return fetch(self, index, *args)
 
-    monkeypatch.setattr(shard_reader._SegmentFetcher, "fetch", fetch_and_note)
+    monkeypatch.setattr(shard_reader.SegmentFetcher, "fetch", fetch_and_note)
     windows = shard_windows(written)
     windows.resume(0, windows.batches()[0] - 1)
     assert len(list(windows)) == 1
@@ -245,7 +240,7 @@ def test_pixels_are_those_of_the_store(store, tmp_path, quality, min_psnr):
     name = NAMES[1]
     write_shards(store, tmp_path, names=[name], length=300, quality=quality, progress=False)
     frames_by_key = {}
-    for t in store.starts(name, TICKS, ROLLOUT):
+    for t in store.window_starts(name, TICKS, ROLLOUT):
         frames, actions = store.window(name, t, TICKS, ROLLOUT)
         frames_by_key[window_key(actions)] = frames.float()
     errors = [
@@ -476,7 +471,7 @@ def test_last_window_ends_on_the_last_frame(tmp_path, lines, length):
         by_first_tick = {pairs.ticks_of(a)[0]: frames for frames, a in windows}
         num_windows = NUM_FRAMES - 4 - rollout
         assert len(windows) == len(by_first_tick) == num_windows
-        assert len(store.starts("toy", 5, rollout)) == num_windows
+        assert len(store.window_starts("toy", 5, rollout)) == num_windows
         frames = by_first_tick[NUM_FRAMES - 5 - rollout]
         store_frames, _ = store.window("toy", NUM_FRAMES - 1 - rollout, 5, rollout)
         assert torch.equal(frames, store_frames)

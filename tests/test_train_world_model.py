@@ -27,8 +27,9 @@ from minecraft_jepa.training import train_decoders as decoder_training
 from minecraft_jepa.training import train_world_model as world_model_training
 from minecraft_jepa.training.checkpoints import find_checkpoint
 from minecraft_jepa.training.train_decoders import train_decoders
-from minecraft_jepa.training.train_world_model import error_ratio_to_copy, train_world_model
+from minecraft_jepa.training.train_world_model import train_world_model
 from minecraft_jepa.training.trainer import CollapseError
+from minecraft_jepa.training.validation import error_ratio_to_copy
 
 
 def train(data, folder=None, start=None, seed=0, **changes):
@@ -163,7 +164,7 @@ def test_the_best_model_is_given_with_a_folder_and_without(
     monkeypatch.setattr(world_model_training, "error_ratio_to_copy", lambda row: row["step"])
     folder = tmp_path if with_folder else None
     model, history = train_small(store, folder, steps=4, evaluate_every=2, lr=0.1)
-    windows = loader._fixed_windows(store, HELD_OUT, 5, 8, 16, 0)
+    windows = loader.fixed_windows(store, HELD_OUT, 5, 8, 16, 0)
     errors = world_model_training.validate(model, *windows)[0]["model"]
     assert np.allclose(errors, history[1]["model"], rtol=1e-3)
     assert not np.allclose(errors, history[3]["model"], rtol=1e-2)
@@ -184,10 +185,10 @@ def test_error_relative_to_copying_where_it_is_not_defined():
 def test_equal_frames_in_validation_are_told_by_name(store):
     class BlackStore(ClipStore):
         def read(self, *args, **kwargs):
-            frames, actions = super().read(*args, **kwargs)
+            frames, actions = super().read_windows(*args, **kwargs)
             return torch.zeros_like(frames), actions
 
-    black_store = BlackStore(store.folders, store.about)
+    black_store = BlackStore(store.folders, store.metadata)
     message = f"validation recordings {HELD_OUT[0]}: all windows begin with the same picture"
     with pytest.raises(ValueError, match=message):
         train_small(black_store)
@@ -241,11 +242,11 @@ def test_every_parameter_that_learns_has_a_task(store, monkeypatch, changes):
     """Without one, several processes end at the second step."""
     without_gradient, trained = [], []
 
-    def backward_once(job, *_):
-        job.module(*next(job.batches(0, 0, 1)))["loss"].backward()
-        parameters = job.module.named_parameters()
+    def backward_once(task, *_):
+        task.module(*next(task.make_batches(0, 0, 1)))["loss"].backward()
+        parameters = task.module.named_parameters()
         without_gradient.extend(n for n, p in parameters if p.requires_grad and p.grad is None)
-        trained.append(job.what)
+        trained.append(task.name)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(world_model_training, "fit", backward_once)

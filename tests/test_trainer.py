@@ -29,9 +29,9 @@ from training_runs import (
 
 from minecraft_jepa.config import preset
 from minecraft_jepa.data import loader
+from minecraft_jepa.training import learner, time_budget
 from minecraft_jepa.training import train_decoders as decoder_training
 from minecraft_jepa.training import train_world_model as world_model_training
-from minecraft_jepa.training import trainer
 from minecraft_jepa.training.train_decoders import train_decoders
 
 
@@ -99,10 +99,10 @@ def test_killed_between_the_last_step_and_the_final_files_no_step_is_done_again(
 ):
     model, _ = train_small(store, steps=2, evaluate_every=2)
     with monkeypatch.context() as m:
-        interrupt(m, decoder_training, "_save_on_main_process")
+        interrupt(m, decoder_training, "save_on_main_process")
         with pytest.raises(KeyboardInterrupt):
             train_decoders(model, store, TRAIN, steps=5, folder=tmp_path)
-    interrupt(monkeypatch, trainer, "optimizer_step")  # no step is taken any more
+    interrupt(monkeypatch, learner, "optimizer_step")  # no step is taken any more
     _, _, history = train_decoders(model, store, TRAIN, steps=5, folder=tmp_path)
     assert len(history) == 5
     assert set(weights(tmp_path)) == {"dit.safetensors", "head.safetensors"}
@@ -119,7 +119,7 @@ def test_batch_that_cannot_be_cut_is_refused():
 
     problem = "batch=8 can't be cut into 3 processes x 1 parts; choose a multiple of 3"
     with pytest.raises(ValueError, match=problem):
-        trainer._check_batch_size("batch=8", 8, preset("tiny").train, ThreeProcesses)
+        learner.check_batch_size("batch=8", 8, preset("tiny").train, ThreeProcesses)
 
 
 def test_error_in_the_reader_reaches_the_loop(store, monkeypatch):
@@ -128,9 +128,9 @@ def test_error_in_the_reader_reaches_the_loop(store, monkeypatch):
         raise OSError("the disk is gone")
 
     def window_batches(data, names, *args):
-        return broken_batches() if names == TRAIN else loader._window_batches(data, names, *args)
+        return broken_batches() if names == TRAIN else loader.window_batches(data, names, *args)
 
-    monkeypatch.setattr(world_model_training, "_window_batches", window_batches)
+    monkeypatch.setattr(world_model_training, "window_batches", window_batches)
     with pytest.raises(OSError, match="the disk is gone"):
         train_small(store, steps=3)
 
@@ -147,13 +147,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(store, tmp_path, monkeypa
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(store, tmp_path, monkeypatch):
-    backward, num_calls = trainer._backward, itertools.count(1)
+    backward, num_calls = learner._backward, itertools.count(1)
 
     def backward_with_nan(*args):
         numbers = backward(*args)
         return numbers | {"loss": math.nan} if next(num_calls) == 2 else numbers
 
-    monkeypatch.setattr(trainer, "_backward", backward_with_nan)
+    monkeypatch.setattr(learner, "_backward", backward_with_nan)
     _, history = train_small(store, tmp_path, steps=4, evaluate_every=4)
     assert [row["step"] for row in history] == [1, 3, 4]
     assert all(math.isfinite(row["loss"]) for row in history)
@@ -198,12 +198,12 @@ def test_time_is_counted_over_a_kill(store, tmp_path, monkeypatch):
     elapsed = [row["elapsed"] for row in rows]
     assert elapsed == sorted(elapsed)
 
-    spent, last_step = [], trainer._TimeBudget.last_step
+    spent, last_step = [], time_budget.TimeBudget.last_step
 
     def last_step_and_note(self, *args):
         spent.append(self.spent())
         return last_step(self, *args)
 
-    monkeypatch.setattr(trainer._TimeBudget, "last_step", last_step_and_note)
+    monkeypatch.setattr(time_budget.TimeBudget, "last_step", last_step_and_note)
     train_small(store, tmp_path, minutes=elapsed[-1] / 60, **changes)  # all is spent: it ends
     assert spent[0] > elapsed[-1]

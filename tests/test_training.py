@@ -23,7 +23,7 @@ from training_runs import (
 
 from minecraft_jepa.cli import _option_of, main
 from minecraft_jepa.config import preset
-from minecraft_jepa.training import checkpoints, pipeline
+from minecraft_jepa.training import pipeline, run_lock
 from minecraft_jepa.training.train_world_model import train_world_model
 
 
@@ -112,7 +112,7 @@ def test_cuda_without_a_gpu_is_told_as_the_notebooks_tell_it(
 
 
 def test_the_same_run_started_twice_is_told(few, tmp_path, capsys):
-    lock = checkpoints._FolderLock(tmp_path / "out")
+    lock = run_lock.FolderLock(tmp_path / "out")
     words = command(few, tmp_path / "out")
     refused(capsys, words, f"a run is at work here already .process {os.getpid()} on ")
     lock.release()
@@ -121,7 +121,7 @@ def test_the_same_run_started_twice_is_told(few, tmp_path, capsys):
 def test_a_run_goes_on_with_the_recordings_it_began_with(few, tmp_path, monkeypatch, capsys):
     out, words = tmp_path / "out", command(few, tmp_path / "out")
     with monkeypatch.context() as m:
-        interrupt(m, pipeline, "_train_decoders")
+        interrupt(m, pipeline, "train_decoders_and_keep_checkpoint")
         assert main(words) == 1
         assert "stopped; the same command goes on" in capsys.readouterr().err
     assert (out / "world_model.done").is_file()
@@ -149,7 +149,7 @@ def test_another_seed_or_recipe_in_the_same_folder_is_refused_by_name(
             spoil_gradients(m, {3, 4, 5, 6, 7, 8})
             words = command(few, out, steps=9)
         if when == "half done":
-            interrupt(m, pipeline, "_train_decoders")
+            interrupt(m, pipeline, "train_decoders_and_keep_checkpoint")
         assert main(words) == (0 if when.startswith("all done") else 1)
     if when.endswith("version"):
         (out / "run.json").unlink()

@@ -19,7 +19,7 @@ from minecraft_jepa.config import preset
 from minecraft_jepa.data.clip_store import ClipStore, cache_dir
 from minecraft_jepa.data.shards import write_shards
 from minecraft_jepa.data.splits import load_split
-from minecraft_jepa.training import distributed, trainer
+from minecraft_jepa.training import distributed, learner
 from minecraft_jepa.training import train_world_model as world_model_training
 from minecraft_jepa.training.train_decoders import train_decoders
 from minecraft_jepa.training.train_world_model import train_world_model
@@ -51,7 +51,7 @@ TINY = SMALL | {
     "min_rank_fraction": 0.0,
     "min_latent_std": 0.0,
 }
-world_model_training._NUM_VALIDATION_WINDOWS = 16  # fewer, so that an evaluation is quick
+world_model_training.NUM_VALIDATION_WINDOWS = 16  # fewer, so that an evaluation is quick
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["minecraft_jepa.training.pipeline", "pytest"])
@@ -104,14 +104,14 @@ def run_calls(calls, log, environment, kill_at):
     os.dup2(descriptor, 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    descend, num_calls = trainer.optimizer_step, itertools.count(1)
+    descend, num_calls = learner.optimizer_step, itertools.count(1)
 
     def descend_or_die(*args):
         if next(num_calls) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return descend(*args)
 
-    trainer.optimizer_step = descend_or_die
+    learner.optimizer_step = descend_or_die
     for function, *args in calls:
         function(*args)
     distributed.shutdown_distributed()
@@ -176,7 +176,7 @@ def all_finite(folder):
 
 def spoil_gradients(monkeypatch, calls, value=float("inf")):
     """One element of a gradient gets `value`, in these calls of the backward pass."""
-    backward, num_calls = trainer._backward, itertools.count(1)
+    backward, num_calls = learner._backward, itertools.count(1)
 
     def backward_and_spoil(accelerator, model, *args):
         numbers = backward(accelerator, model, *args)
@@ -185,7 +185,7 @@ def spoil_gradients(monkeypatch, calls, value=float("inf")):
             parameter.grad.view(-1)[0] = value
         return numbers
 
-    monkeypatch.setattr(trainer, "_backward", backward_and_spoil)
+    monkeypatch.setattr(learner, "_backward", backward_and_spoil)
 
 
 def interrupt(monkeypatch, module, name):
@@ -199,7 +199,7 @@ def interrupt(monkeypatch, module, name):
 
 def train_until(store, folder, step, monkeypatch, minutes=None, **changes):
     """Train with `TINY | changes`, interrupted in a step."""
-    descend, num_calls = trainer.optimizer_step, itertools.count(1)
+    descend, num_calls = learner.optimizer_step, itertools.count(1)
 
     def descend_or_stop(*args):
         if next(num_calls) == step:
@@ -207,6 +207,6 @@ def train_until(store, folder, step, monkeypatch, minutes=None, **changes):
         return descend(*args)
 
     with monkeypatch.context() as m:
-        m.setattr(trainer, "optimizer_step", descend_or_stop)
+        m.setattr(learner, "optimizer_step", descend_or_stop)
         with pytest.raises(KeyboardInterrupt):
             train_small(store, folder, minutes, **changes)

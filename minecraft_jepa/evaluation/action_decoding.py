@@ -115,7 +115,7 @@ def encode_pairs(look, store, names, gap, most, random):
         Latents of frames t and of frames t+gap, (b, n, d) each, and keys and camera between them,
         as `action_targets` returns them.
     """
-    starts = [(name, t) for name in names for t in store.starts(name, 1, gap)]
+    starts = [(name, t) for name in names for t in store.window_starts(name, 1, gap)]
     starts = [starts[i] for i in sorted(random.permutation(len(starts))[:most])]
 
     def encode(offset):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..data.checks import find_recordings
-from ..data.recordings import session_of
+from ..data.recording_files import session_of
 from ..data.splits import load_split
 
 # %% ../../nbs/evaluation/01_windows.ipynb #3292eec3
@@ -37,7 +37,7 @@ def window_starts(store, name, ticks, horizon, windows_per_recording):
     Raises:
         ValueError: if the recording has no such window.
     """
-    starts = store.starts(name, max(ticks, 2), horizon)
+    starts = store.window_starts(name, max(ticks, 2), horizon)
     if not len(starts):
         raise ValueError(
             f"{name}: {_no_window(ticks, horizon)}; use longer recordings or a smaller horizon"
@@ -64,7 +64,7 @@ def recordings_with_window(store, names, ticks, horizon):
     Returns:
         Those of `names` with at least one window, in the same order.
     """
-    return [name for name in names if len(store.starts(name, max(ticks, 2), horizon))]
+    return [name for name in names if len(store.window_starts(name, max(ticks, 2), horizon))]
 
 # %% ../../nbs/evaluation/01_windows.ipynb #a621a655
 def excluded_recordings(store, names, ticks, horizon):
@@ -232,7 +232,7 @@ def probe_recordings(store, names, splits=None):
     else:
         chosen = _deal_thirds(names)
     for side in ("train", "validation"):
-        chosen[side] = [name for name in chosen[side] if len(store.starts(name, 2, 4))]
+        chosen[side] = [name for name in chosen[side] if len(store.window_starts(name, 2, 4))]
     if not chosen["train"] or not chosen["validation"]:
         print(
             "probes and action decoders are left out: no recording is left for them to learn "

@@ -29,7 +29,7 @@ class PretrainedModel(nn.Module):
             folder: made if missing.
             dtype: type of the saved weights. torch.float16 halves the file; None keeps them.
         """
-        self._write(folder, self._saved_state(), dtype)
+        self._write(folder, self.state_to_save(), dtype)
 
     @classmethod
     def from_pretrained(cls, folder, config=None):
@@ -65,7 +65,7 @@ class PretrainedModel(nn.Module):
         with atomic_path(folder / "config.json") as tmp_path:
             tmp_path.write_text(config)
 
-    def _saved_state(self):
+    def state_to_save(self):
         """Tensors by clean name. FSDP shards are gathered, which all processes have to join."""
         state = clean_names(self.state_dict())
         return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}

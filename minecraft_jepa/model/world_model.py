@@ -71,20 +71,20 @@ class TargetEncoderMixin(PretrainedModel):
                 state[name] = tensor
         self._load_checked(state, Path(folder) / self.file)
 
-    def save_adopted(self, folder):
+    def save_with_target_encoder(self, folder):
         """Save the network as `copy_target_to_encoder` would leave it, without changing it.
 
         Args:
             folder: made if missing.
         """
-        self._write(folder, self._saved_state(from_target=True))
+        self._write(folder, self.state_to_save(from_target=True))
 
-    def _saved_state(self, from_target=False):
+    def state_to_save(self, from_target=False):
         """Tensors to save, with one encoder where encoder and target encoder are equal.
 
         With `from_target` the target encoder's weights are saved as the encoder's.
         """
-        state = super()._saved_state()
+        state = super().state_to_save()
         target = _target_state(state)
         shared = {k: v for k, v in state.items() if not k.startswith("target_encoder.")}
         if from_target:

@@ -39,7 +39,7 @@ from minecraft_jepa.config import (
     Train,
     load_config,
 )
-from .utils import _unknown
+from .utils import did_you_mean
 
 # %% ../nbs/90_cli.ipynb #e38acad0
 class WrongUse(Exception):
@@ -98,8 +98,8 @@ class DownloadCommand:
         """Write the manifest where an index is given, then fetch. Fails where nothing is usable."""
         from minecraft_jepa.data.checks import read_checks
         from minecraft_jepa.data.download import _reasons, download_recordings
+        from minecraft_jepa.data.http_client import DownloadError
         from minecraft_jepa.data.manifest import read_index, select_recordings, write_manifest
-        from minecraft_jepa.data.transfer import DownloadError
 
         if self.index:
             entries = [entry for index in self.index for entry in read_index(index)]
@@ -152,7 +152,7 @@ class StoreCommand:
         store = ClipStore.build(
             self.recordings, frame, self.store, progress=self.progress, workers=self.workers
         )
-        ticks = sum(about["ticks"] for about in store.about.values())
+        ticks = sum(about["ticks"] for about in store.metadata.values())
         size = sum(file.stat().st_size for file in self.store.rglob("*.npy"))
         print(
             f"{self.store}: {len(store.names)} clips, {ticks / 72_000:.2f} hours, "
@@ -279,7 +279,7 @@ class RemotePackCommand:
 
     def run(self):
         """Pack, and list the parts."""
-        from minecraft_jepa.training.remote import MIB, pack
+        from minecraft_jepa.training.packing import MIB, pack
 
         for part in pack(self.recordings, self.parts, int(self.limit * MIB), self.wheel):
             print(f"{part}  {part.stat().st_size / MIB:.1f} MiB")
@@ -319,7 +319,7 @@ class RemoteBringCommand:
 
     def run(self):
         """Bring them, and say so."""
-        from minecraft_jepa.training.remote import join_weights
+        from minecraft_jepa.training.weight_parts import join_weights
 
         join_weights(self.parts, self.target)
         print(
@@ -339,7 +339,7 @@ def _held(hold, actions, history):
 
     known = ["nothing", "left", "right", "up", "down", *ACTION_NAMES]
     if hold not in known:
-        raise WrongUse(_unknown("action to hold", hold, known))
+        raise WrongUse(did_you_mean("action to hold", hold, known))
     past = actions[: history - 1]
     held = torch.from_numpy(constant_actions(hold, len(actions) - len(past)))
     return torch.cat([past, held.to(past.dtype)])
@@ -805,7 +805,7 @@ def _split_words(words):
         known = [name for name in COMMANDS if name.startswith(words[0])]
         raise WrongUse(f"give one of {', '.join(known)}")
     wrong = " ".join(words[:2]) if words[0] in groups else words[0]
-    raise WrongUse(_unknown("command", wrong, list(COMMANDS)))
+    raise WrongUse(did_you_mean("command", wrong, list(COMMANDS)))
 
 
 def _is_told(error):

@@ -267,7 +267,7 @@ def test_dependencies_are_those_imported():
     )
     game = [*(PACKAGE / "game").glob("*.py")]
     # the runner needs papermill, and is for a clone with `dev`
-    in_a_clone = ("study", "outputs", "play_widget")
+    in_a_clone = ("study", "outputs", "widget")
     modules = [p for p in MODULES if p.stem not in in_a_clone and p not in game]
     assert needed(game) - runtime == packages(PROJECT["optional-dependencies"]["luanti"])
     shown = {"ipykernel"}  # IPython shows a figure where a notebook runs, and nowhere else

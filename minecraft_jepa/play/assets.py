@@ -16,7 +16,7 @@ import torch
 
 from ..data.checks import find_recordings
 from ..data.clip_store import ClipStore
-from ..data.recordings import RecordingError
+from ..data.recording_files import RecordingError
 from ..evaluation.windows import unseen_recordings, window_starts
 from ..model.decoders import DiT, RegressionHead
 from ..model.world_model import WorldModel

@@ -7,9 +7,7 @@ __all__ = ['MAX_REWIND_TICKS', 'check_action', 'Dream', 'replay']
 
 # %% ../../nbs/play/04_dream.ipynb #8301e5bf
 import os
-import tempfile
 from collections import deque
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from minecraft_jepa.data.actions import (
 )
 from ..data.recordings import open_recording
 from .images import read_image
-from .trajectory import Trajectory, save_film, save_pair
+from .trajectory import Trajectory
 from ..utils import whole_number
 
 # %% ../../nbs/play/04_dream.ipynb #171953ef

@@ -9,15 +9,11 @@ __all__ = ['Session']
 import math
 import time
 
-import numpy as np
-from PIL import Image
-
 from ..data.actions import NOOP
 from .images import read_image
 from .latent_bank import CORRECTIONS
 from minecraft_jepa.play.messages import (
     Refused,
-    picture_url,
 )
 from .reality import Reality, find_game
 from .session_messages import MAX_FRAMES_IN_FLIGHT, SessionMessages

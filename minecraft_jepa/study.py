@@ -364,7 +364,7 @@ def _beside_shipped(out_dir, notebooks):
         print(f"not set beside the shipped weights: {e}")
         return
     comparison = compare_with_shipped(yours, shipped)
-    message = comparison["told"]
+    message = comparison["summary"]
     print(f"\nyours beside the shipped weights (three hours of two cores): {message}")
     columns = ("yours", "shipped", "threshold")
     print(f"  {'':<52}" + "".join(f"{column:>9}" for column in columns))

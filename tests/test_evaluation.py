@@ -86,7 +86,7 @@ class Panoramas:
     def __getitem__(self, name):
         return self.clips[name]
 
-    def starts(self, name, ticks=25, rollout=1):
+    def window_starts(self, name, ticks=25, rollout=1):
         return np.arange(ticks - 1, len(self.clips[name].frames) - rollout)
 
 

@@ -433,7 +433,7 @@ class PlayCommand:
         _need_folders(self.data, self.weights)
         if not (0 <= self.port < 2**16 and 0 < self.pages <= 64):
             raise WrongUse("--port is from 0 to 65535, --pages from 1 to 64")
-        from minecraft_jepa.agent.play import run_page
+        from minecraft_jepa.play.page import run_page
 
         folders = str(self.data), str(self.weights), str(self.out)
         run_page(*folders, self.host, self.port, self.pages, self.open)

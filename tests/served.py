@@ -8,7 +8,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from minecraft_jepa.agent import play
+from minecraft_jepa.play import page
 
 ROOT = Path(__file__).parent.parent
 NAMES = (
@@ -30,8 +30,8 @@ def copy_recordings(folder):
 @contextlib.contextmanager
 def running(assets, folder, **options):
     """Serve in a thread of its own: gives the address and the Server."""
-    taken, ready, box = play.take_port("127.0.0.1", 0), threading.Event(), {}
-    app = play.make_app(assets, folder, **options)
+    taken, ready, box = page.take_port("127.0.0.1", 0), threading.Event(), {}
+    app = page.make_app(assets, folder, **options)
 
     async def go():
         runner = web.AppRunner(app)
@@ -46,7 +46,7 @@ def running(assets, folder, **options):
     thread.start()
     assert ready.wait(30)
     try:
-        yield play.page_url(taken, "127.0.0.1"), app[play.SERVER]
+        yield page.page_url(taken, "127.0.0.1"), app[page.SERVER]
     finally:
         box["loop"].call_soon_threadsafe(box["stop"].set)
         thread.join(30)

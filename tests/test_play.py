@@ -24,14 +24,18 @@ import torch
 from PIL import Image
 from served import NAMES, copy_recordings, running
 
-from minecraft_jepa.agent import play, play_session
-from minecraft_jepa.agent.dream import Dream, read_image, replay, save_film, save_pair
-from minecraft_jepa.agent.play_assets import PlayAssets
-from minecraft_jepa.agent.play_messages import Refused, unpack_frame
-from minecraft_jepa.agent.play_session import Session
 from minecraft_jepa.cli import main
 from minecraft_jepa.data.actions import NOOP
 from minecraft_jepa.data.recordings import open_recording
+from minecraft_jepa.play import page as play_page
+from minecraft_jepa.play import session as play_session
+from minecraft_jepa.play import session_messages
+from minecraft_jepa.play.assets import PlayAssets
+from minecraft_jepa.play.dream import Dream, replay
+from minecraft_jepa.play.images import read_image
+from minecraft_jepa.play.messages import Refused, unpack_frame
+from minecraft_jepa.play.session import Session
+from minecraft_jepa.play.trajectory import save_film, save_pair
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "data/weights/tiny"
@@ -184,7 +188,7 @@ def test_nothing_half_written_is_left_by_a_save_that_fails(dream, tmp_path, monk
     def fails(*_):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("minecraft_jepa.agent.dream.os.replace", fails)
+    monkeypatch.setattr("minecraft_jepa.play.trajectory.os.replace", fails)
     with pytest.raises(OSError, match="disk is full"):
         save_pair(dream.trajectory, tmp_path / "x")
     assert not list(tmp_path.iterdir())
@@ -502,7 +506,7 @@ def test_ten_megabytes_close_the_page_and_nothing_else(server, text):
 def test_who_sends_nothing_but_nonsense_is_put_out(server):
     async def send():
         async with opened(server[0]) as page:
-            for _ in range(play.MAX_REFUSALS + 5):
+            for _ in range(play_page.MAX_REFUSALS + 5):
                 with contextlib.suppress(ConnectionError):
                     await page.socket.send_str("nonsense")
             while not page.socket.closed:
@@ -637,8 +641,8 @@ def test_the_page_loads_nothing_from_elsewhere(server):
 @pytest.mark.parametrize(
     "path",
     [
-        "saved/../play.py",
-        "saved/%2e%2e%2fplay.py",
+        "saved/../page.py",
+        "saved/%2e%2e%2fpage.py",
         "saved/dream-1.py",
         "saved/dream-1.gif",
         "saved/dream-..%2f1.gif",
@@ -793,7 +797,7 @@ def test_a_late_session_does_not_hurry_afterwards(assets, tmp_path):
 
 def test_commands_in_a_flood_are_refused(assets, tmp_path):
     session = Session(assets, tmp_path)
-    for _ in range(play_session.MAX_WAITING_COMMANDS):
+    for _ in range(session_messages.MAX_WAITING_COMMANDS):
         session.receive('{"type": "sharpen"}')
     with pytest.raises(Refused, match="waiting"):
         session.receive('{"type": "sharpen"}')
@@ -836,7 +840,8 @@ class FakeGame:
 def game(monkeypatch, assets):
     env = pytest.importorskip("minecraft_jepa.game.env", exc_type=ImportError)
     monkeypatch.setattr(env, "LuantiEnv", FakeGame)
-    monkeypatch.setattr(play_session, "find_game", lambda: (True, ""))
+    for module in (play_session, session_messages):
+        monkeypatch.setattr(module, "find_game", lambda: (True, ""))
     FakeGame.made.clear()
     yield FakeGame.made
     if assets.game.locked():  # a test that failed

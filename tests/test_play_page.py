@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from served import ROOT, copy_recordings, running
 
-from minecraft_jepa.agent.dream import Dream, replay
-from minecraft_jepa.agent.play_assets import PlayAssets
 from minecraft_jepa.data.actions import NOOP
 from minecraft_jepa.data.recordings import open_recording
+from minecraft_jepa.play.assets import PlayAssets
+from minecraft_jepa.play.dream import Dream, replay
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install playwright"

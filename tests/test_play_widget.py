@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from served import ROOT, copy_recordings
 
-from minecraft_jepa.agent.play_assets import PlayAssets
-from minecraft_jepa.agent.play_messages import unpack_frame
 from minecraft_jepa.data.actions import NOOP
+from minecraft_jepa.play.assets import PlayAssets
+from minecraft_jepa.play.messages import unpack_frame
 
 pytest.importorskip("anywidget", reason="anywidget is not installed: pip install anywidget")
-play_widget = pytest.importorskip("minecraft_jepa.agent.play_widget", exc_type=ImportError)
+play_widget = pytest.importorskip("minecraft_jepa.play.widget", exc_type=ImportError)
 WEIGHTS = ROOT / "data/weights/tiny"
 
 
@@ -89,7 +89,7 @@ def test_a_notebook_without_a_person_shows_a_film(data, tmp_path):
     """As papermill and nbconvert run it."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     code = (
-        "from minecraft_jepa.agent.play_widget import play\n"
+        "from minecraft_jepa.play.widget import play\n"
         f"play({str(data)!r}, {str(WEIGHTS)!r}, ticks=8)"
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])

@@ -1,1 +1,0 @@
-"""What acts: the dream to play in, its page and its widget."""

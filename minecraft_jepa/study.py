@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONG_NOTEBOOKS', 'StudyParameters', 'study_parameters', 'study_notebooks', 'previous_durations', 'time_left',
-           'TqdmStream', 'run_notebook', 'format_seconds', 'run_study']
+           'TqdmStream', 'import_papermill', 'run_notebook', 'format_seconds', 'run_study']
 
 # %% ../nbs/80_study.ipynb #7ffdbbad
 import ast
@@ -213,8 +213,8 @@ class TqdmStream:
         sys.stdout.flush()
 
 # %% ../nbs/80_study.ipynb #6db3f11e
-def _papermill():
-    """Papermill and what comes with it, imported as late as it is needed."""
+def import_papermill():
+    """Import papermill and what comes with it, as late as it is needed."""
     modules = (
         "papermill",
         "jupyter_client",
@@ -234,7 +234,7 @@ def _papermill():
 @contextmanager
 def _own_kernel():
     """What papermill needs to start a kernel of this Python, with files of its own."""
-    _, client, specs, traits = _papermill()
+    _, client, specs, traits = import_papermill()
     with tempfile.TemporaryDirectory(prefix="kernel-", ignore_cleanup_errors=True) as folder:
         env = {
             "IPYTHONDIR": f"{folder}/ipython",
@@ -273,7 +273,7 @@ def run_notebook(notebook, copy, parameters):
     Raises:
         PapermillExecutionError: carries the failed cell's traceback.
     """
-    papermill = _papermill()[0]
+    papermill = import_papermill()[0]
     notebook, copy = Path(notebook).resolve(), Path(copy).resolve()
     copy.parent.mkdir(parents=True, exist_ok=True)
     values = {
@@ -364,7 +364,7 @@ def _beside_shipped(out_dir, notebooks):
         print(f"not set beside the shipped weights: {e}")
         return
     comparison = compare_with_shipped(yours, shipped)
-    message = comparison["told"]
+    message = comparison["summary"]
     print(f"\nyours beside the shipped weights (three hours of two cores): {message}")
     columns = ("yours", "shipped", "threshold")
     print(f"  {'':<52}" + "".join(f"{column:>9}" for column in columns))

@@ -21,16 +21,16 @@ class NumberedClips(ClipReader):
             "a": Clip(frames, actions, np.isin(t, teleports), {}),
             "b": Clip(frames[:40] + 100, actions[:40] + 100, np.zeros(40, bool), {}),
         }
-        about = {}
+        metadata = {}
         for name, clip in self.clips.items():
             runs = contiguous_runs(clip.teleported)
-            about[name] = {"ticks": len(clip.actions), "runs": runs, "height": 8, "width": 8}
-        super().__init__(dict.fromkeys(self.clips), about)
+            metadata[name] = {"ticks": len(clip.actions), "runs": runs, "height": 8, "width": 8}
+        super().__init__(dict.fromkeys(self.clips), metadata)
 
     def __getitem__(self, name):
         return self.clips[name]
 
-    def read(self, picks, ticks=25, rollout=1, far=0):
-        frames = [self.clips[name].frames[t : t + rollout + 1] for name, t in picks]
-        actions = [self.clips[name].actions[t - ticks + 1 : t + rollout] for name, t in picks]
+    def read_windows(self, windows, ticks=25, rollout=1, far=0):
+        frames = [self.clips[name].frames[t : t + rollout + 1] for name, t in windows]
+        actions = [self.clips[name].actions[t - ticks + 1 : t + rollout] for name, t in windows]
         return torch.from_numpy(np.stack(frames)), torch.from_numpy(np.stack(actions))

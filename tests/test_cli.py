@@ -13,7 +13,9 @@ import pytest
 from commands import refused
 
 from minecraft_jepa import study
-from minecraft_jepa.cli import COMMANDS, TrainCommand, main, read_command, read_seeds
+from minecraft_jepa.cli import COMMANDS, main, read_command
+from minecraft_jepa.commands.game_commands import read_seeds
+from minecraft_jepa.commands.training_commands import TrainCommand
 from minecraft_jepa.config import PRESETS, Config, preset
 from minecraft_jepa.data.clip_store import ClipStore
 
@@ -315,7 +317,9 @@ def test_an_evaluation_runs_the_notebook_of_the_study(tmp_path, monkeypatch, cap
 
 
 def test_an_evaluation_that_fails_says_where(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("minecraft_jepa.cli._notebook", lambda path: tmp_path / "none.ipynb")
+    monkeypatch.setattr(
+        "minecraft_jepa.commands.study_commands._notebook", lambda path: tmp_path / "none.ipynb"
+    )
     words = ["--data", str(DATA), "--weights", str(WEIGHTS), "--out", str(tmp_path / "out")]
     refused(capsys, ["evaluate", *words], "none.ipynb")
 

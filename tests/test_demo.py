@@ -11,7 +11,7 @@ from minecraft_jepa.demo import find_walking_window, table_lines
 class Store(dict):
     """Recordings of a hundred ticks."""
 
-    def starts(self, name, history, ticks):
+    def window_starts(self, name, history, ticks):
         return np.arange(history - 1, 100 - ticks)
 
 

@@ -36,14 +36,9 @@ from minecraft_jepa.evaluation.horizon import (
     predict_futures,
     summarize_by_horizon,
 )
+from minecraft_jepa.evaluation.pair_features import pixel_pair_features, pixel_tokens
 from minecraft_jepa.evaluation.pixels import pixel_metrics, psnr, ssim
-from minecraft_jepa.evaluation.probes import (
-    fit_ridge,
-    fit_ridges,
-    linear_probe,
-    pixel_pair_features,
-    pixel_tokens,
-)
+from minecraft_jepa.evaluation.probes import linear_probe
 from minecraft_jepa.evaluation.report import (
     SCHEMA,
     check_criteria,
@@ -52,6 +47,7 @@ from minecraft_jepa.evaluation.report import (
     load_report,
 )
 from minecraft_jepa.evaluation.retrieval import rank_of_target, retrieval
+from minecraft_jepa.evaluation.ridge import fit_ridge, fit_ridges
 from minecraft_jepa.evaluation.rollouts import action_sensitivity, future_leakage, rollout_drift
 from minecraft_jepa.evaluation.windows import (
     CachedModel,
@@ -90,7 +86,7 @@ class Panoramas:
     def __getitem__(self, name):
         return self.clips[name]
 
-    def starts(self, name, ticks=25, rollout=1):
+    def window_starts(self, name, ticks=25, rollout=1):
         return np.arange(ticks - 1, len(self.clips[name].frames) - rollout)
 
 
@@ -688,9 +684,9 @@ def test_other_recordings_are_not_comparable_and_say_so():
         "relative_to_copy": {h: {"model": row} for h in ("1", "2", "4", "8", "15")},
     }
     same = compare_with_shipped(report, report)
-    assert same["comparable"] and "ratios can" in same["told"]
+    assert same["comparable"] and "ratios can" in same["summary"]
     different = compare_with_shipped(report | {"recordings": ["mine"], "preset": "small"}, report)
-    assert not different["comparable"] and "not comparable" in different["told"]
-    assert "preset small, the shipped of tiny" in different["told"]
+    assert not different["comparable"] and "not comparable" in different["summary"]
+    assert "preset small, the shipped of tiny" in different["summary"]
     first = different["rows"][0]
     assert first == {"what": "pitch_r2", "threshold": 0.8, "yours": 0.7, "shipped": 0.7}

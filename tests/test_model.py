@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from minecraft_jepa.config import PRESETS, preset
 from minecraft_jepa.data.actions import CURSOR
+from minecraft_jepa.model.attention import Attention
+from minecraft_jepa.model.blocks import layer_norm
 from minecraft_jepa.model.collapse import (
     ANTI_COLLAPSE,
     collapse_alarm,
@@ -27,7 +29,7 @@ from minecraft_jepa.model.conditioner import CONDITIONERS
 from minecraft_jepa.model.decoders import DiT, RegressionHead, patchify, unpatchify
 from minecraft_jepa.model.ema import ema_momentum, ema_update, frozen_copy
 from minecraft_jepa.model.inverse_dynamics import InverseDynamicsHead
-from minecraft_jepa.model.layers import Attention, apply_rope, layer_norm, rope_angles_2d
+from minecraft_jepa.model.positions import apply_rope, rope_angles_2d
 from minecraft_jepa.model.world_model import WorldModel
 from minecraft_jepa.utils import count_parameters
 

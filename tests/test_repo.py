@@ -25,7 +25,8 @@ BY_HAND = PACKAGE / "game" / "guard.py"  # a program of its own, run by path
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if not p.name.startswith("_") and p != BY_HAND)
 # Imports go to packages further left only. Within a package the notebooks' numbers decide.
 FLOORS = (
-    "utils < config < data < viz model game < training evaluation < play study demo outputs < cli"
+    "utils < config < data < viz model game < training evaluation < play study demo outputs "
+    "< commands < cli"
 )
 FLOOR = {name: i for i, floor in enumerate(FLOORS.split(" < ")) for name in floor.split()}
 

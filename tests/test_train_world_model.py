@@ -130,7 +130,7 @@ def test_log_tells_what_shapes_the_encoder(store):
     gradients = [row["encoder_gradients"] for row in history if "encoder_gradients" in row]
     assert len(gradients) == 2
     for norms in gradients:
-        assert set(norms) == {"prediction", "spread", "inverse_dynamics", "pitch"}
+        assert set(norms) == {"prediction", "anti_collapse", "inverse_dynamics", "pitch"}
         assert all(0 <= norm < math.inf for norm in norms.values())
         assert norms["pitch"] > 0
 
@@ -184,7 +184,7 @@ def test_error_relative_to_copying_where_it_is_not_defined():
 
 def test_equal_frames_in_validation_are_told_by_name(store):
     class BlackStore(ClipStore):
-        def read(self, *args, **kwargs):
+        def read_windows(self, *args, **kwargs):
             frames, actions = super().read_windows(*args, **kwargs)
             return torch.zeros_like(frames), actions
 

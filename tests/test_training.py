@@ -21,7 +21,7 @@ from training_runs import (
     weights,
 )
 
-from minecraft_jepa.cli import _option_of, main
+from minecraft_jepa.cli import main, option_of
 from minecraft_jepa.config import preset
 from minecraft_jepa.training import pipeline, run_lock
 from minecraft_jepa.training.train_world_model import train_world_model
@@ -42,7 +42,7 @@ def command(data, out, *more, **changes):
     settings = TINY | {"steps": 4, "decoder_steps": 3, "evaluate_every": 2, "save_every": 2}
     options = []
     for name, value in (settings | changes).items():
-        options += _option_of(f"{name}={value}").split()
+        options += option_of(f"{name}={value}").split()
     return ["train", "--data", str(data), "--out", str(out), "--device", "cpu", *more, *options]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..model.layers import layer_norm
+from ..model.blocks import layer_norm
 from ..utils import whole_number
 
 # %% ../../nbs/play/01_latent_bank.ipynb #78c6616e

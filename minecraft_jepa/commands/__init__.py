@@ -1,0 +1,1 @@
+"""The commands of `minecraft-jepa`: a dataclass for each, in groups."""

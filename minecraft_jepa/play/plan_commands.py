@@ -87,6 +87,7 @@ class PlanCommands(SessionMessages):
         return [{"type": "goal", "image": picture_url(frame), "name": name}]
 
     def do_goal(self, message):
+        """Take a later frame of the recording for the goal, `ticks` from what is shown."""
         if self.origin is None:
             raise Refused("the dream did not begin in a recording; mark a frame as the goal")
         name, tick = self.origin
@@ -97,6 +98,7 @@ class PlanCommands(SessionMessages):
         return self.set_goal(latent, frame, f"{message['ticks']} ticks ahead in {name}")
 
     def do_mark(self, message):
+        """Take what is shown for the goal."""
         if self.reality:
             frame, name = self.reality.see(), "a frame of the game"
             return self.set_goal(self.reality.latent, frame, name)
@@ -104,6 +106,7 @@ class PlanCommands(SessionMessages):
         return self.set_goal(self.dream.latent, self.dream.frame, name)
 
     def do_plan(self, message):
+        """Search for a plan of `ticks` ticks, in `job`."""
         if self.goal is None:
             raise Refused("there is no goal yet; choose one first")
         planner = self.assets.planner()

@@ -166,34 +166,55 @@ def judge_labels(report):
     return evidence, _verdict(held, is_healthy and beats_random)
 
 # %% ../../nbs/evaluation/14_claims.ipynb #16842923
-def judge_planning(report):
-    """Judge that the model would be useful for planning.
+_SIMPLE_METHODS = ("no_op", "random", "other_actions", "cloning", "continue")
 
-    Never held here, because nothing is planned. Partly: shuffled actions raise the error at 8
-    ticks by the factor of the criterion, with an interval above 1.
+
+def judge_planning(planning, agent):
+    """Judge that the model is useful for planning.
+
+    Held: offline, at 8 ticks, the camera error of each method without a search and without an
+    inverse model is larger than the planner's, by pairs; and in the game the planner turns to its
+    goal more often than random actions do, intervals apart. Partly: one of the two.
 
     Args:
-        report: of `load_report`.
+        planning: numbers of 7_planning; None if it was not run.
+        agent: numbers of 10_agent; None if it was not run.
 
     Returns:
         The evidence, a sentence, and the verdict.
     """
-    row, threshold = report["ratio"]["8"], CRITERIA["ratio_at_8_ticks"]
-    low, high = row["interval"]
+    offline, offline_evidence = _plans_better(planning)
+    in_game, game_evidence = _turns_better(agent)
+    return f"{offline_evidence}; {game_evidence}", _verdict(offline and in_game, offline or in_game)
+
+
+def _plans_better(planning):
+    """Whether the planner is better than all simple methods, and the numbers."""
+    if planning is None:
+        return False, "no plans beside the figures: 7_planning makes them"
+    rows = planning["horizons"]["8"]
+    better = [name for name in _SIMPLE_METHODS if rows[name]["error_beyond_planner"][0] > 0]
+    errors = {name: rows[name]["camera_error_degrees"] for name in ("planner", "no_op")}
     evidence = (
-        f"the future actions of another clip raise the error {row['mean']:.2f} "
-        f"[{low:.2f}, {high:.2f}] times at 8 ticks (wanted {threshold}). "
+        f"offline, 8 ticks: {errors['planner']:.1f} degrees of camera error, doing nothing "
+        f"{errors['no_op']:.1f}; better by pairs than {len(better)} of {len(_SIMPLE_METHODS)} "
+        f"simple methods ({', '.join(better) or 'none'})"
     )
-    if report["actions"]:  # empty where too few recordings are left to learn from
-        real, imagined = (report["actions"]["4"][kind]["8"] for kind in ("real", "imagined"))
-        evidence += (
-            f"Actions decoded: keys with F1 {_text(imagined['mean_f1'])} from imagined and "
-            f"{_text(real['mean_f1'])} from real latents ({_text(real['always_on_f1'])} by always "
-            f"saying yes), the turn with R2 {_text(imagined['yaw_r2'])} and "
-            f"{_text(real['yaw_r2'])}. "
-        )
-    evidence += "Nothing was planned with it"
-    return evidence, _verdict(False, row["mean"] >= threshold and low > 1)
+    return len(better) == len(_SIMPLE_METHODS), evidence
+
+
+def _turns_better(agent):
+    """Whether the planner reaches more goals of `turn` than random actions, and the numbers."""
+    rows = (agent or {}).get("tasks", {}).get("turn", {})
+    if not {"planner", "random"} <= set(rows):
+        return False, "nothing was planned in the game: `make agent` does"
+    counts = [
+        f"{name.replace('_', ' ')} {rows[name]['successes']} of {rows[name]['episodes']}"
+        for name in ("planner", "random", "inverse_model")
+        if name in rows
+    ]
+    evidence = f"in the game, turns reached: {', '.join(counts)}"
+    return rows["planner"]["interval"][0] > rows["random"]["interval"][1], evidence
 
 
 def judge_scale(ablations):
@@ -230,13 +251,15 @@ def judge_scale(ablations):
     return evidence, _verdict(False, is_larger and max(double_errors) < min(own_errors))
 
 # %% ../../nbs/evaluation/14_claims.ipynb #f5b17389
-def judge_claims(report, sora, ablations) -> list[dict]:
+def judge_claims(report, sora, ablations=None, planning=None, agent=None) -> list[dict]:
     """Judge the six claims.
 
     Args:
         report: of `load_report`.
         sora: numbers of 5_sora.
         ablations: numbers of 8_ablations; None if they were not run.
+        planning: numbers of 7_planning, likewise.
+        agent: numbers of 10_agent, likewise.
 
     Returns:
         {"claim", "figure", "evidence", "verdict"} of each.
@@ -254,7 +277,11 @@ def judge_claims(report, sora, ablations) -> list[dict]:
         ),
         ("It is cheaper than generating pixels", "sora.png", judge_cost(sora)),
         ("The encoder needs no labels", "knows.png", judge_labels(report)),
-        ("It would be useful for planning", "actions.png", judge_planning(report)),
+        (
+            "It would be useful for planning",
+            "actions.png" if planning is None else "planning.png",
+            judge_planning(planning, agent),
+        ),
         ("Scale would help", "ablations.png", judge_scale(ablations)),
     )
     return [
@@ -292,7 +319,8 @@ def load_numbers(folder, weights=None):
         weights: folder of the weights that the report has to be of; None for any.
 
     Returns:
-        Report, numbers of 5_sora, and those of 8_ablations or None.
+        Numbers by name, as `judge_claims` takes them: "report", "sora", and "ablations", "planning",
+        "agent", which are None where they were not made or are of other weights.
 
     Raises:
         ValueError: if a file is missing, or the report is of other weights.
@@ -306,15 +334,23 @@ def load_numbers(folder, weights=None):
             "run nbs/study/3_evaluate.ipynb with these weights and this out_dir first"
         )
     sora = _load_json(folder / "sora.json", made_by="5_sora")
-    path = folder / "ablations.json"
-    ablations = _load_json(path, made_by="8_ablations") if path.is_file() else None
+    ablations, planning, agent = (
+        json.loads(path.read_text()) if path.is_file() else None
+        for path in (folder / f"{name}.json" for name in ("ablations", "planning", "agent"))
+    )
     if ablations and not _belong_together(ablations, report):
         print(
-            f"{path} is of the preset {ablations['preset']} or of other recordings than the "
-            f"evaluation's ({report['preset']}), and is not used"
+            f"{folder / 'ablations.json'} is of the preset {ablations['preset']} or of other "
+            f"recordings than the evaluation's ({report['preset']}), and is not used"
         )
         ablations = None
-    return report, sora, ablations
+    numbers = {"report": report, "sora": sora, "ablations": ablations}
+    for name, made in (("planning", planning), ("agent", agent)):
+        if made and identity and made["weights"]["sha256"] != identity["sha256"]:
+            print(f"{folder / name}.json is of other weights than the evaluation, and is not used")
+            made = None
+        numbers[name] = made
+    return numbers
 
 
 def _load_json(path, made_by):

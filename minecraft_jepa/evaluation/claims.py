@@ -319,8 +319,8 @@ def load_numbers(folder, weights=None):
         weights: folder of the weights that the report has to be of; None for any.
 
     Returns:
-        Numbers by name, as `judge_claims` takes them: "report", "sora", and "ablations", "planning",
-        "agent", which are None where they were not made or are of other weights.
+        Numbers by name, as `judge_claims` takes them: "report", "sora", and "ablations",
+        "planning", "agent", which are None where they were not made or are of other weights.
 
     Raises:
         ValueError: if a file is missing, or the report is of other weights.

@@ -25,8 +25,8 @@ BY_HAND = PACKAGE / "game" / "guard.py"  # a program of its own, run by path
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if not p.name.startswith("_") and p != BY_HAND)
 # Imports go to packages further left only. Within a package the notebooks' numbers decide.
 FLOORS = (
-    "utils < config < data < viz model game < training evaluation < play study demo outputs "
-    "< commands < cli"
+    "utils < folders < config_sections < config < data < viz model game < training evaluation "
+    "< play notebook_runner < study demo outputs < commands < cli"
 )
 FLOOR = {name: i for i, floor in enumerate(FLOORS.split(" < ")) for name in floor.split()}
 
@@ -268,7 +268,7 @@ def test_dependencies_are_those_imported():
     )
     game = [*(PACKAGE / "game").glob("*.py")]
     # the runner needs papermill, and is for a clone with `dev`
-    in_a_clone = ("study", "outputs", "widget")
+    in_a_clone = ("study", "notebook_runner", "outputs", "widget")
     modules = [p for p in MODULES if p.stem not in in_a_clone and p not in game]
     assert needed(game) - runtime == packages(PROJECT["optional-dependencies"]["luanti"])
     shown = {"ipykernel"}  # IPython shows a figure where a notebook runs, and nowhere else

@@ -137,7 +137,7 @@ def demo(
     )
     return gif
 
-
+# %% ../nbs/81_demo.ipynb #2032268d
 def table_lines(table) -> list[str]:
     """Write the table of errors as text.
 

@@ -290,7 +290,7 @@ def _download_all(job, pool, urls, progress):
 
         _run_all(pool, download, urls, job.stop)
 
-
+# %% ../../nbs/data/13_download.ipynb #a102f914
 def _plan(job, pool, urls, progress):
     """Ask for the sizes of the pending files. Returns their sum in bytes, notes missing files.
 

@@ -52,7 +52,7 @@ def factors_of(config) -> dict[str, dict[str, dict]]:
         ),
     }
 
-
+# %% ../../nbs/evaluation/17_ablations.ipynb #fae94652
 def _rollout_variants(rollout):
     """Rollout steps in the loss."""
     if rollout == 2:

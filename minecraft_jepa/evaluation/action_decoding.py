@@ -39,7 +39,7 @@ def action_targets(actions):
     """
     return (actions[..., DECODED_KEYS].mean(1) >= 0.5).float(), actions[..., CAMERA].sum(1)
 
-
+# %% ../../nbs/evaluation/12_action_decoding.ipynb #3fbc163b
 class ActionDecoder(nn.Module):
     """Decodes keys and camera from the latents of two frames.
 
@@ -197,7 +197,7 @@ def train_action_decoder(
             optimizer.step()
     return tune_thresholds(reader.eval(), look, store, tune, random)
 
-
+# %% ../../nbs/evaluation/12_action_decoding.ipynb #e8f5d536
 class HeadActionDecoder:
     """The inverse-dynamics head of a world model, as a decoder of actions one tick apart.
 

@@ -129,7 +129,7 @@ def copy_horizons(store, names, ticks, horizons):
     first = recordings_with_window(store, names, ticks, 15)[:1]
     return [h for h in horizons if recordings_with_window(store, first, ticks, h)]
 
-
+# %% ../../nbs/evaluation/05_baselines.ipynb #f195cd29
 def fit_copy_baselines(model, store, names, horizons, windows_per_recording=8) -> CopyFit:
     """Fit mean latent, field of view and gains on training recordings.
 
@@ -286,7 +286,7 @@ def paired_comparison(first, second, seed=0) -> dict:
         "sign_test": p_value,
     }
 
-
+# %% ../../nbs/evaluation/05_baselines.ipynb #6239f816
 def paired_table(errors, horizons, baselines, method="model") -> dict[str, dict[str, dict]]:
     """Compare a method with each of its baselines at each horizon, ready for JSON.
 

@@ -74,7 +74,7 @@ class CachedModel:
         while self.held > self.limit:
             self.held -= self.kept.popitem(last=False)[1].nbytes
 
-
+# %% ../../nbs/evaluation/03_cached_model.ipynb #a3cb602e
 def _digest(x):
     """Digest of a tensor of any type, bfloat16 too."""
     content = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

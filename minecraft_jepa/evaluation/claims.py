@@ -58,7 +58,7 @@ def judge_prediction(report):
     )
     return evidence, _verdict(len(at_all_baselines) == 15, at_all_baselines)
 
-
+# %% ../../nbs/evaluation/16_claims.ipynb #c862d809
 def judge_content(report):
     """Judge that the latents keep what matters.
 
@@ -129,7 +129,7 @@ def _beats(report, label, others):
         return False
     return all(scores[0] > max(other, 0) for other in scores[1:])
 
-
+# %% ../../nbs/evaluation/16_claims.ipynb #a26ee1bd
 def judge_labels(report):
     """Judge that the encoder needs no labels.
 
@@ -195,7 +195,7 @@ def judge_planning(report):
     evidence += "Nothing was planned with it"
     return evidence, _verdict(False, row["mean"] >= threshold and low > 1)
 
-
+# %% ../../nbs/evaluation/16_claims.ipynb #b0447e5d
 def judge_scale(ablations):
     """Judge that scale would help.
 
@@ -283,7 +283,7 @@ def find_numbers(out_dir, shipped_dir) -> Path:
     )
     return Path(shipped_dir)
 
-
+# %% ../../nbs/evaluation/16_claims.ipynb #c8f72bb9
 def load_numbers(folder, weights=None):
     """Load the numbers that claims are judged by.
 

@@ -103,7 +103,7 @@ def pixel_metrics(model, decoders, store, names, horizons, windows_per_recording
         for measure, by_method in scores.items()
     }
 
-
+# %% ../../nbs/evaluation/06_pixels.ipynb #ca45351c
 def _decode_all(decode, z, batch=32):
     """Decode latents (b, k, n, d), a batch at a time: frames (b, k, 3, H, W)."""
     frames = torch.cat([decode(chunk).cpu() for chunk in z.flatten(0, 1).split(batch)])
@@ -172,7 +172,7 @@ def perceptual_metrics(device="cpu"):
             unavailable[name] = f"{e}: pip install torchmetrics torch-fidelity"
     return metrics, unavailable
 
-
+# %% ../../nbs/evaluation/06_pixels.ipynb #46b833d0
 def _load_lpips(path, device):
     """LPIPS as a function of two batches of frames."""
     importlib.import_module("torch_fidelity")

@@ -46,7 +46,7 @@ def check_criteria(found):
         row["passed"] = value is not None and value >= row["threshold"]
     return rows
 
-
+# %% ../../nbs/evaluation/14_report.ipynb #78427bb7
 def load_report(path):
     """Load a report of this version.
 

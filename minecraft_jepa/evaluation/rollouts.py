@@ -60,7 +60,7 @@ def imagine_held(model, z, history, name, ticks):
     future = torch.from_numpy(constant_actions(name, ticks)).to(z.device).expand(len(z), -1, -1)
     return model.imagine(z, torch.cat([history, future], 1))[:, -1]
 
-
+# %% ../../nbs/evaluation/13_rollouts.ipynb #c31d9e70
 @torch.no_grad()
 def action_sensitivity(model, frames, history, ticks=8):
     """Measure how far one action, held, moves the latent from where doing nothing leads.
@@ -249,7 +249,7 @@ def rollout_drift(model, store, names, ticks=300, every=10, windows_per_recordin
         "real": measure(bank, (next_bank - bank).square().mean(), exclude_itself),
     }
 
-
+# %% ../../nbs/evaluation/13_rollouts.ipynb #d3f6927d
 def _drift_windows(store, names, history, ticks, count):
     """Frames to start from and their actions; real frames to compare with, and the next ones."""
     starts, actions, bank_frames, next_frames = [], [], [], []

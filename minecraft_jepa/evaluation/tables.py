@@ -220,7 +220,7 @@ def headline(report, path):
             return None
     return report
 
-
+# %% ../../nbs/evaluation/15_tables.ipynb #101faee9
 def expected_rows(section, report, shipped) -> dict:
     """Put what was measured beside what was expected.
 

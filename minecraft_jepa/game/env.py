@@ -99,7 +99,7 @@ def _validate_options(options, allowed):
         return options | {"world": whole_number(options["world"], "world", 0)}
     return options
 
-
+# %% ../../nbs/game/04_env.ipynb #0f8c088f
 def _validate_render_mode(render_mode):
     """The render mode. ValueError where there is no such."""
     if render_mode not in (None, "rgb_array"):

@@ -135,7 +135,7 @@ def find_free_port():
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
-
+# %% ../../nbs/game/01_luanti.ipynb #57027f1b
 def _game_settings(world, mode, width, height, frames_per_tick):
     """minetest.conf: keys and mouse as in VPT, nothing that costs time or uses the network."""
     return {
@@ -194,7 +194,7 @@ def _game_settings(world, mode, width, height, frames_per_tick):
         "main_menu_script": "",
     }
 
-
+# %% ../../nbs/game/01_luanti.ipynb #ac35673f
 def _world_settings(mode):
     """world.mt."""
     return {

@@ -90,7 +90,7 @@ def smooth_turn(right, down, ticks) -> list[tuple[float, float]]:
     weights = (1 - np.cos(2 * np.pi * (np.arange(ticks) + 0.5) / ticks)) / ticks
     return [(right * weight, down * weight) for weight in weights]
 
-
+# %% ../../nbs/game/05_player.ipynb #3cb14225
 class CameraPolicy:
     """Where the player looks: pauses, quick turns and slow pursuit, each planned as a whole.
 

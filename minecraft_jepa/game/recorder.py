@@ -54,7 +54,7 @@ def _mouse_of_line(now, then, screens):
         moved = yaw_change / DEGREES_PER_PIXEL, pitch_change / DEGREES_PER_PIXEL
     return position, moved
 
-
+# %% ../../nbs/game/06_recorder.ipynb #b0d72262
 def make_vpt_line(now, then, sent, wheel, screens, before, tick) -> dict:
     """Make the VPT line of a frame.
 
@@ -198,7 +198,7 @@ class _Tick:
     pixels: tuple  # sent, right and down
     wheel: int  # sent
 
-
+# %% ../../nbs/game/06_recorder.ipynb #9b5e6118
 class _Recording:
     """Lines and counts of a recording, from one tick after the other."""
 

@@ -179,7 +179,7 @@ def draw_action(action, height, width) -> np.ndarray:
     _draw_degrees(image, boxes["degrees"], unit, values["dx"], values["dy"])
     return np.array(image)
 
-
+# %% ../../nbs/viz/02_action_panel.ipynb #04f22627
 def _draw_key(draw, box, is_pressed, unit, radius, corners=(True,) * 4):
     """A key or a part of the mouse, with corners of `radius` units."""
     x0, y0, x1, y1 = box

@@ -43,7 +43,7 @@ def _check_strip(rows, ticks, notes):
                 f"notes for {name!r}: {len(texts)} texts for {len(ticks)} ticks; give one for each"
             )
 
-
+# %% ../../nbs/viz/04_plots.ipynb #7ab60d13
 @with_style
 def filmstrip(rows, ticks=(0, 1, 2, 4, 8, 15), notes=None, scale=None) -> plt.Figure:
     """Draw rows of frames, for `save_figure`.

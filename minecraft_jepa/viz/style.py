@@ -128,7 +128,7 @@ def set_style():
         rc=_STYLE,
     )
 
-
+# %% ../../nbs/viz/01_style.ipynb #eda8e85d
 def with_style(draw):
     """Decorate a function to draw in the project's style; the session's style stays as it is."""
 

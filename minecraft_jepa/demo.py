@@ -17,12 +17,8 @@ from .data.actions import ACTION_NAMES, CAMERA
 from .data.clip_store import ClipStore
 from .evaluation.horizon import horizon_errors
 from .evaluation.pixels import psnr
-from minecraft_jepa.evaluation.windows import (
-    describe_relation,
-    unseen_recordings,
-    usable_recordings,
-    weights_identity,
-)
+from .evaluation.unseen import describe_relation, unseen_recordings, weights_identity
+from .evaluation.windows import usable_recordings
 from .model.decoders import DiT, RegressionHead
 from .model.world_model import WorldModel
 from .utils import write_json
@@ -141,7 +137,7 @@ def demo(
     )
     return gif
 
-
+# %% ../nbs/81_demo.ipynb #2032268d
 def table_lines(table) -> list[str]:
     """Write the table of errors as text.
 

@@ -4,26 +4,20 @@
 
 # %% auto #0
 __all__ = ['LONG_NOTEBOOKS', 'StudyParameters', 'study_parameters', 'study_notebooks', 'previous_durations', 'time_left',
-           'TqdmStream', 'import_papermill', 'run_notebook', 'format_seconds', 'run_study']
+           'format_seconds', 'run_study']
 
 # %% ../nbs/80_study.ipynb #7ffdbbad
 import ast
 import difflib
-import importlib
 import json
-import os
 import re
-import sys
-import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from .config import Config, preset
 from .evaluation.report import compare_with_shipped, load_report
+from .notebook_runner import run_notebook
 from minecraft_jepa.utils import (
     check_device,
     did_you_mean,
@@ -192,157 +186,6 @@ def time_left(recorded, took, ahead) -> float | None:
         pace = sum(took[name] for name in both) / sum(recorded[name] for name in both)
     return pace * sum(recorded[name] for name in ahead)
 
-# %% ../nbs/80_study.ipynb #e13e412e
-class TqdmStream:
-    """A stream that writes whole lines above tqdm's bars.
-
-    Of a line that redraws itself, the last state is written.
-    """
-
-    def __init__(self):
-        self.rest = ""
-
-    def write(self, text):
-        """Write the lines that are complete, and keep the rest."""
-        *lines, self.rest = (self.rest + text).replace("\r\n", "\n").split("\n")
-        for line in lines:
-            tqdm.write("    " + line.rstrip("\r").rsplit("\r")[-1])
-
-    def flush(self):
-        """Flush stdout."""
-        sys.stdout.flush()
-
-# %% ../nbs/80_study.ipynb #6db3f11e
-def import_papermill():
-    """Import papermill and what comes with it, as late as it is needed."""
-    modules = (
-        "papermill",
-        "jupyter_client",
-        "jupyter_client.kernelspec",
-        "traitlets.config",
-        "ipykernel",
-    )
-    try:
-        return [importlib.import_module(module) for module in modules][:4]
-    except Exception as e:  # missing, or installed and broken
-        raise ImportError(
-            "notebooks are run by papermill, which can't be imported here "
-            f"({type(e).__name__}: {e}); install it: pip install -e '.[dev]'"
-        ) from None
-
-
-@contextmanager
-def _own_kernel():
-    """What papermill needs to start a kernel of this Python, with files of its own."""
-    _, client, specs, traits = import_papermill()
-    with tempfile.TemporaryDirectory(prefix="kernel-", ignore_cleanup_errors=True) as folder:
-        env = {
-            "IPYTHONDIR": f"{folder}/ipython",
-            "PYTHONSTARTUP": "",
-            "MPLBACKEND": "agg",
-            "TQDM_MININTERVAL": "5",
-        }
-        quiet = "--log-level=CRITICAL"  # at its end a kernel is interrupted, which is no error
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", quiet]
-        names = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        spec = specs.KernelSpec(argv=command, env=env, **names)
-
-        class ThisPython(client.AsyncKernelManager):
-            kernel_spec = property(lambda self: spec)
-
-        # The path of a socket is 107 bytes long at most. A socket opens no port, so that there is
-        # no warning about one.
-        use_sockets = os.name == "posix" and len(folder) < 80
-        files = {
-            "connection_file": f"{folder}/kernel.json",
-            "transport": "ipc" if use_sockets else "tcp",
-        }
-        config = traits.Config({"KernelManager": files})
-        yield {"kernel_manager_class": ThisPython, "config": config}
-
-# %% ../nbs/80_study.ipynb #7682e5bf
-def run_notebook(notebook, copy, parameters):
-    """Execute one notebook, showing what it prints.
-
-    Args:
-        notebook: path of the notebook.
-        copy: the executed copy is written here, failed or not.
-        parameters: values for its cell tagged `parameters`; a Path is made relative to the
-            notebook.
-
-    Raises:
-        PapermillExecutionError: carries the failed cell's traceback.
-    """
-    papermill = import_papermill()[0]
-    notebook, copy = Path(notebook).resolve(), Path(copy).resolve()
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    values = {
-        name: os.path.relpath(value, notebook.parent) if isinstance(value, Path) else value
-        for name, value in parameters.items()
-    }
-    prints = TqdmStream()
-    bar = {
-        "desc": notebook.stem,
-        "disable": None,
-        "leave": False,
-        "bar_format": "{desc}: |{bar:30}| {n_fmt}/{total_fmt} cells, {elapsed}",
-    }
-    with _own_kernel() as kernel:
-        try:
-            papermill.execute_notebook(
-                notebook,
-                copy,
-                values,
-                cwd=notebook.parent,
-                kernel_name="python3",
-                language="python",
-                stdout_file=prints,
-                stderr_file=prints,
-                progress_bar=bar,
-                **kernel,
-            )
-        finally:
-            _keep_last_states(copy)
-
-
-def _keep_last_states(copy):
-    """Keep one line of a progress bar in the executed notebook, not hundreds."""
-    try:
-        notebook = json.loads(copy.read_text())
-    except (OSError, ValueError):
-        return  # nothing was executed
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code":
-            cell["outputs"] = _join_streams(cell["outputs"])
-    write_json(copy, notebook)
-
-
-def _join_streams(outputs):
-    """Outputs of a cell, with what was printed in pieces joined."""
-    joined, streams = [], {}
-    for output in outputs:
-        name = output.get("name") if output["output_type"] == "stream" else None
-        if name is None:
-            streams.pop("stdout", None)  # what is printed after a picture stays after it
-            joined.append(output)
-            continue
-        text = "".join(output["text"])
-        if name in streams:
-            streams[name]["text"] += text
-        else:
-            streams[name] = output | {"text": text}
-            joined.append(streams[name])
-    for output in joined:
-        if output["output_type"] == "stream":
-            output["text"] = _drawn(output["text"])
-    return joined
-
-
-def _drawn(text):
-    """What a terminal shows of a text in which lines are redrawn."""
-    lines = text.replace("\r\n", "\n").split("\n")
-    return "\n".join(line.rstrip("\r").rsplit("\r")[-1] for line in lines)
-
 # %% ../nbs/80_study.ipynb #b9842931
 def _shipped(notebooks):
     """The checkout that holds these notebooks and the shipped numbers; None elsewhere."""
@@ -454,7 +297,7 @@ def run_study(
     print(f"done in {elapsed}: figures in {out_dir}, executed notebooks in {runs}")
     return took
 
-
+# %% ../nbs/80_study.ipynb #5134fc75
 def _record_name(notebooks):
     """The file that keeps the seconds: that of the study, of the benchmarks or of one notebook."""
     path = Path(notebooks)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from minecraft_jepa import utils
-from minecraft_jepa.config import Config, Train, load_config, preset
+from minecraft_jepa.config import Config, load_config, preset
+from minecraft_jepa.config_sections import Train
 from minecraft_jepa.study import study_parameters
 from minecraft_jepa.utils import cores_allowed, seed_everything, whole_number
 

@@ -42,7 +42,7 @@ from minecraft_jepa.data.manifest import (
 )
 from minecraft_jepa.data.recording_files import parse_name
 from minecraft_jepa.data.splits import assign_splits, load_split
-from minecraft_jepa.utils import lock_folder
+from minecraft_jepa.folders import lock_folder
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data"

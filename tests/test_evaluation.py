@@ -29,6 +29,7 @@ from minecraft_jepa.evaluation.baselines import (
     paired_table,
     ticks_better,
 )
+from minecraft_jepa.evaluation.cached_model import CachedModel
 from minecraft_jepa.evaluation.horizon import (
     confidence_interval,
     error_ratio,
@@ -50,7 +51,6 @@ from minecraft_jepa.evaluation.retrieval import rank_of_target, retrieval
 from minecraft_jepa.evaluation.ridge import fit_ridge, fit_ridges
 from minecraft_jepa.evaluation.rollouts import action_sensitivity, future_leakage, rollout_drift
 from minecraft_jepa.evaluation.windows import (
-    CachedModel,
     evaluation_windows,
     excluded_recordings,
     recordings_with_window,

@@ -23,7 +23,8 @@ from minecraft_jepa.data.actions import CAMERA, KEYS, NOOP, encode_actions
 from minecraft_jepa.data.checks import check_recording, find_recordings
 from minecraft_jepa.data.recordings import open_recording
 from minecraft_jepa.game import client, luanti, recorder
-from minecraft_jepa.game.client import frames_ahead, read_frame_id, read_state
+from minecraft_jepa.game.client import read_state
+from minecraft_jepa.game.display import frames_ahead, read_frame_id
 from minecraft_jepa.game.env import LuantiEnv, action_to_input
 from minecraft_jepa.game.luanti import LuantiError, find_programs
 

@@ -25,7 +25,7 @@ from minecraft_jepa.data.recording_files import RecordingError, find_pair, parse
 from minecraft_jepa.data.recordings import open_recording
 from minecraft_jepa.data.splits import SPLITS, assign_splits, load_split
 from minecraft_jepa.data.video import draw_cursor
-from minecraft_jepa.utils import cache_root
+from minecraft_jepa.folders import cache_root
 
 DATA = Path(__file__).parent.parent / "data"
 NAMES = [p.stem for p in find_recordings(DATA)]

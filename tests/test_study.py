@@ -21,7 +21,8 @@ from PIL import Image
 from minecraft_jepa import study
 from minecraft_jepa.cli import main
 from minecraft_jepa.evaluation.report import load_report
-from minecraft_jepa.study import LONG_NOTEBOOKS, run_notebook, study_notebooks
+from minecraft_jepa.notebook_runner import run_notebook
+from minecraft_jepa.study import LONG_NOTEBOOKS, study_notebooks
 from minecraft_jepa.utils import write_json
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from minecraft_jepa import utils
-from minecraft_jepa.utils import atomic_path, decode_text, lock_file, lock_folder, write_json
+from minecraft_jepa.folders import lock_file, lock_folder
+from minecraft_jepa.utils import atomic_path, decode_text, write_json
 
 ROOT = Path(__file__).parent.parent
 

@@ -20,7 +20,7 @@ def _failures():
     """What ends a notebook: an error in a cell, or a kernel that died."""
     import importlib
 
-    from minecraft_jepa.study import import_papermill
+    from minecraft_jepa.notebook_runner import import_papermill
 
     import_papermill()
     of_papermill = importlib.import_module("papermill.exceptions").PapermillExecutionError
@@ -52,7 +52,7 @@ class EvaluateCommand:
     def run(self):
         """Execute the notebook; 1 when a cell failed."""
         require_folders(self.data, self.weights)
-        from minecraft_jepa.study import run_notebook
+        from minecraft_jepa.notebook_runner import run_notebook
 
         stopped = _failures()
         parameters = {

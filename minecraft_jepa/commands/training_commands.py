@@ -21,17 +21,8 @@ from minecraft_jepa.commands.options import (
     choose_device,
     explain_import_error,
 )
-from minecraft_jepa.config import (
-    PRESETS,
-    Conditioner,
-    Config,
-    Dit,
-    Encoder,
-    Frame,
-    Jepa,
-    Predictor,
-    Train,
-)
+from ..config import PRESETS, Config
+from ..config_sections import Conditioner, Dit, Encoder, Frame, Jepa, Predictor, Train
 
 # %% ../../nbs/commands/03_training_commands.ipynb #6a8d8859
 CONFIG_SECTIONS = [f.name for f in fields(Config) if f.name != "name"]

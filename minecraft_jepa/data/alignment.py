@@ -47,7 +47,7 @@ def _image_shift(frames):
     shift = (best - agreement.shape[1] // 2 + fraction) * pixel_size
     return np.where(best_agreement > 0, shift, 0), best_agreement  # 0: there is nothing to see
 
-
+# %% ../../nbs/data/18_alignment.ipynb #427de829
 def _agreement_by_shift(detail, next_detail):
     """Correlation (T, 2S + 1) of frames (T, H, W) with the next ones, shifted by -S .. S columns.
 

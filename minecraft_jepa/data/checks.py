@@ -21,14 +21,8 @@ from tqdm import tqdm
 from .lines import STATE_FIELDS, clock_steps, read_clock, read_json
 from .recording_files import RecordingError, find_half, find_pair
 from .recordings import open_recording
-from minecraft_jepa.utils import (
-    cache_name,
-    cache_root,
-    cores_allowed,
-    decode_text,
-    whole_number,
-    write_json,
-)
+from ..folders import cache_name, cache_root
+from ..utils import cores_allowed, decode_text, whole_number, write_json
 
 # %% ../../nbs/data/06_checks.ipynb #ff3143a7
 def check_recording(path, decode=False) -> dict:

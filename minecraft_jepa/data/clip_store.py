@@ -23,12 +23,8 @@ from minecraft_jepa.data.store_build import (
     explain_disk_errors,
     store_settings,
 )
-from minecraft_jepa.utils import (
-    cache_name,
-    cache_root,
-    cores_allowed,
-    whole_number,
-)
+from ..folders import cache_name, cache_root
+from ..utils import cores_allowed, whole_number
 
 # %% ../../nbs/data/17_clip_store.ipynb #3f838021
 def cache_dir():

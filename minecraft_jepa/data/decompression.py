@@ -82,7 +82,7 @@ def _decompress(path, kind, target):
             raise
         raise Interrupted(f"what was sent packed as {kind!r} is broken ({e})") from None
 
-
+# %% ../../nbs/data/10_decompression.ipynb #19551143
 def decompress(part, encodings):
     """Remove all compression of a file.
 

@@ -31,7 +31,7 @@ from minecraft_jepa.data.http_client import (
 from .http_response import describe_error, read_content_range
 from .manifest import read_manifest
 from .transfer import STALL_SECONDS, download_file, find_parts
-from ..utils import lock_folder
+from ..folders import lock_folder
 
 # %% ../../nbs/data/13_download.ipynb #d930b7b7
 LEDGER_FILE = "ledger.ndjson"
@@ -290,7 +290,7 @@ def _download_all(job, pool, urls, progress):
 
         _run_all(pool, download, urls, job.stop)
 
-
+# %% ../../nbs/data/13_download.ipynb #a102f914
 def _plan(job, pool, urls, progress):
     """Ask for the sizes of the pending files. Returns their sum in bytes, notes missing files.
 

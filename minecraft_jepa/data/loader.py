@@ -68,7 +68,7 @@ def sample_windows(store, names, ticks, rollout, batch, seed, start_step=0, rank
     for windows in _draw_endlessly(runs, batch, seed, start_step):
         yield store.read_windows(windows[rank_slice], ticks, rollout, far)
 
-
+# %% ../../nbs/data/23_loader.ipynb #d793d353
 def _draw_endlessly(runs, batch_size, seed, start_step):
     """Yield [(name, t)] of each step, drawn from runs [(name, first t, end)]."""
     names = [name for name, _, _ in runs]
@@ -171,7 +171,7 @@ def _shard_batches(url, names, ticks, rollout, batch, seed, step, rank, world, f
                 "take a smaller batch, fewer processes or more recordings"
             )
 
-
+# %% ../../nbs/data/23_loader.ipynb #4f4c67c0
 def fixed_windows(data, names, ticks, rollout, num_windows, seed):
     """Read windows to evaluate on, the same in all processes.
 

@@ -174,7 +174,7 @@ class ShardWindows(ShardPlan, torch.utils.data.IterableDataset):
         num_actions = self.ticks - 1 + self.ahead
         return frames[frame_index], actions[first_action : first_action + num_actions]
 
-
+# %% ../../nbs/data/22_shard_reader.ipynb #4d21bba9
 def _stack(windows):
     """[(frames, actions)] -> batch of both, as tensors."""
     return tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*windows))

@@ -157,7 +157,7 @@ def _read_finished_shard(fs, base, fingerprint):
     is_same = shard["plan"] == fingerprint and fs.size(f"{base}.tar") == shard["bytes"]
     return shard if is_same else None
 
-
+# %% ../../nbs/data/19_shards.ipynb #d8b9994b
 def _write_numbered_shard(fs, root, number, store, segments, quality):
     """Write clips-000000.tar and its json, unless they are there; returns the shard's metadata."""
     name = f"clips-{number:06d}"
@@ -258,7 +258,7 @@ def write_shards(
         _upload(fs, f"{root}/shards.json", tmp_path)
     return contents
 
-
+# %% ../../nbs/data/19_shards.ipynb #93891124
 def _cut_recordings(store, names, length, history, reach):
     """Segments of all recordings, each with the recording's `name`."""
     segments = []

@@ -31,10 +31,8 @@ from minecraft_jepa.data.clips import (
     is_stale,
 )
 from .recording_files import RecordingError
-from minecraft_jepa.utils import (
-    lock_folder,
-    write_json,
-)
+from ..folders import lock_folder
+from ..utils import write_json
 
 # %% ../../nbs/data/16_store_build.ipynb #05d45f92
 @contextmanager

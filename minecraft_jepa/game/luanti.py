@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TICKS_PER_SECOND', 'BIOMES', 'MODES', 'FRAME_ID_BITS', 'FRAME_ID_ROWS', 'CLIENT_MOD', 'SERVER_MOD', 'GUARD',
-           'STARTING_ITEMS', 'SPAWN_RADIUS', 'LuantiError', 'game_package', 'find_programs', 'write_home']
+           'STARTING_ITEMS', 'SPAWN_RADIUS', 'LuantiError', 'game_package', 'find_programs', 'find_free_port',
+           'write_home']
 
 # %% ../../nbs/game/01_luanti.ipynb #6d363087
 import os
@@ -128,13 +129,13 @@ STARTING_ITEMS = (  # items in the inventory
 SPAWN_RADIUS = 3000  # blocks from the middle of the world: spawn points lie within
 
 # %% ../../nbs/game/01_luanti.ipynb #7448e206
-def _free_port():
+def find_free_port():
     """A free UDP port of this machine."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
-
+# %% ../../nbs/game/01_luanti.ipynb #57027f1b
 def _game_settings(world, mode, width, height, frames_per_tick):
     """minetest.conf: keys and mouse as in VPT, nothing that costs time or uses the network."""
     return {
@@ -193,7 +194,7 @@ def _game_settings(world, mode, width, height, frames_per_tick):
         "main_menu_script": "",
     }
 
-
+# %% ../../nbs/game/01_luanti.ipynb #ac35673f
 def _world_settings(mode):
     """world.mt."""
     return {

@@ -120,7 +120,7 @@ class AdaLNModulation(nn.Sequential):
         """Apply it: condition (b, 1 or n, d) -> tuple of `parts` tensors of the same shape."""
         return super().forward(condition).chunk(self.parts, -1)
 
-
+# %% ../../nbs/model/04_blocks.ipynb #65a4689b
 class AdaLNBlock(nn.Module):
     """Self-attention and feed-forward, modulated by a condition (adaLN-zero).
 

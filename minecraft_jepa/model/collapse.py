@@ -45,7 +45,7 @@ def center_over_batch(z):
     """
     return z.float() - all_reduce_mean(z.float().mean(0, keepdim=True))
 
-
+# %% ../../nbs/model/11_collapse.ipynb #f17c88bf
 def sigreg(z, slices=1024, seed=0):
     """SIGReg: Epps-Pulley distance of the latents from N(0, 1) along random directions.
 

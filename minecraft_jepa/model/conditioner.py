@@ -95,7 +95,7 @@ def initial_recency_bias(ticks, heads):
     slope = torch.cat([4.0 * 4.0 ** -torch.arange(heads - 1), torch.zeros(1)])  # (heads,)
     return -(slope[:, None] * age)[:, None]
 
-
+# %% ../../nbs/model/09_conditioner.ipynb #2fa22ec1
 class CrossAttentionConditioner(nn.Module):
     """The frame's tokens attend to the action tokens: (b, n, d), (b, ticks, 28) -> (b, n, d), None.
 

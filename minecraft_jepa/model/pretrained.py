@@ -191,7 +191,7 @@ def _list_pickles(folder):
     names = ", ".join(pickles[:3])
     return f" ({names} is not read: a pickle may run code; save it as safetensors)"
 
-
+# %% ../../nbs/model/06_pretrained.ipynb #9e0d6918
 def load_weights(folder, file, config=None):
     """Read the tensors of a weights folder.
 

@@ -30,7 +30,7 @@ def _target_state(state):
         "encoder." + k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)
     }
 
-
+# %% ../../nbs/model/13_world_model.ipynb #dd9f9a2e
 class TargetEncoderMixin(PretrainedModel):
     """A network with an `encoder` and its EMA copy, the `target_encoder`."""
 

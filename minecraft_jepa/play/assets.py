@@ -17,7 +17,8 @@ import torch
 from ..data.checks import find_recordings
 from ..data.clip_store import ClipStore
 from ..data.recording_files import RecordingError
-from ..evaluation.windows import unseen_recordings, window_starts
+from ..evaluation.unseen import unseen_recordings
+from ..evaluation.windows import window_starts
 from ..model.decoders import DiT, RegressionHead
 from ..model.world_model import WorldModel
 from minecraft_jepa.play.latent_bank import (

@@ -114,7 +114,7 @@ def _update_target_plainly(model, momentum=0.996):
     for target, source in zip(model.target_encoder.parameters(), model.encoder.parameters()):
         target.copy_(momentum * target + (1 - momentum) * source)
 
-
+# %% ../../nbs/training/19_benchmarks.ipynb #621067fa
 class _Step:
     """One optimizer step of a world model on random frames and actions."""
 

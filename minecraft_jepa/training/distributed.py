@@ -65,7 +65,7 @@ def _refuse_lone_launch():
             "torchrun --nproc_per_node N -m minecraft_jepa train ..."
         )
 
-
+# %% ../../nbs/training/03_distributed.ipynb #dd018677
 def shutdown_distributed():
     """Shut down torch.distributed. Each of several processes calls this last.
 

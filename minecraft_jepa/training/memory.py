@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..config import Train
+from ..config_sections import Train
 from ..data.actions import ACTION_DIM
 from ..model.world_model import WorldModel
 from .distributed import apply_compile_and_checkpointing, transformer_blocks

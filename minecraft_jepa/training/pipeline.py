@@ -157,7 +157,7 @@ def _settings_without_run_json(out):
         settings |= result_settings(load_config(out / "config.json"))
     return settings
 
-
+# %% ../../nbs/training/14_pipeline.ipynb #ce8892ec
 def _open_data(config, data, seed, previous):
     """Open the store or the shards; returns it and the recordings to train and validate on.
 

@@ -54,7 +54,7 @@ def _recordings_hash(data, names):
         [[s["name"], s["first"], s["frames"], *s["at"][1:]] for s in segments if s["name"] in names]
     )
 
-
+# %% ../../nbs/training/10_run_identity.ipynb #8f1468b1
 def make_run_identity(config, data, names, val_names, seed, batch_size, kind, steps) -> dict:
     """Collect what a checkpoint must agree with, {name: value}.
 

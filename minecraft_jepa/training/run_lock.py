@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..utils import lock_file
+from ..folders import lock_file
 
 # %% ../../nbs/training/04_run_lock.ipynb #5c8fe3d8
 class InUseError(OSError):

@@ -123,7 +123,7 @@ def train_decoders(
     forget_checkpoints(folder, "decoders")
     return results
 
-
+# %% ../../nbs/training/13_train_decoders.ipynb #866f0c3b
 def train_decoders_and_keep_checkpoint(model, data, names, steps, seed, device, folder, minutes):
     """As `train_decoders`, but the last checkpoint stays."""
     config, train = model.config, model.config.train

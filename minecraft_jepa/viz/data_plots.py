@@ -52,7 +52,7 @@ def plot_moment(fig, grid, stored, frames, actions, preset_name):
         ax.set_title(f"t + {k} ticks" if k else "frame t")
         ax.set_axis_off()
 
-
+# %% ../../nbs/viz/06_data_plots.ipynb #a3443bf3
 def plot_piano_roll(ax, actions, first, t, history, horizon):
     """Draw some seconds of actions as the networks get them, with one window marked.
 

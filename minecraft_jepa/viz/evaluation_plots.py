@@ -80,7 +80,7 @@ def _plot_intervals(ax, ticks, series):
         )
     _log_ticks(ax, ticks)
 
-
+# %% ../../nbs/viz/05_evaluation_plots.ipynb #d6340611
 def plot_paired_ratios(ax, paired, relative, ticks):
     """Draw the model's error over that of three baselines, with intervals over recordings.
 

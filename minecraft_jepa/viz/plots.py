@@ -11,16 +11,16 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from minecraft_jepa.viz.style import (
-    _TRUE_LATENT,
     COLORS,
     DPI,
     MARKERS,
     TICKS_PER_SECOND,
-    _label,
-    _with_style,
+    TRUE_LATENT_SUFFIX,
     method_colors,
+    method_label,
+    with_style,
 )
-from .video import _check_panels, tick_caption, upscale
+from .video import check_panels, tick_caption, upscale
 
 # %% ../../nbs/viz/04_plots.ipynb #f7a16327
 _STRIP_GAP, _STRIP_TOP, _NOTE_HEIGHT = 8, 76, 30  # pixels
@@ -43,8 +43,8 @@ def _check_strip(rows, ticks, notes):
                 f"notes for {name!r}: {len(texts)} texts for {len(ticks)} ticks; give one for each"
             )
 
-
-@_with_style
+# %% ../../nbs/viz/04_plots.ipynb #7ab60d13
+@with_style
 def filmstrip(rows, ticks=(0, 1, 2, 4, 8, 15), notes=None, scale=None) -> plt.Figure:
     """Draw rows of frames, for `save_figure`.
 
@@ -60,7 +60,7 @@ def filmstrip(rows, ticks=(0, 1, 2, 4, 8, 15), notes=None, scale=None) -> plt.Fi
     Raises:
         ValueError: rows, ticks and notes do not fit together.
     """
-    rows, notes = _check_panels(rows), notes or {}
+    rows, notes = check_panels(rows), notes or {}
     _check_strip(rows, ticks, notes)
     _, _, height, width = next(iter(rows.values())).shape
     scale = scale or max(1, round(200 / width))
@@ -129,10 +129,10 @@ def plot_horizons(ax, horizons, series, ylabel="latent error"):
         (lines[name],) = ax.plot(
             horizons,
             means,
-            "--" if name.endswith(_TRUE_LATENT) else "-",
+            "--" if name.endswith(TRUE_LATENT_SUFFIX) else "-",
             color=colour,
-            marker=MARKERS.get(name.removesuffix(_TRUE_LATENT), "o"),
-            label=_label(name),
+            marker=MARKERS.get(name.removesuffix(TRUE_LATENT_SUFFIX), "o"),
+            label=method_label(name),
             linewidth=2.6 if is_model else 1.6,
             markeredgecolor="white",
             markeredgewidth=0.8,
@@ -183,7 +183,7 @@ def plot_curves(ax, rows, names, x="step", smooth: int = 1, ylabel="loss"):
             ys if is_sparse else _running_mean(ys, smooth),
             color=colour,
             marker="o" if is_sparse else None,
-            label=_label(name),
+            label=method_label(name),
             zorder=3 if is_sparse else 2,
             markeredgecolor="white",
             markeredgewidth=0.8,
@@ -214,7 +214,7 @@ def _by_kind(quantities):
     return kinds
 
 
-@_with_style
+@with_style
 def plot_comparison(compared, names=("first", "second")):
     """Draw a dot for each run, with a panel for each kind of quantity.
 
@@ -275,7 +275,7 @@ def _plot_criteria(ax, criteria, runs):
     ax.set_title("Criteria")
 
 
-@_with_style
+@with_style
 def plot_beside_shipped(found) -> plt.Figure:
     """Draw two runs side by side: criteria on the left, error relative to copying on the right.
 

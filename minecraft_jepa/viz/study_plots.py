@@ -171,7 +171,7 @@ def ablations_figure(table, better):
     )
     return fig
 
-
+# %% ../../nbs/viz/07_study_plots.ipynb #7a61a228
 def _is_outside(values, preset_values, sign):
     """Whether all seeds of a variant are worse than all of the preset, or all collapsed."""
     if not values or not preset_values:
@@ -284,7 +284,7 @@ def loader_figure(reading, building, formats, peak_bytes, size):
     memory.set_title(f"Memory grows by {100 * (peaks[-1] / peaks[0] - 1):.0f} % with them")
     return fig
 
-
+# %% ../../nbs/viz/07_study_plots.ipynb #17f11951
 def _plot_formats(ax, formats, size):
     """Size against speed of each format."""
     for label, row in formats.items():

@@ -56,7 +56,7 @@ def read_message(text) -> dict:
             raise Refused(f"{kind}.{name} must be {expected}")
     return message
 
-
+# %% ../../nbs/play/06_messages.ipynb #71081512
 def _is_number(value):
     return type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)
 

@@ -6,10 +6,7 @@
 __all__ = ['judge_prediction', 'judge_content', 'judge_cost', 'judge_labels', 'judge_planning', 'judge_scale', 'judge_claims']
 
 # %% ../../nbs/evaluation/16_claims.ipynb #36c767ea
-import json
-from pathlib import Path
-
-from .report import CRITERIA, load_report
+from .report import CRITERIA
 
 # %% ../../nbs/evaluation/16_claims.ipynb #ded1b9db
 def _verdict(held, partly):

@@ -72,7 +72,7 @@ class TargetEncoderMixin(PretrainedModel):
         self._write(folder, self.state_to_save(from_target=True))
 
     def state_to_save(self, from_target=False):
-        """Tensors to save, with one encoder where encoder and target encoder are equal.
+        """Collect tensors to save, with one encoder where encoder and target encoder are equal.
 
         With `from_target` the target encoder's weights are saved as the encoder's.
         """

@@ -5,9 +5,12 @@ import contextlib
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 from aiohttp import web
 
+from minecraft_jepa.data.actions import NOOP
 from minecraft_jepa.play import page
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +28,20 @@ def copy_recordings(folder):
         for suffix in (".mp4", ".jsonl"):
             shutil.copy(ROOT / "data" / f"{name}{suffix}", folder)
     return folder
+
+
+def plan_to_turn(model, z, goal, history, horizon):
+    """What a planner gives: the best of three plans turns to the right."""
+    candidates = np.repeat(NOOP[None, None], 3 * horizon, 1).reshape(3, horizon, -1).copy()
+    candidates[:, :, 22] = np.array([4, 0, -4])[:, None]
+    return SimpleNamespace(
+        actions=candidates[0],
+        cost=0.1,
+        candidates=candidates,
+        costs=np.array([0.1, 0.2, 0.3]),
+        imagined_ticks=3 * horizon,
+        seconds=0.0,
+    )
 
 
 @contextlib.contextmanager

@@ -113,10 +113,36 @@ def test_labels_ask_for_more_than_random_weights_and_pixels(r2, alarm, verdict):
     assert claims.judge_labels(toy(r2=r2, alarm=alarm))[1] == verdict
 
 
-def test_planning_asks_for_action_sensitivity():
-    assert claims.judge_planning(toy(ratio=1.4))[1] == "partly"
-    without_decoders = toy(ratio=1.2) | {"actions": {}}
-    assert claims.judge_planning(without_decoders)[1] == "not shown"
+def planned(worst=0.5):
+    """Numbers of 7_planning; `worst` is the lower end of the interval of one of the methods."""
+    methods = ("planner", "no_op", "random", "other_actions", "cloning", "continue")
+    rows = {
+        name: {"camera_error_degrees": 9.0, "error_beyond_planner": [1.0, 3.0]} for name in methods
+    }
+    rows["cloning"]["error_beyond_planner"] = [worst, 3.0]
+    return {"horizons": {"8": rows}}
+
+
+def acted(low=0.6):
+    """Numbers of 10_agent; `low` is the lower end of the planner's interval."""
+    planner = {"successes": 30, "episodes": 40, "interval": [low, 0.9]}
+    random = {"successes": 8, "episodes": 40, "interval": [0.1, 0.35]}
+    return {"tasks": {"turn": {"planner": planner, "random": random}}}
+
+
+@pytest.mark.parametrize(
+    ("planning", "agent", "verdict"),
+    [
+        (planned(), acted(), "held"),
+        (planned(-0.1), acted(), "partly"),
+        (planned(), acted(0.3), "partly"),
+        (planned(), None, "partly"),
+        (planned(-0.1), acted(0.3), "not shown"),
+        (None, None, "not shown"),
+    ],
+)
+def test_planning_asks_for_better_plans_offline_and_in_the_game(planning, agent, verdict):
+    assert claims.judge_planning(planning, agent)[1] == verdict
 
 
 @pytest.mark.parametrize(

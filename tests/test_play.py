@@ -15,6 +15,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import aiohttp
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from served import NAMES, copy_recordings, running
+from served import NAMES, copy_recordings, plan_to_turn, running
 
 from minecraft_jepa.cli import main
 from minecraft_jepa.data.actions import NOOP
@@ -855,6 +856,13 @@ def begun(assets, folder):
     return session
 
 
+def refused(session, kind, **fields):
+    """Why a message is refused."""
+    with pytest.raises(Refused) as refusal:
+        session.receive(json.dumps({"type": kind} | fields))
+    return str(refusal.value)
+
+
 def did(session, kind, **fields):
     """Hand a session a message, let it work and finish its job; the headers of what it sends."""
     session.receive(json.dumps({"type": kind} | fields))
@@ -921,6 +929,44 @@ def test_a_game_that_dies_is_told_and_left(assets, tmp_path, game):
     session.run_job()
     assert not game[0].open and session.reality is None
     assert did(session, "step")[-1]["tick"] == 1
+
+
+def test_a_plan_needs_a_goal_and_a_planner(assets, tmp_path, monkeypatch):
+    session = begun(assets, tmp_path)
+    assert "goal" in did(session, "plan", ticks=4)[0]["why"]
+    assert "a whole number from 1 to 60" in refused(session, "goal", ticks=0)
+    assert "a whole number from 1 to 60" in refused(session, "plan", ticks=61)
+    assert did(session, "mark")[0]["type"] == "goal"
+
+    def none():
+        raise ValueError("these weights have no planner")
+
+    monkeypatch.setattr(assets, "planner", none)
+    assert "no planner" in did(session, "plan", ticks=4)[0]["why"]
+    assert did(session, "step")[-1]["tick"] == 1
+
+
+def test_a_key_takes_over_from_a_plan_and_a_search_that_fails_is_told(
+    assets, tmp_path, monkeypatch
+):
+    planner = SimpleNamespace(plan=plan_to_turn)
+    monkeypatch.setattr(assets, "planner", lambda: planner)
+    session = begun(assets, tmp_path)
+    did(session, "goal", ticks=6)
+    busy, searched, _ = did(session, "plan", ticks=6)
+    assert busy["type"] == "busy" and searched["type"] == "plan" and searched["distance"] > 0
+    did(session, "play")
+    assert played(session, NOOP, 2)[-1]["action"][22] == 4
+    taken_over = played(session, FORWARD, 2)[-1]
+    assert taken_over["action"][0] == 1 and taken_over["action"][22] == 0
+    assert played(session, NOOP, 2)[-1]["action"][22] == 0 and not session.plan
+    did(session, "pause")
+
+    def fail(*_):
+        raise ValueError("horizon is too long")
+
+    planner.plan = fail
+    assert "too long" in did(session, "plan", ticks=6)[1]["why"]
 
 
 def test_there_is_one_game_at_a_time(assets, tmp_path, game):

@@ -4,10 +4,11 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from served import ROOT, copy_recordings, running
+from served import ROOT, copy_recordings, plan_to_turn, running
 
 from minecraft_jepa.data.actions import NOOP
 from minecraft_jepa.data.recordings import open_recording
@@ -233,6 +234,31 @@ def test_everything_is_reached_by_the_keyboard(visit):
     page.keyboard.up("ArrowRight")
     page.keyboard.press("Escape")
     page.wait_for_selector(".paused:not([hidden])")
+
+
+def test_a_plan_is_searched_shown_and_carried_out(visit, assets, monkeypatch):
+    monkeypatch.setattr(assets, "planner", lambda: SimpleNamespace(plan=plan_to_turn))
+    seen = visit()
+    page = seen.page
+    page.keyboard.press("t")
+    page.wait_for_selector("dialog.goal[open]")
+    page.locator("[data-goal='8']").click()
+    page.wait_for_function("() => document.querySelector('.goal-name').textContent.includes('8')")
+    seen.do("plan")
+    page.wait_for_selector(".strip.chosen")
+    assert page.locator(".strip").count() == 3
+    seen.shot("plan-searched")
+    seen.do("carry")
+    page.wait_for_function(
+        "() => document.querySelector('.plan-text').textContent.includes('Carried out')"
+    )
+    assert seen.tick() == 8
+    seen.shot("plan-carried-out")
+    dream = Dream(assets.model, assets.head)
+    dream.reset(*assets.start(**assets.starts[0]))
+    for action in plan_to_turn(None, None, None, None, 8).actions:
+        dream.step(action)
+    assert np.array_equal(seen.frame(), dream.frame.transpose(1, 2, 0))
 
 
 def test_a_picture_is_taken_with_a_note(visit, tmp_path):

@@ -117,9 +117,21 @@ class PlayAssets(StartFrames):
         seen = [n for n in names if n not in unseen]
         super().__init__(model, data_dir, names, [*unseen, *seen][:starts])
         self.weights, self._behind = Path(weights), seen or names
-        self._most = most
+        self._most, self._planner = most, None
         self.bank, self.corrections, self.bank_error = None, {}, ""
         self.game = threading.Lock()  # one game at a time
+
+    def planner(self):
+        """The planner that comes with the weights, read at first use.
+
+        Raises:
+            ValueError: the weights have none.
+        """
+        if self._planner is None:
+            from minecraft_jepa.planning.planners import default_planner
+
+            self._planner = default_planner(self.weights)
+        return self._planner
 
     def load_bank(self):
         """Make the bank of real latents and the corrections. Takes seconds."""

@@ -150,8 +150,7 @@ class Dream(_Start):
         """
         self._require_start()
         action = check_action(action)
-        before = [*self._actions][len(self._actions) - self.window + 1 :]
-        actions = torch.from_numpy(np.stack([*before, action]))[None]  # (1, 25, 28)
+        actions = torch.from_numpy(np.stack([*self.history, action]))[None]  # (1, 25, 28)
         latent = self.model.step(self.latent, actions)
         if self._correction:
             latent = self._correction(latent, self.latent)
@@ -172,6 +171,12 @@ class Dream(_Start):
             self.tick -= 1
         self.trajectory.cut(self.tick + 1)
         return self.frame
+
+    @property
+    def history(self) -> np.ndarray:
+        """The actions before this tick, (24, 28)."""
+        self._require_start()
+        return np.stack([*self._actions][len(self._actions) - self.window + 1 :])
 
     @property
     def kept(self) -> int:

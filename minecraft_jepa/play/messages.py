@@ -56,7 +56,7 @@ def read_message(text) -> dict:
             raise Refused(f"{kind}.{name} must be {expected}")
     return message
 
-
+# %% ../../nbs/play/06_messages.ipynb #71081512
 def _is_number(value):
     return type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)
 
@@ -78,6 +78,7 @@ def _is_word(value):
 
 
 _COUNT = _is_count, "a whole number from 0 on"
+_HORIZON = (lambda v: _is_count(v) and 0 < v <= 60), "a whole number from 1 to 60"
 _WORD = _is_word, "text"
 _FIELDS = {  # type of a message -> {field: (test, what is expected)}
     "input": {"action": (_is_action, "28 numbers, finite"), "seen": _COUNT},
@@ -85,8 +86,10 @@ _FIELDS = {  # type of a message -> {field: (test, what is expected)}
     "seek": {"name": _WORD, "share": (_is_share, "a number from 0 to 1")},
     "correct": {"name": (lambda v: v is None or _is_word(v), "text or null")},
     "rewind": {"ticks": _COUNT},
+    "goal": {"ticks": _HORIZON},
+    "plan": {"ticks": _HORIZON},
     **{kind: {} for kind in ("reset", "play", "pause", "step", "sharpen", "save", "reality")},
-    **{kind: {} for kind in ("look", "leave")},
+    **{kind: {} for kind in ("look", "leave", "mark")},
 }
 
 # %% ../../nbs/play/06_messages.ipynb #462819aa

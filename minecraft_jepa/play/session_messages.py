@@ -45,13 +45,18 @@ class _SessionState:
         self.action, self.drift, self.detail, self.errors = NOOP, None, None, None
         self._lock, self._working = threading.Lock(), threading.Lock()
         self._sent_bank, self._changed = False, True
-        self.begin(*assets.start(**assets.starts[0]))
+        self.start(**assets.starts[0])
 
     def begin(self, frame, history):
         """Start from a real frame and the actions before it, and wait."""
         self.dream.reset(frame, history)
-        self.given = frame, history
+        self.given, self.origin = (frame, history), None
         self.pause()
+
+    def start(self, name, tick):
+        """Start from a frame of a recording."""
+        self.begin(*self.assets.start(name, tick))
+        self.origin = name, tick
 
     def pause(self, keep_keys=False):
         """Stand still."""

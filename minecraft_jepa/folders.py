@@ -108,7 +108,7 @@ def _expand_folder(setting):
 
 
 def cache_name(folder):
-    """Name of a folder's own place in the cache: its base name and a hash of its path."""
+    """Name a folder's own place in the cache by its base name and a hash of its path."""
     folder = Path(folder).resolve()
     digest = hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()
     return f"{folder.name[:50]}-{digest[:12]}"

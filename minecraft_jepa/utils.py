@@ -44,7 +44,7 @@ def whole_number(value, name="value", least=None, most=None) -> int:
 
 
 def finite_number(name, value, least=None, most=None, above=None):
-    """The value as a finite float in a range; ValueError names it otherwise."""
+    """Check that a value is a finite number in a range; ValueError names it otherwise."""
     kind = type(value).__name__
     if isinstance(value, (str, bytes)) or _is_boolean(value):
         raise ValueError(f"{name}={value!r} must be a number, not {kind}")
@@ -74,7 +74,7 @@ def _in_range(name, number, least=None, most=None, above=None):
 
 # %% ../nbs/00_utils.ipynb #6ed9272a
 def did_you_mean(what, name, known):
-    """Message for an unknown name: the most similar known ones, then all of them."""
+    """Make the message for an unknown name: the most similar known ones, then all of them."""
     similar = difflib.get_close_matches(str(name), known, 3, 0.4)
     suggestion = f": did you mean {' or '.join(map(repr, similar))}?" if similar else ""
     return f"unknown {what} {name!r}{suggestion} Known: {', '.join(known)}"

@@ -78,7 +78,7 @@ def test_windows_cross_no_teleport_and_no_end(teleports, ticks, rollout):
         for t in range(ticks - 1, 60 - rollout)
         if not any(t - ticks + 1 <= teleport < t + rollout for teleport in teleports)
     ]
-    assert NumberedClips(*teleports).starts("a", ticks, rollout).tolist() == allowed
+    assert NumberedClips(*teleports).window_starts("a", ticks, rollout).tolist() == allowed
 
 
 @given(st.integers(1, 30), st.integers(1, 8), st.data())

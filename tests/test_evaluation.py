@@ -23,12 +23,7 @@ from minecraft_jepa.evaluation.action_decoding import (
     action_metrics,
     decode_rollout_actions,
 )
-from minecraft_jepa.evaluation.baselines import (
-    copy_baseline_errors,
-    fit_copy_baselines,
-    paired_table,
-    ticks_better,
-)
+from minecraft_jepa.evaluation.baselines import copy_baseline_errors, fit_copy_baselines
 from minecraft_jepa.evaluation.cached_model import CachedModel
 from minecraft_jepa.evaluation.horizon import (
     confidence_interval,
@@ -38,6 +33,7 @@ from minecraft_jepa.evaluation.horizon import (
     summarize_by_horizon,
 )
 from minecraft_jepa.evaluation.pair_features import pixel_pair_features, pixel_tokens
+from minecraft_jepa.evaluation.paired_comparison import paired_table, ticks_better
 from minecraft_jepa.evaluation.pixels import pixel_metrics, psnr, ssim
 from minecraft_jepa.evaluation.probes import linear_probe
 from minecraft_jepa.evaluation.report import (

@@ -254,7 +254,7 @@ def test_pixels_are_those_of_the_store(store, tmp_path, quality, min_psnr):
 
 def test_names_and_split_are_kept(written, store):
     split = {"train": NAMES[:1], "validation": NAMES[1:2], "test": NAMES[2:]}
-    assert shard_windows(written).about["split"] == split
+    assert shard_windows(written).metadata["split"] == split
     batches = read_batches(shard_windows(written, names=[NAMES[1]]))
     assert count_windows(batches) == count_store_windows(store, [NAMES[1]])
 

@@ -66,7 +66,7 @@ def test_broken_bytes_are_refused_or_replaced():
 # takes the lock of a folder, says so, and holds it until its input ends
 HOLD = """
 import sys
-from minecraft_jepa.utils import lock_folder
+from minecraft_jepa.folders import lock_folder
 with lock_folder(sys.argv[1]) as is_locked:
     print(is_locked, flush=True)
     sys.stdin.read()

@@ -153,7 +153,7 @@ CHECKS_FILE = "checked.json"
 
 
 def list_names(folder):
-    """Names of the recordings of which a file is in the folder. Hidden files are none."""
+    """List the recordings of which a file is in the folder. Hidden files are none."""
     try:
         paths = list(Path(folder).iterdir())
     except (FileNotFoundError, NotADirectoryError):

@@ -186,7 +186,14 @@ def _download_half(job, file, url, on_bytes):
 
 # %% ../../nbs/data/13_download.ipynb #642824ec
 def list_failures(folder, rows):
-    """[(status, reason, files)], the most frequent first; names and numbers do not distinguish."""
+    """List failures, [(status, reason, files)], the most frequent first.
+
+    Reasons that differ in names and numbers alone count as one.
+
+    Args:
+        folder: of the recordings.
+        rows: of the ledger.
+    """
     files_by_reason = {}
     for file, row in rows.items():
         if row["status"] == "done":

@@ -196,4 +196,4 @@ def fixed_windows(data, names, ticks, rollout, num_windows, seed):
 def read_shards_metadata(url):
     """Read `shards.json` at a URL."""
     # Windows of one tick can be cut from any shards.
-    return ShardWindows(url, 1, 1, 1, rank=0, world=1).about
+    return ShardWindows(url, 1, 1, 1, rank=0, world=1).metadata

@@ -130,7 +130,7 @@ SPAWN_RADIUS = 3000  # blocks from the middle of the world: spawn points lie wit
 
 # %% ../../nbs/game/01_luanti.ipynb #7448e206
 def find_free_port():
-    """A free UDP port of this machine."""
+    """Find a free UDP port of this machine."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -31,7 +31,7 @@ FUSED_LINEAR = _find_fused_linear()
 
 
 def can_use_fused_linear(x, layer):
-    """Whether oneDNN may compute a linear layer.
+    """Tell whether oneDNN may compute a linear layer in one fused call.
 
     Args:
         x: input (..., d).

@@ -66,7 +66,7 @@ class PretrainedModel(nn.Module):
             tmp_path.write_text(config)
 
     def state_to_save(self):
-        """Tensors by clean name. FSDP shards are gathered, which all processes have to join."""
+        """Collect tensors by clean name. FSDP shards are gathered; all processes join."""
         state = clean_names(self.state_dict())
         return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
 

@@ -131,7 +131,12 @@ def shard_module(module, accelerator):
 
 # %% ../../nbs/training/03_distributed.ipynb #49f0718e
 def save_on_main_process(model, folder):
-    """Gather the weights on all processes, and write them on the first."""
+    """Gather the weights on all processes, and write them on the first.
+
+    Args:
+        model: a `PretrainedModel`.
+        folder: to write to; None: nothing is written.
+    """
     if not folder:
         return
     save = getattr(model, "save_with_target_encoder", model.save_pretrained)
@@ -142,7 +147,12 @@ def save_on_main_process(model, folder):
 
 # %% ../../nbs/training/03_distributed.ipynb #013f5877
 def true_on_all_processes(accelerator, condition):
-    """Whether a condition holds on all processes."""
+    """Tell whether a condition holds on all processes.
+
+    Args:
+        accelerator: from `make_accelerator`.
+        condition: of this process.
+    """
     if accelerator.num_processes == 1:
         return condition
     num_false = torch.tensor([float(not condition)], device=accelerator.device)

@@ -33,7 +33,7 @@ from .optim import make_optimizer, optimizer_step
 
 # %% ../../nbs/training/06_learner.ipynb #d03087f7
 def do_nothing(module, position, steps):
-    """Default of the hooks around a step."""
+    """Do nothing: the default of the hooks around a step."""
 
 
 @dataclasses.dataclass
@@ -205,7 +205,7 @@ class SkipCounter:
 
 
 def make_row(step, numbers, grad_norm, lr):
-    """Row of the log of a step; JSON has no inf and nan, so these are left out."""
+    """Make the row of the log of a step; JSON has no inf and nan, so these are left out."""
     row = {"step": step}
     row |= {name: value for name, value in numbers.items() if math.isfinite(value)}
     row |= {"gradient_norm": grad_norm, "lr": lr}

@@ -125,7 +125,7 @@ def train_decoders(
 
 # %% ../../nbs/training/13_train_decoders.ipynb #866f0c3b
 def train_decoders_and_keep_checkpoint(model, data, names, steps, seed, device, folder, minutes):
-    """As `train_decoders`, but the last checkpoint stays."""
+    """Train both decoders as `train_decoders` does; the last checkpoint stays."""
     config, train = model.config, model.config.train
     steps = train.decoder_steps if steps is None else whole_number(steps, "steps", 1, 10**8 - 1)
     seed, minutes = whole_number(seed, "seed", 0), check_minutes(minutes)

@@ -101,7 +101,7 @@ class _BestModel:
 
 
 def done_file(folder) -> Path:
-    """Path of the file that says that the world model in a folder is trained."""
+    """Name the file that says that the world model in a folder is trained."""
     return Path(folder) / "world_model.done"
 
 

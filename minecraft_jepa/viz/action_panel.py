@@ -104,12 +104,12 @@ _SUPERSAMPLE = 4
 
 
 def load_font(size):
-    """Aileron, bundled with Pillow: the same on every machine."""
+    """Load Aileron, bundled with Pillow: the same on every machine."""
     return ImageFont.load_default(max(size, 6))
 
 
 def fit_font(draw, text, size, width):
-    """The font of at most `size` in which `text` is at most `width` pixels wide."""
+    """Find the font of at most `size` in which `text` is at most `width` pixels wide."""
     while size > 6 and draw.textlength(text, font=load_font(size)) > width:
         size -= 0.5
     return load_font(size)

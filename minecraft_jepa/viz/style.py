@@ -158,7 +158,7 @@ def method_colors(names) -> dict:
 
 
 def method_label(name):
-    """Label in the legend: 'dit_of_truth' -> 'diffusion transformer, true latent'."""
+    """Make a label for the legend: 'dit_of_truth' -> 'diffusion transformer, true latent'."""
     base = name.removesuffix(TRUE_LATENT_SUFFIX)
     label = LABELS.get(base, base.replace("_", " "))
     return label if base == name else f"{label}, true latent"

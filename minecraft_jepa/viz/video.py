@@ -61,7 +61,7 @@ def tick_caption(tick) -> str:
 
 
 def check_panels(panels):
-    """Panels as arrays, all with as many frames of the same size."""
+    """Convert panels to arrays; all need as many frames of the same size."""
     panels = {name: _check_frames(name, frames) for name, frames in panels.items()}
     if not panels:
         raise ValueError("no panels: give a dict of caption -> frames (k, 3, h, w)")

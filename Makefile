@@ -3,6 +3,7 @@
 # make study      the whole study: environment, training, evaluation, figures
 # make bench      the benchmarks, side by side on this machine; their figures too
 # make ablations  one thing changed at a time, two seeds each: two hours on two cores
+# make agent      the agent's tasks in the game, resumed where they stopped: hours of real time
 # make test       every check: modules in step with notebooks, notebooks, tests
 # make soak       the tests again, with the full counts of what repeats: kills, mutations, game steps
 # make lowest     the quick tests with the oldest versions of the dependencies that are allowed
@@ -29,7 +30,7 @@ SETTINGS = --preset '$(PRESET)' --steps '$(STEPS)' --seed '$(SEED)' --device '$(
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n auto --maxprocesses 8 \
 	--dist loadgroup
 
-.PHONY: help play demo study bench ablations test soak lowest export outputs
+.PHONY: help play demo study bench ablations agent test soak lowest export outputs
 help:
 	@grep '^# make' Makefile | cut -c3-
 
@@ -47,6 +48,9 @@ bench: .venv/installed
 
 ablations: .venv/installed
 	$(STUDY) --notebooks nbs/study/8_ablations.ipynb $(SETTINGS)
+
+agent: .venv/installed
+	$(STUDY) --notebooks nbs/study/10_agent.ipynb $(SETTINGS)
 
 test: .venv/installed
 	$(PYTEST)

@@ -1008,6 +1008,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                       'minecraft_jepa/game/luanti.py'),
                                             'minecraft_jepa.game.luanti._read_release': ( 'game/luanti.html#_read_release',
                                                                                           'minecraft_jepa/game/luanti.py'),
+                                            'minecraft_jepa.game.luanti._slow_down': ( 'game/luanti.html#_slow_down',
+                                                                                       'minecraft_jepa/game/luanti.py'),
                                             'minecraft_jepa.game.luanti._to_lines': ( 'game/luanti.html#_to_lines',
                                                                                       'minecraft_jepa/game/luanti.py'),
                                             'minecraft_jepa.game.luanti._world_settings': ( 'game/luanti.html#_world_settings',

@@ -124,7 +124,7 @@ def study_parameters(names: dict) -> StudyParameters:
     return StudyParameters(config, data_dir, out_dir, weights, steps, seed, device)
 
 # %% ../nbs/80_study.ipynb #2a20a185
-LONG_NOTEBOOKS = ("8_ablations",)  # run by a command of their own
+LONG_NOTEBOOKS = ("8_ablations", "10_agent")  # run by a command of their own
 
 
 def study_notebooks(folder) -> list[Path]:

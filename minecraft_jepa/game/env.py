@@ -146,6 +146,7 @@ class LuantiEnv(gymnasium.Env):
         width: of the picture in pixels.
         height: of the picture in pixels.
         render_mode: 'rgb_array' or None.
+        slow_motion: as of `Game`.
     """
 
     metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": TICKS_PER_SECOND}
@@ -159,12 +160,14 @@ class LuantiEnv(gymnasium.Env):
         width=256,
         height=144,
         render_mode="rgb_array",
+        slow_motion=1,
     ):
         width, height = whole_number(width, "width", 0), whole_number(height, "height", 0)
         self.render_mode = _validate_render_mode(render_mode)
         options = {"world": world, "biome": biome, "time_of_day": time_of_day}
         self.options = _validate_options(options, tuple(options))
         self.size = mode, width, height
+        self.slow_motion = slow_motion
         self.observation_space = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
         self.action_space = gymnasium.spaces.Box(ACTION_LOW, ACTION_HIGH)
         self.game = None
@@ -198,7 +201,8 @@ class LuantiEnv(gymnasium.Env):
     def _spawn(self, seed, options):
         """Start the game if none runs, and go to a spawn point."""
         if self.game is None:
-            self.game, self.running = Game(options["world"], *self.size), options["world"]
+            self.game = Game(options["world"], *self.size, slow_motion=self.slow_motion)
+            self.running = options["world"]
         self.biome = self.game.spawn(seed, options["biome"], options["time_of_day"])
         self.shot = self.game.grab(self.game.wait(self.game.latest + 1)["frame"])
         self.start, self.rest = self.shot[0], np.zeros(2)

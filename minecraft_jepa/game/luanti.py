@@ -136,12 +136,24 @@ def find_free_port():
         return s.getsockname()[1]
 
 # %% ../../nbs/game/01_luanti.ipynb #57027f1b
-def _game_settings(world, mode, width, height, frames_per_tick):
+# the game's own: blocks a second, and a second squared
+_SPEEDS = {"walk": 4, "crouch": 1.35, "fast": 20, "climb": 3, "jump": 6.5}
+_ACCELERATIONS = {"gravity": 9.81, "acceleration_default": 3, "acceleration_air": 2}
+
+
+def _slow_down(slow_motion):
+    """Settings under which everything that the player does takes so many times as long."""
+    speeds = {f"movement_speed_{name}": v / slow_motion for name, v in _SPEEDS.items()}
+    return speeds | {f"movement_{name}": v / slow_motion**2 for name, v in _ACCELERATIONS.items()}
+
+
+def _game_settings(world, mode, width, height, frames_per_tick, slow_motion=1):
     """minetest.conf: keys and mouse as in VPT, nothing that costs time or uses the network."""
-    return {
+    frames_a_second = round(TICKS_PER_SECOND * frames_per_tick / slow_motion)
+    return _slow_down(slow_motion) | {
         # time
-        "fps_max": TICKS_PER_SECOND * frames_per_tick,
-        "fps_max_unfocused": TICKS_PER_SECOND * frames_per_tick,
+        "fps_max": frames_a_second,
+        "fps_max_unfocused": frames_a_second,
         "dedicated_server_step": 0.05,
         # world
         "fixed_map_seed": world,
@@ -217,7 +229,9 @@ def _to_lines(settings):
     return "".join(lines)
 
 # %% ../../nbs/game/01_luanti.ipynb #3ab18d39
-def write_home(home, world=0, mode="survival", width=256, height=144, frames_per_tick=2):
+def write_home(
+    home, world=0, mode="survival", width=256, height=144, frames_per_tick=2, slow_motion=1
+):
     """Write what the game needs into a folder: settings, an empty world, the two mods.
 
     Args:
@@ -227,10 +241,11 @@ def write_home(home, world=0, mode="survival", width=256, height=144, frames_per
         width: of the picture in pixels.
         height: of the picture in pixels.
         frames_per_tick: frames that the game draws in a tick.
+        slow_motion: how many times as long a tick takes, from 1.
     """
     rows = FRAME_ID_ROWS / (height + FRAME_ID_ROWS)
     items = ", ".join(f'"{item}"' for item in STARTING_ITEMS)
-    settings = _game_settings(world, mode, width, height, frames_per_tick)
+    settings = _game_settings(world, mode, width, height, frames_per_tick, slow_motion)
     world_dir = "worlds/world"
     server_dir, client_dir = f"{world_dir}/worldmods/vpt_server", "clientmods/vpt_client"
     files = {

@@ -19,7 +19,7 @@ from PIL import Image
 from .utils import atomic_path
 
 # %% ../nbs/82_outputs.ipynb #29110e7e
-MAX_PICTURE_BYTES = 60_000
+MAX_PICTURE_BYTES = 45_000
 MAX_LINES = 40  # of printed text
 
 

@@ -46,7 +46,7 @@ from minecraft_jepa.folders import lock_folder
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data"
-INDEXES = sorted((DATA / "vpt-index").glob("*.json"))
+INDEXES = sorted((DATA / "vpt-index").glob("*.json.gz"))
 SOURCES = sorted(p.stem for p in DATA.glob("*.mp4"))
 
 
@@ -548,6 +548,14 @@ def test_command_line_from_index_to_split(server, tmp_path, capsys):
 
 
 @cache
+def test_a_damaged_compressed_index_is_told(tmp_path):
+    path = tmp_path / "index.json.gz"
+    for damaged in (INDEXES[0].read_bytes()[:-400], b"no gzip"):
+        path.write_bytes(damaged)
+        with pytest.raises(DownloadError, match=r"index\.json\.gz"):
+            read_index(path)
+
+
 def real_entries():
     return [e for path in INDEXES for e in read_index(path)]
 
@@ -560,7 +568,9 @@ def test_real_indexes_do_not_leak(by, seed):
     No player is either, where the split is by player.
     """
     entries = real_entries()
-    sessions = [{e.session for e in entries if e.index == path.stem} for path in INDEXES]
+    sessions = [
+        {e.session for e in entries if e.index == path.name.partition(".")[0]} for path in INDEXES
+    ]
     assert len(entries) == len({e.name for e in entries}) == 11_127
     assert len(sessions[0] & sessions[1]) == 17
     splits = assign_splits([e.name for e in entries], seed, by=by)

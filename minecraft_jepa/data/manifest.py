@@ -79,14 +79,16 @@ def _parse_entry(basedir, relpath, position, source):
     is_name = re.fullmatch(_NAME_PATTERN, name) and len(name) <= 200
     if not is_name or re.search(_UNSAFE_PATTERN, relpath):
         raise DownloadError(f"{where}, which is no path of a recording; do not trust this index")
-    return IndexEntry(name, f"{basedir.rstrip('/')}/{base}.mp4", Path(source).stem)
+    return IndexEntry(
+        name, f"{basedir.rstrip('/')}/{base}.mp4", Path(source.removesuffix(".gz")).stem
+    )
 
 # %% ../../nbs/data/12_manifest.ipynb #ebc3eacf
 def read_index(source) -> list[IndexEntry]:
     """Read the recordings of an index.
 
     Args:
-        source: path of a JSON file, its URL, or a name in `INDEX_NAMES`.
+        source: path of a JSON file (also as .json.gz), its URL, or a name in `INDEX_NAMES`.
 
     Returns:
         The recordings, in the order of the index.
@@ -103,7 +105,8 @@ def read_index(source) -> list[IndexEntry]:
     else:
         try:
             data = Path(source).read_bytes()
-        except OSError as e:
+            data = gzip.decompress(data) if source.endswith(".gz") else data
+        except (OSError, EOFError, zlib.error) as e:
             raise DownloadError(
                 f"{source}: no index can be read there ({e}); give a file, a URL, or one of "
                 f"{', '.join(INDEX_NAMES)}"

@@ -138,8 +138,7 @@ class LuantiEnv(gymnasium.Env):
     Actions are the 28 numbers, or a dict with the `mouse` and `keyboard` of a VPT line.
 
     Args:
-        world: random seed of the world. `reset` accepts another one as an option, and then starts
-            a new game.
+        world: random seed of the world. Another one as an option of `reset` starts a new game.
         biome: of the spawn points, 'any' or one of BIOMES.
         time_of_day: 0 midnight, 0.5 noon; it does not change.
         mode: 'survival' or 'creative'.
@@ -166,8 +165,7 @@ class LuantiEnv(gymnasium.Env):
         self.render_mode = _validate_render_mode(render_mode)
         options = {"world": world, "biome": biome, "time_of_day": time_of_day}
         self.options = _validate_options(options, tuple(options))
-        self.size = mode, width, height
-        self.slow_motion = slow_motion
+        self.size = mode, width, height, 2, slow_motion  # two pictures a tick
         self.observation_space = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
         self.action_space = gymnasium.spaces.Box(ACTION_LOW, ACTION_HIGH)
         self.game = None
@@ -201,8 +199,7 @@ class LuantiEnv(gymnasium.Env):
     def _spawn(self, seed, options):
         """Start the game if none runs, and go to a spawn point."""
         if self.game is None:
-            self.game = Game(options["world"], *self.size, slow_motion=self.slow_motion)
-            self.running = options["world"]
+            self.game, self.running = Game(options["world"], *self.size), options["world"]
         self.biome = self.game.spawn(seed, options["biome"], options["time_of_day"])
         self.shot = self.game.grab(self.game.wait(self.game.latest + 1)["frame"])
         self.start, self.rest = self.shot[0], np.zeros(2)

@@ -138,6 +138,8 @@ def find_free_port():
 # %% ../../nbs/game/01_luanti.ipynb #57027f1b
 # the game's own: blocks a second, and a second squared
 _SPEEDS = {"walk": 4, "crouch": 1.35, "fast": 20, "climb": 3, "jump": 6.5}
+
+
 _ACCELERATIONS = {"gravity": 9.81, "acceleration_default": 3, "acceleration_air": 2}
 
 
@@ -146,7 +148,7 @@ def _slow_down(slow_motion):
     speeds = {f"movement_speed_{name}": v / slow_motion for name, v in _SPEEDS.items()}
     return speeds | {f"movement_{name}": v / slow_motion**2 for name, v in _ACCELERATIONS.items()}
 
-
+# %% ../../nbs/game/01_luanti.ipynb #127fdc73
 def _game_settings(world, mode, width, height, frames_per_tick, slow_motion=1):
     """minetest.conf: keys and mouse as in VPT, nothing that costs time or uses the network."""
     frames_a_second = round(TICKS_PER_SECOND * frames_per_tick / slow_motion)

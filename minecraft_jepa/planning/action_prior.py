@@ -47,10 +47,14 @@ def free_keys(groups) -> list[int]:
 
 # %% ../../nbs/planning/01_action_prior.ipynb #8d6336de
 LEVELS = np.linspace(0, 1, 33)  # of the quantiles that are kept
+
+
 HORIZONS = 4, 8, 15, 25  # ticks; a plan takes the nearest
+
+
 MOMENTUM_TICKS = 3  # the last ticks that foretell the next turn
 
-
+# %% ../../nbs/planning/01_action_prior.ipynb #bd4f1c28
 @dataclass(frozen=True)
 class ActionPrior:
     """What players do on the average of 4, 8, 15 and 25 ticks (first axis of most fields).
@@ -115,7 +119,7 @@ class ActionPrior:
         held = np.asarray(history)[-1] > 0.5
         return turn, np.where(held, self.after_held[i], self.after_free[i])
 
-
+# %% ../../nbs/planning/01_action_prior.ipynb #99de0dc8
 def nearest_horizon(horizon) -> int:
     """Index of the entry of `HORIZONS` that is nearest to a plan of `horizon` ticks."""
     return int(np.argmin(np.abs(np.log(HORIZONS) - np.log(horizon))))

@@ -128,7 +128,7 @@ def draw_pairs(clips, count, random, longest=25, mirror=True) -> Pairs:
     now, goal, motion, keys, ticks = (torch.stack(x) for x in zip(*rows))
     return Pairs(now.float(), goal.float(), motion, ticks, keys)
 
-
+# %% ../../nbs/planning/05_motion_pairs.ipynb #ebb4b183
 def describe_motion(done, ticks, mirrored) -> tuple:
     """Describe what was done between two frames.
 

@@ -91,7 +91,7 @@ class RandomShooting:
         """The proposal of the next round, and the elites that are tried again there or None."""
         return proposal, None
 
-
+# %% ../../nbs/planning/10_planners.ipynb #4a8f957c
 class CEM(RandomShooting):
     """The cross-entropy method: the next round is fitted to the elites. Arguments as above."""
 

@@ -93,7 +93,7 @@ def import_solvers():
         ) from None
     return solvers, policy.PlanConfig
 
-
+# %% ../../nbs/planning/11_swm.ipynb #d8d4e5f8
 @dataclass(frozen=True)
 class SwmPlanner:
     """A solver of stable-worldmodel with the protocol of our planners.

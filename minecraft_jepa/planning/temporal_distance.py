@@ -128,7 +128,7 @@ def _wrong_plans(clip, t, prior, random, horizon):
     )
     return torch.stack([recorded, torch.from_numpy(hold(turns[1:], keys[1:], horizon)[0])])
 
-
+# %% ../../nbs/planning/06_temporal_distance.ipynb #b52fe61b
 def draw_imagined(clips, imagined, count, random, longest=25) -> Pairs:
     """Draw pairs of an imagined latent and a real goal.
 

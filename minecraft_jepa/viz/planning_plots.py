@@ -23,6 +23,8 @@ METHODS = {  # label and colour
     "random": ("random", "#fbafe4"),
     "no_op": ("no-op", "#949494"),
 }
+
+
 COST_LABELS = {
     "last": "squared, last tick",
     "summed": "squared, all ticks",
@@ -60,7 +62,7 @@ def _draw_errors(ax, horizons):
     ax.set_title("Camera at the end of the plan")
     ax.legend(fontsize=8)
 
-
+# %% ../../nbs/viz/08_planning_plots.ipynb #fe6a0b14
 def _draw_turns(ax, numbers):
     """Planned against recorded turns at 8 ticks."""
     turns = numbers["turns"]

@@ -230,9 +230,8 @@ class LuantiEnv(gymnasium.Env):
             raise gymnasium.error.ResetNeeded("call reset first: no game is running")
         action = _to_action(action)
         number, _, gui_open, _ = self.shot
-        keys, right, down, wheel, self.rest = action_to_input(
-            action, gui_open, self.rest, self.size[1]
-        )
+        keys, right, down, wheel, rest = action_to_input(action, gui_open, self.rest, self.size[1])
+        self.rest = rest
         try:
             before = self.game.wait(number)
             tick, newest = self.game.frames_per_tick, self.game.latest

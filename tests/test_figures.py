@@ -233,3 +233,17 @@ def test_numbers_in_a_notebooks_outputs_are_those_of_the_figures(name, shipped_n
 
     unknown = {text for text in printed if not is_shipped(text)}
     assert unknown <= DERIVED.get(name, set())
+
+
+def test_plans_in_the_readme_are_those_of_the_run():
+    rows = numbers("planning")["horizons"]["8"]
+    readme = (ROOT / "README.md").read_text()
+    paragraph = re.search(r"- \*\*Plans\*\*.*?(?=\n- |\n\n)", readme, re.DOTALL)[0]
+    shown = [float(x) for x in re.findall(r"(?<![\w.])-?\d+\.\d+", paragraph)]
+    for name in ("planner", "no_op", "inverse_model", "swm_cem", "continue", "planner_goal_alone"):
+        assert round(rows[name]["camera_error_degrees"], 1) in shown
+    for name in ("no_op", "inverse_model", "swm_cem", "continue"):
+        low, high = rows[name]["error_beyond_planner"]
+        assert f"[{low:.1f}, {high:.1f}]" in paragraph
+    for key in ("turn_correlation", "tilt_correlation"):
+        assert round(rows["planner"][key], 2) in shown

@@ -26,7 +26,7 @@ MODULES = sorted(p for p in PACKAGE.rglob("*.py") if not p.name.startswith("_") 
 # Imports go to packages further left only. Within a package the notebooks' numbers decide.
 FLOORS = (
     "utils < folders < config_sections < config < data < viz model game < training evaluation "
-    "< play notebook_runner < study demo outputs < commands < cli"
+    "< planning < play agent notebook_runner < study demo outputs < commands < cli"
 )
 FLOOR = {name: i for i, floor in enumerate(FLOORS.split(" < ")) for name in floor.split()}
 

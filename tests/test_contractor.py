@@ -19,7 +19,7 @@ from minecraft_jepa.config import preset
 from minecraft_jepa.data.actions import ACTION_NAMES
 from minecraft_jepa.data.checks import find_recordings, read_checks
 from minecraft_jepa.data.clip_store import ClipStore
-from minecraft_jepa.data.download import read_ledger
+from minecraft_jepa.data.ledger import read_ledger
 from minecraft_jepa.data.manifest import read_manifest
 from minecraft_jepa.data.recording_files import parse_name
 from minecraft_jepa.data.recordings import open_recording

@@ -31,8 +31,9 @@ from soak import repeats
 from minecraft_jepa.cli import main
 from minecraft_jepa.data import http_client, transfer
 from minecraft_jepa.data.checks import check_folder, find_recordings
-from minecraft_jepa.data.download import download_recordings, read_ledger
+from minecraft_jepa.data.download import download_recordings
 from minecraft_jepa.data.http_client import DownloadError
+from minecraft_jepa.data.ledger import read_ledger
 from minecraft_jepa.data.manifest import (
     IndexEntry,
     read_index,

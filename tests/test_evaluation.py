@@ -25,6 +25,7 @@ from minecraft_jepa.evaluation.action_decoding import (
 )
 from minecraft_jepa.evaluation.baselines import copy_baseline_errors, fit_copy_baselines
 from minecraft_jepa.evaluation.cached_model import CachedModel
+from minecraft_jepa.evaluation.drift import rollout_drift
 from minecraft_jepa.evaluation.horizon import (
     confidence_interval,
     error_ratio,
@@ -45,7 +46,7 @@ from minecraft_jepa.evaluation.report import (
 )
 from minecraft_jepa.evaluation.retrieval import rank_of_target, retrieval
 from minecraft_jepa.evaluation.ridge import fit_ridge, fit_ridges
-from minecraft_jepa.evaluation.rollouts import action_sensitivity, future_leakage, rollout_drift
+from minecraft_jepa.evaluation.rollouts import action_sensitivity, future_leakage
 from minecraft_jepa.evaluation.windows import (
     evaluation_windows,
     excluded_recordings,

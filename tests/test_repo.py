@@ -39,7 +39,7 @@ def dotted(path):
 
 
 NUMBERS = {dotted(p): int(p.stem[:2]) for p in LIBRARY}
-MAX_MODULE_LINES = 366  # docstrings included; most have 250 at most
+MAX_MODULE_LINES = 345  # docstrings included; most have 250 at most
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SETTINGS = configparser.ConfigParser()
 SETTINGS.read(ROOT / "settings.ini")

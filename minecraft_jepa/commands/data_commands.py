@@ -40,8 +40,9 @@ class DownloadCommand:
     def run(self):
         """Write the manifest where an index is given, then fetch. Fails where nothing is usable."""
         from minecraft_jepa.data.checks import read_checks
-        from minecraft_jepa.data.download import download_recordings, list_failures
+        from minecraft_jepa.data.download import download_recordings
         from minecraft_jepa.data.http_client import DownloadError
+        from minecraft_jepa.data.ledger import list_failures
         from minecraft_jepa.data.manifest import read_index, select_recordings, write_manifest
 
         if self.index:

@@ -17,7 +17,11 @@ import minecraft_jepa
 from minecraft_jepa.outputs import MAX_PICTURE_BYTES, source_hash
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = sorted((ROOT / "nbs").rglob("[0-9][0-9]_*.ipynb"))
+LIBRARY = sorted(
+    path
+    for path in (ROOT / "nbs").rglob("[0-9][0-9]_*.ipynb")
+    if path.parent.name not in ("study", "bench")
+)
 STUDY = sorted([*(ROOT / "nbs/study").glob("*.ipynb"), *(ROOT / "nbs/bench").glob("*.ipynb")])
 NOTEBOOKS = [*LIBRARY, ROOT / "nbs/index.ipynb", *STUDY]
 PACKAGE = ROOT / "minecraft_jepa"

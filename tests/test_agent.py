@@ -1,0 +1,485 @@
+"""The agent's tasks, in a stand-in world and, where it is installed, in the game."""
+
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from minecraft_jepa.agent.benchmark import ClosedLoop, ResultFile, summarize, wilson_interval
+from minecraft_jepa.agent.closed_loop import Episode
+from minecraft_jepa.agent.films import draw_film, load_film, stack_films
+from minecraft_jepa.agent.goal_pictures import (
+    Goal,
+    Start,
+    begin_episode,
+    list_test_worlds,
+    load_goal,
+    make_goal,
+    save_goal,
+    shrink_picture,
+)
+from minecraft_jepa.agent.planning_policy import PlanningPolicy, RecedingHorizon
+from minecraft_jepa.agent.policies import FixedActions, Oracle, draw_random_actions
+from minecraft_jepa.agent.tasks import TASKS, allow_action, hold, measure_errors, read_info
+from minecraft_jepa.data.actions import ACTION_NAMES, NOOP
+from minecraft_jepa.data.splits import load_split
+from minecraft_jepa.game.luanti import LuantiError, find_programs
+from minecraft_jepa.notebook_runner import run_notebook
+
+ROOT = Path(__file__).parent.parent
+FRAME = SimpleNamespace(height=48, width=80)
+try:
+    find_programs()
+    missing = ""
+except LuantiError as error:
+    missing = str(error)
+needs_game = pytest.mark.skipif(bool(missing), reason=missing)
+
+
+class StandIn:
+    """A flat world without a clock, whose picture is a panorama.
+
+    `run_on` is what happens while somebody thinks: the keys that were last sent act on.
+    """
+
+    def __init__(self, wall_at=None, dies_at=None):
+        random = np.random.default_rng(0)
+        self.panorama = random.integers(0, 256, (180, 720, 3)).astype(np.uint8)
+        self.wall_at, self.dies_at = wall_at, dies_at
+        self.closed, self.resets, self.total = 0, 0, 0
+
+    def reset(self, seed, options):
+        self.at, self.yaw, self.pitch = np.zeros(3), 7.0 * seed % 360, 6.0
+        self.tick, self.slot, self.last, self.behind = 0, 3, NOOP, 0
+        self.resets += 1
+
+    def info(self, in_step=True):
+        state = {"position": tuple(self.at), "yaw": self.yaw % 360, "pitch": self.pitch}
+        return state | {"hotbar": self.slot, "tick": self.tick, "in_step": in_step}
+
+    def move(self, action):
+        heading = math.radians(self.yaw)
+        steps = 0.195 * (action[0] - action[2])  # w and s
+        ahead = steps * np.array([math.cos(heading), 0, -math.sin(heading)])
+        if self.wall_at is None or np.linalg.norm(self.at + ahead) < self.wall_at:
+            self.at = self.at + ahead
+        self.tick += 1
+
+    def run_on(self, ticks):
+        for _ in range(ticks):
+            self.move(self.last)
+        self.behind = ticks
+
+    def step(self, action):
+        self.total += 1
+        if self.total == self.dies_at:
+            return None, 0.0, False, True, {"failure": "the game has died; its log"}
+        in_step, self.behind = not self.behind, 0
+        self.yaw, self.pitch = self.yaw + action[22], self.pitch + action[23]
+        if action[11:20].any():
+            self.slot = int(np.argmax(action[11:20]))
+        self.move(action)
+        self.last = action
+        left, top = round(self.yaw % 360), round(60 + self.pitch)
+        picture = self.panorama[top : top + 60, left : left + 160]
+        return picture, 0.0, False, False, self.info(in_step)
+
+    def close(self):
+        self.closed += 1
+
+
+class Thinker:
+    """Acts by a function of what it is given, and lets the world run on before it answers."""
+
+    def __init__(self, world, answer, ticks=0):
+        self.world, self.answer, self.ticks, self.seen = world, answer, ticks, []
+
+    def act(self, frame, goal_frame, history, ticks_left):
+        self.seen.append((frame, history, ticks_left))
+        self.world.run_on(self.ticks)
+        return self.answer(len(self.seen))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_oracle_solves_each_task_and_no_op_none(name):
+    for number in range(4):
+        world = StandIn()
+        goal = make_goal(world, name, 321, "desert", number, FRAME)
+        result = Episode(world, goal, FRAME).run(Oracle(TASKS[name]), "oracle")
+        assert result["success"] and result["stopped"], result
+        assert result["ticks"] <= TASKS[name].budget / 2
+        idle = FixedActions(hold(TASKS[name].budget))
+        assert not Episode(world, goal, FRAME).run(idle, "no_op")["success"]
+
+
+def test_goal_is_the_picture_at_the_goal_state():
+    world = StandIn()
+    goal = make_goal(world, "turn", 321, "desert", 0, FRAME)
+    episode = Episode(world, goal, FRAME)
+    episode.run(Oracle(TASKS["turn"]), "oracle")
+    seen = [np.abs(f.astype(int) - goal.frame).mean() for f in episode.film["reality"]]
+    assert seen[-1] < 0.5 * seen[0]
+    assert np.argmin(seen) == len(seen) - 1
+
+
+def test_passing_the_goal_by_is_no_success():
+    world = StandIn()
+    goal = make_goal(world, "turn", 321, "desert", 0, FRAME)
+    right, down = (measure_errors(goal.start_state, goal.state)[k] for k in ("yaw", "pitch"))
+    there = hold(20, right=right / 20, down=down / 20)
+    chunks = [there, hold(10, right=9), hold(0)]
+    thinker = Thinker(world, lambda n: chunks[n - 1])
+    result = Episode(world, goal, FRAME).run(thinker, "passes")
+    assert result["reached"] == 20 and not result["success"]
+
+
+@pytest.mark.parametrize("ticks", [0, 1, 50])
+def test_nothing_moves_while_the_policy_thinks(ticks):
+    world = StandIn()
+    goal = make_goal(world, "walk", 321, "desert", 0, FRAME)
+    walk = Thinker(world, lambda n: hold(8, "w"), ticks)
+    result = Episode(world, goal, FRAME).run(walk, "walker")
+    assert result["drift"] == {"blocks": 0.0, "degrees": 0.0}
+    assert result["ticks"] == TASKS["walk"].budget
+    walked = math.dist(result["path"][0][:3], result["path"][1][:3])
+    assert walked == pytest.approx(8 * 0.195, abs=0.02)  # and not the ticks of thinking
+
+
+def test_drift_is_told_where_the_world_does_run_on():
+    class Sliding(StandIn):
+        def run_on(self, ticks):
+            self.at = np.add(self.at, (0.3, 0, 0))
+            self.behind = ticks
+
+    world = Sliding()
+    goal = make_goal(world, "walk", 321, "desert", 0, FRAME)
+    result = Episode(world, goal, FRAME).run(Thinker(world, lambda n: hold(8), 9), "slides")
+    assert result["drift"]["blocks"] == pytest.approx(0.3)
+
+
+def test_history_ends_with_what_was_done_and_the_rest_after_it():
+    world = StandIn()
+    goal = make_goal(world, "walk", 321, "desert", 0, FRAME)
+    thinker = Thinker(world, lambda n: hold(4, "w", right=2) if n < 3 else hold(0))
+    Episode(world, goal, FRAME).run(thinker, "walker")
+    first, second = thinker.seen[0][1], thinker.seen[1][1]
+    assert first.shape == second.shape == (25, 28)
+    assert not first[:, 0].any()
+    pressed = np.flatnonzero(second[:, 0])
+    assert len(pressed) == 4 and np.ptp(pressed) == 3
+    assert (second[pressed[-1] + 1 :] == NOOP).all()
+    assert [left for *_, left in thinker.seen] == [140, 136, 132]
+
+
+def test_late_ticks_are_counted_and_their_keys_are_in_the_history():
+    class Late(StandIn):
+        def step(self, action):
+            if action[0]:
+                self.move(self.last)  # the game was a tick ahead
+            return super().step(action)
+
+    world = Late()
+    goal = make_goal(StandIn(), "walk", 321, "desert", 0, FRAME)
+    thinker = Thinker(world, lambda n: hold(5, "w", right=3) if n == 1 else hold(0))
+    result = Episode(world, goal, FRAME).run(thinker, "late")
+    assert result["late_ticks"] == 5
+    history = thinker.seen[1][1]
+    assert history[:, 0].sum() == 9  # of ten ticks the first held nothing yet
+    assert history[:, 22].sum() == 15  # a late tick does not turn again
+
+
+def test_keys_that_change_the_world_are_released():
+    action = np.ones(28)
+    pressed = {ACTION_NAMES[i] for i in np.flatnonzero(allow_action(action) != NOOP)}
+    assert not pressed & {"attack", "use", "pick", "e", "q", "escape", "f", "x", "y"}
+    assert {"w", "space", "9", "dx"} <= pressed
+
+
+@pytest.mark.parametrize(
+    "actions", [np.zeros((3, 27)), np.full((2, 28), np.nan), np.zeros(28)], ids=str
+)
+def test_what_is_no_action_is_refused_by_the_name_of_the_policy(actions):
+    world = StandIn()
+    goal = make_goal(world, "turn", 321, "desert", 0, FRAME)
+    with pytest.raises(ValueError, match="policy 'odd' gave"):
+        Episode(world, goal, FRAME).run(Thinker(world, lambda n: actions), "odd")
+
+
+def test_another_start_is_refused():
+    world = StandIn()
+    goal = make_goal(world, "turn", 321, "desert", 0, FRAME)
+    state = goal.start_state | {"yaw": goal.start_state["yaw"] + 2}
+    other = Goal(goal.task, goal.start, state, goal.state, goal.frame)
+    with pytest.raises(LuantiError, match="the start is another one"):
+        begin_episode(world, other)
+
+
+def test_where_a_wall_is_in_the_way_another_start_is_tried():
+    assert make_goal(StandIn(), "walk", 321, "desert", 0, FRAME).start.attempt == 0
+    blocked = StandIn(wall_at=2.6)
+    goal = make_goal(blocked, "walk", 321, "desert", 0, FRAME)
+    assert 2 <= math.dist(goal.state["position"], goal.start_state["position"]) <= 8
+    with pytest.raises(LuantiError, match="no room for 'walk'"):
+        make_goal(StandIn(wall_at=1), "walk", 321, "desert", 0, FRAME)
+
+
+def test_goals_come_back_from_disk(tmp_path):
+    goal = make_goal(StandIn(), "turn and walk", 321, "desert", 1, FRAME)
+    again = load_goal(save_goal(goal, tmp_path))
+    assert (again.frame == goal.frame).all()
+    assert (again.task, again.start, again.state) == (goal.task, goal.start, goal.state)
+    (tmp_path / f"{goal.name}.json").write_text("{}")
+    with pytest.raises(ValueError, match="delete both"):
+        load_goal(tmp_path / f"{goal.name}.json")
+
+
+def test_worlds_are_test_worlds():
+    split = load_split(ROOT / "data")
+    worlds = [seed for seed, _ in list_test_worlds(split, 8)]
+    known = [*split["train"], *split["validation"]]
+    assert not {f"world-{seed}" for seed in worlds} & {name.split("_")[0] for name in known}
+
+
+POLICIES = {
+    "oracle": lambda goal: Oracle(TASKS[goal.task]),
+    "no_op": lambda goal: FixedActions(hold(TASKS[goal.task].budget)),
+}
+
+
+def run(folder, make_world=StandIn, starts=range(2), policies=POLICIES, settings=None):
+    lines = []
+    loop = ClosedLoop(make_world, FRAME, folder, settings or {"weights": "a"}, ("oracle",))
+    loop.run_world(321, "desert", starts, ["turn", "tool"], policies, lines.append)
+    return lines
+
+
+def test_run_goes_on_where_it_was_stopped(tmp_path):
+    assert len(run(tmp_path, starts=range(1))) == 4
+    first = json.loads((tmp_path / "world-321.json").read_text())["results"]
+    assert len(run(tmp_path)) == 4
+    results = json.loads((tmp_path / "world-321.json").read_text())["results"]
+    assert results[:4] == first and len(results) == 8
+    assert run(tmp_path) == []
+    goals = {(r["task"], r["start"], *r["start_errors"].values()) for r in results}
+    assert len(goals) == 4  # the same for both methods
+    assert len([*tmp_path.glob("films/*-oracle.npz")]) == 4
+    assert not [*tmp_path.rglob("*.part")]
+
+
+def test_stopped_in_an_episode_it_loses_that_episode_alone(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(goal):
+        raise Stop
+
+    with pytest.raises(Stop):
+        run(tmp_path, policies=POLICIES | {"stops": stop})
+    assert len(ResultFile(tmp_path / "world-321.json", {"weights": "a"}).results) == 2
+    assert len(run(tmp_path)) == 6
+
+
+def test_game_that_dies_is_started_again(tmp_path):
+    worlds = []
+
+    def make_world():
+        worlds.append(StandIn(dies_at=90 if not worlds else None))
+        return worlds[-1]
+
+    lines = run(tmp_path, make_world, range(1))
+    assert any("the game has died" in line for line in lines)
+    assert [world.closed for world in worlds] == [1, 1]
+    assert len(ResultFile(tmp_path / "world-321.json", {"weights": "a"}).results) == 4
+    with pytest.raises(LuantiError):
+        run(tmp_path / "b", lambda: StandIn(dies_at=5))
+
+
+def test_results_of_other_weights_are_not_mixed(tmp_path):
+    run(tmp_path, starts=range(1))
+    with pytest.raises(ValueError, match="another weights"):
+        run(tmp_path, settings={"weights": "b"})
+    (tmp_path / "world-321.json").write_text("{")
+    with pytest.raises(ValueError, match="can't be read"):
+        run(tmp_path)
+
+
+def test_films_are_drawn(tmp_path):
+    run(tmp_path, starts=range(1))
+    film = load_film(tmp_path / "films" / "turn-321-0-oracle.npz")
+    assert film["reality"].shape == film["imagined"].shape
+    assert len(film["actions"]) == len(film["reality"]) - 1
+    pictures = stack_films({"reached": draw_film(film), "again": draw_film(film)})
+    assert len({p.tobytes() for p in pictures}) > 3
+
+
+def test_intervals_and_counts():
+    assert wilson_interval(0, 10) == pytest.approx([0, 0.2775], abs=1e-3)
+    assert wilson_interval(10, 10) == pytest.approx([0.7225, 1], abs=1e-3)
+    with pytest.raises(ValueError, match="episodes=0"):
+        wilson_interval(0, 0)
+    made = {"task": "turn", "reached": 3, "ticks": 5, "seconds_per_plan": 1.0}
+    rows = [made | {"method": m, "success": s} for m, s in (("a", True), ("a", False), ("b", True))]
+    table = summarize(rows)["turn"]
+    assert (table["a"]["successes"], table["a"]["episodes"]) == (1, 2)
+    assert table["b"]["interval"] == wilson_interval(1, 1)
+
+
+def test_random_actions_do_everything_that_counts():
+    actions = draw_random_actions(np.random.default_rng(0), 3000)
+    assert np.abs(actions[:, 22:24]).max(0) == pytest.approx([10, 4], abs=0.3)
+    assert 0.3 < actions[:, 0].mean() < 0.7
+    assert actions[:, 11:20].any(0).all()
+
+
+class Sighted:
+    """A planner that turns towards (yaw, pitch) where the yaw is in view."""
+
+    other = 0.0  # what no turn can lower
+
+    def plan(self, model, z, goal, history, horizon):
+        gap = (goal - z + 180) % 360 - 180
+        turn = gap if abs(gap[0]) < 50 else np.zeros(2)
+        left = np.abs(gap - turn).max()
+        actions = hold(horizon, right=turn[0] / horizon, down=turn[1] / horizon)
+        return SimpleNamespace(actions=actions, cost=left**2 + self.other)
+
+
+class Known(PlanningPolicy):
+    """The agent with an exact sense of place in place of the encoder, blind beyond 50 degrees."""
+
+    def __init__(self, world, goal, planner, **options):
+        super().__init__(None, planner, **options)
+        self.world, self.state = world, goal.state
+
+    def look(self, frame, goal_frame):
+        self.now = np.array([self.world.yaw, self.world.pitch])
+        self.goal = np.array([self.state["yaw"], self.state["pitch"]])
+        self.errors = measure_errors(read_info(self.world.info()), self.state)
+        if self.planner:
+            self.planner.other = self.errors["blocks"] ** 2 + self.errors["slot"]
+
+    def distance(self):
+        angle = max(abs(self.errors["yaw"]), abs(self.errors["pitch"]))
+        angle = min(angle, 50 + angle / 100)
+        return angle**2 + self.errors["blocks"] ** 2 + self.errors["slot"]
+
+
+class Alone(Known):
+    """Without trying."""
+
+    pursue = RecedingHorizon.pursue
+
+
+def count_successes(name, agent, planner, starts=6):
+    successes = 0
+    for number in range(starts):
+        world = StandIn()
+        goal = make_goal(world, name, 321, "desert", number, FRAME)
+        successes += Episode(world, goal, FRAME).run(agent(world, goal, planner), "a")["success"]
+    return successes
+
+
+def test_agent_that_turns_around_finds_what_is_out_of_view():
+    assert count_successes("turn", Known, Sighted()) == 6
+    assert count_successes("turn", Alone, Sighted()) < 6
+    assert count_successes("turn", Known, None) < 6
+
+
+@pytest.mark.parametrize("name", ["walk", "turn and walk", "tool"])
+def test_agent_that_tries_walks_and_changes_the_slot(name):
+    assert count_successes(name, Known, Sighted(), 4) == 4
+    assert count_successes(name, Alone, Sighted(), 4) == 0
+
+
+def test_without_the_game_the_notebook_names_the_line_that_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    parameters = {"data_dir": ROOT / "data", "out_dir": tmp_path / "out"}
+    run_notebook(ROOT / "nbs/study/10_agent.ipynb", tmp_path / "10_agent.ipynb", parameters)
+    assert "sudo apt-get install" in (tmp_path / "10_agent.ipynb").read_text().split("skipped,")[1]
+    assert not [*(tmp_path / "out").iterdir()]
+
+
+@pytest.fixture(scope="module")
+def env():
+    from minecraft_jepa.game.env import LuantiEnv
+
+    env = LuantiEnv(slow_motion=4)
+    yield env
+    env.close()
+
+
+@needs_game
+def test_in_the_game_picture_and_state_are_those_of_one_frame(env):
+    goal = make_goal(env, "turn", 319, "cold_desert", 0, FRAME)
+    episode = Episode(env, goal, FRAME)
+    result = episode.run(Oracle(TASKS["turn"]), "oracle")
+    assert result["success"], result
+    assert result["drift"]["blocks"] < 0.01
+    seen = [np.abs(f.astype(int) - goal.frame).mean() for f in episode.film["reality"]]
+    assert seen[-1] < 0.5 * seen[0]
+
+
+@needs_game
+def test_in_the_game_the_player_stands_still_while_somebody_thinks(env):
+    class Slow:
+        def __init__(self):
+            self.walks = [hold(6, "w"), hold(6, "w"), hold(0)]
+
+        def act(self, *told):
+            time.sleep(1)
+            return self.walks.pop(0)
+
+    goal = make_goal(env, "tool", 319, "cold_desert", 0, FRAME)
+    result = Episode(env, goal, FRAME).run(Slow(), "slow")
+    assert result["drift"]["blocks"] < 0.01
+    assert result["drift"]["degrees"] < 0.01
+
+
+@needs_game
+def test_in_the_game_a_stopped_process_makes_up_for_the_time(env):
+    """The reason why the keys rest: SIGSTOP alone does not hold the player."""
+    goal = make_goal(env, "tool", 319, "cold_desert", 0, FRAME)
+    begin_episode(env, goal)
+    for action in hold(8, "w"):
+        *_, info = env.step(action)
+    before, pid = info["position"], env.game.pids["minetest"]
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(1.5)
+    os.kill(pid, signal.SIGCONT)
+    *_, info = env.step(hold(1, "w")[0])
+    assert math.dist(read_info(info)["position"], before) > 0.3
+
+
+@needs_game
+def test_in_the_game_slow_motion_is_a_walk_at_a_quarter_of_its_speed(env):
+    goal = make_goal(env, "walk", 319, "cold_desert", 0, FRAME)
+    begin_episode(env, goal)
+    trail = []
+    for action in hold(12, "w"):
+        *_, info = env.step(action)
+        trail.append((env.game.states[env.shot[0]]["micros"] / 1e6, info["position"]))
+    (begin, here), (end, there) = trail[4], trail[9]
+    assert math.dist(here, there) / (end - begin) == pytest.approx(
+        4 / 4, rel=0.15
+    )  # blocks a second
+
+
+@needs_game
+def test_in_the_game_the_slot_is_chosen(env):
+    goal = make_goal(env, "tool", 319, "cold_desert", 1, FRAME)
+    assert goal.start_state["hotbar"] == 0
+    assert Episode(env, goal, FRAME).run(Oracle(TASKS["tool"]), "oracle")["success"]
+
+
+def test_pictures_are_resized_by_their_mean():
+    picture = np.zeros((96, 160, 3), np.uint8)
+    picture[::2] = 200
+    assert (shrink_picture(picture, FRAME) == 100).all()
+    assert shrink_picture(picture, FRAME).shape == (3, 48, 80)
+    assert Start(321, "desert", 2, 1).seed == 321101

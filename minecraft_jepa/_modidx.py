@@ -19,6 +19,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                'minecraft_jepa/agent/benchmark.py'),
                                                 'minecraft_jepa.agent.benchmark.ResultFile.__init__': ( 'agent/benchmark.html#resultfile.__init__',
                                                                                                         'minecraft_jepa/agent/benchmark.py'),
+                                                'minecraft_jepa.agent.benchmark.ResultFile._read': ( 'agent/benchmark.html#resultfile._read',
+                                                                                                     'minecraft_jepa/agent/benchmark.py'),
                                                 'minecraft_jepa.agent.benchmark.ResultFile.add': ( 'agent/benchmark.html#resultfile.add',
                                                                                                    'minecraft_jepa/agent/benchmark.py'),
                                                 'minecraft_jepa.agent.benchmark.ResultFile.has': ( 'agent/benchmark.html#resultfile.has',

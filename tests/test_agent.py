@@ -309,6 +309,14 @@ def test_results_of_other_weights_are_not_mixed(tmp_path):
         run(tmp_path)
 
 
+def test_two_processes_lose_no_result_of_each_other(tmp_path):
+    path, settings = tmp_path / "world-1.json", {"weights": "a"}
+    one, other = (ResultFile(path, settings) for _ in range(2))
+    for n, file in enumerate((one, other, one)):
+        file.add({"task": "turn", "start": n, "method": "a"})
+    assert [r["start"] for r in ResultFile(path, settings).results] == [0, 1, 2]
+
+
 def test_films_are_drawn(tmp_path):
     run(tmp_path, starts=range(1))
     film = load_film(tmp_path / "films" / "turn-321-0-oracle.npz")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['wilson_interval', 'summarize', 'ResultFile', 'save_film', 'ClosedLoop']
 
-# %% ../../nbs/agent/04_benchmark.ipynb #e5a3e8b7
+# %% ../../nbs/agent/04_benchmark.ipynb #027aa854
 import json
 from pathlib import Path
 
@@ -14,10 +14,11 @@ import numpy as np
 from .closed_loop import Episode
 from .goal_pictures import load_goal, make_goal, save_goal
 from .tasks import TASKS
+from ..folders import lock_folder
 from ..game.luanti import LuantiError
 from ..utils import atomic_path, whole_number, write_json
 
-# %% ../../nbs/agent/04_benchmark.ipynb #764aef80
+# %% ../../nbs/agent/04_benchmark.ipynb #86639435
 def wilson_interval(successes, episodes) -> list[float]:
     """Give Wilson's 95 % interval of a rate.
 
@@ -33,7 +34,8 @@ def wilson_interval(successes, episodes) -> list[float]:
     middle = rate + z * z / (2 * episodes)
     half = z * np.sqrt(rate * (1 - rate) / episodes + (z / (2 * episodes)) ** 2)
     scale = 1 + z * z / episodes
-    return [round(float((middle - half) / scale), 4), round(float((middle + half) / scale), 4)]
+    low, high = (middle - half) / scale, (middle + half) / scale
+    return [round(max(float(low), 0.0), 4), round(min(float(high), 1.0), 4)]
 
 
 def summarize(results) -> dict:
@@ -64,7 +66,7 @@ def summarize(results) -> dict:
             }
     return table
 
-# %% ../../nbs/agent/04_benchmark.ipynb #5bb15c83
+# %% ../../nbs/agent/04_benchmark.ipynb #d07995a9
 class ResultFile:
     """The results of one world, on disk after each episode.
 
@@ -79,13 +81,17 @@ class ResultFile:
     def __init__(self, path, settings):
         self.path, self.settings, self.results = Path(path), settings, []
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._read()
+
+    def _read(self):
+        """Take in what is on disk."""
         if not self.path.exists():
             return
         try:
             kept = json.loads(self.path.read_text())
             self.results = list(kept["results"])
-            names = {*settings, *kept["settings"]}
-            other = [k for k in names if kept["settings"].get(k) != settings.get(k)]
+            names = {*self.settings, *kept["settings"]}
+            other = [k for k in names if kept["settings"].get(k) != self.settings.get(k)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{self.path} can't be read ({e}): delete it") from None
         if other:
@@ -100,11 +106,13 @@ class ResultFile:
         return any((r["task"], r["start"], r["method"]) == episode for r in self.results)
 
     def add(self, result):
-        """Keep a result."""
-        self.results.append(result)
-        write_json(self.path, {"settings": self.settings, "results": self.results})
+        """Keep a result, beside what another process has added since."""
+        with lock_folder(self.path.parent, wait=True):
+            self._read()
+            self.results.append(result)
+            write_json(self.path, {"settings": self.settings, "results": self.results})
 
-# %% ../../nbs/agent/04_benchmark.ipynb #b8288c05
+# %% ../../nbs/agent/04_benchmark.ipynb #b1991740
 def save_film(film, goal, path) -> Path:
     """Write the film of an episode, whole or not at all.
 
@@ -120,7 +128,7 @@ def save_film(film, goal, path) -> Path:
         np.savez_compressed(file, goal=goal.frame, **arrays)
     return path
 
-# %% ../../nbs/agent/04_benchmark.ipynb #d2846f82
+# %% ../../nbs/agent/04_benchmark.ipynb #386c7600
 class ClosedLoop:
     """All episodes of some worlds: the same goals and starts for each method.
 
@@ -195,7 +203,7 @@ class ClosedLoop:
         if env is not None:
             env.close()
 
-# %% ../../nbs/agent/04_benchmark.ipynb #c647a094
+# %% ../../nbs/agent/04_benchmark.ipynb #4a225965
 def _describe(result):
     """A line on an episode."""
     errors, outcome = result["errors"], "reached" if result["success"] else "missed"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HISTORY', 'Episode']
 
-# %% ../../nbs/agent/03_closed_loop.ipynb #ba7d90ff
+# %% ../../nbs/agent/03_closed_loop.ipynb #570aef23
 import time
 from collections import deque
 
@@ -16,7 +16,7 @@ from .tasks import TASKS, allow_action, is_reached, measure_errors, read_info
 from ..data.actions import ACTION_DIM, NOOP
 from ..game.luanti import LuantiError
 
-# %% ../../nbs/agent/03_closed_loop.ipynb #7f5d3c53
+# %% ../../nbs/agent/03_closed_loop.ipynb #4efe90e4
 HISTORY = 25  # actions that a policy is given
 _MAX_REST = 30  # ticks, where the player does not come to rest: in water, or on a slope
 
@@ -59,7 +59,7 @@ class _Body:
             if still == ticks:
                 return
 
-# %% ../../nbs/agent/03_closed_loop.ipynb #fc6e455e
+# %% ../../nbs/agent/03_closed_loop.ipynb #0521649d
 def _check_actions(actions, method):
     """Actions of a policy as (k, 28). ValueError names the policy."""
     actions = np.asarray(actions, np.float32)
@@ -119,7 +119,7 @@ class _Attempt:
             self.film["imagined"].append(blank if imagined is None else imagined[i])
         self.body.rest()
 
-# %% ../../nbs/agent/03_closed_loop.ipynb #02ef2f51
+# %% ../../nbs/agent/03_closed_loop.ipynb #26666361
 class Episode(_Attempt):
     """One episode of one policy, from the start of a goal.
 
@@ -176,7 +176,7 @@ class Episode(_Attempt):
             "path": np.round(path, 2).tolist(),
         }
 
-# %% ../../nbs/agent/03_closed_loop.ipynb #54c3842b
+# %% ../../nbs/agent/03_closed_loop.ipynb #f78dbf38
 def _rounded(numbers):
     """Floats with three digits."""
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in numbers.items()}

@@ -56,7 +56,7 @@ def draw_random_actions(random, ticks) -> np.ndarray:
         total += len(blocks[-1])
     return np.concatenate(blocks)[:ticks]
 
-# %% ../../nbs/agent/05_policies.ipynb #28cd627d
+# %% ../../nbs/agent/05_policies.ipynb #ebc9598c
 def cut_recorded_actions(recordings, random, ticks) -> np.ndarray:
     """Cut a stretch out of another recording.
 

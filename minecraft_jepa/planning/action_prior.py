@@ -159,7 +159,7 @@ def _fit_horizon(store, names, horizon):
     windows, past = [], MOMENTUM_TICKS
     for name in names:
         actions = store[name].actions
-        starts = store.starts(name, past + 1, horizon)[:: max(horizon // 4, 1)]
+        starts = store.window_starts(name, past + 1, horizon)[:: max(horizon // 4, 1)]
         windows += [actions[t - past : t + horizon] for t in starts]
     windows = [w for w in windows if camera_moves(w).all()]
     if not windows:

@@ -57,7 +57,7 @@ def planning_windows(model, store, names, horizon, each) -> list[PlanningWindow]
     ticks, windows = model.config.conditioner.history_ticks, []
     for name in names:
         actions = store[name].actions
-        starts = store.starts(name, ticks, horizon)
+        starts = store.window_starts(name, ticks, horizon)
         starts = [t for t in starts if camera_moves(actions[t : t + horizon]).all()]
         if not starts:
             continue

@@ -51,7 +51,7 @@ def encode_clips(model, store, names, length=0) -> list[LatentClip]:
     length, clips = whole_number(length, "length", 0), []
     ticks = model.config.conditioner.history_ticks
     for name in names:
-        runs = store.runs(name, ticks, 1)
+        runs = store.window_ranges(name, ticks, 1)
         if not runs:
             continue
         first, end = max(runs, key=lambda run: run[1] - run[0])

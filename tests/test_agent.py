@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from game_here import needs_game
 
 from minecraft_jepa.agent.benchmark import ClosedLoop, ResultFile, summarize, wilson_interval
 from minecraft_jepa.agent.closed_loop import Episode
@@ -22,24 +23,18 @@ from minecraft_jepa.agent.goal_pictures import (
     load_goal,
     make_goal,
     save_goal,
-    shrink_picture,
 )
 from minecraft_jepa.agent.planning_policy import PlanningPolicy, RecedingHorizon
 from minecraft_jepa.agent.policies import FixedActions, Oracle, draw_random_actions
 from minecraft_jepa.agent.tasks import TASKS, allow_action, hold, measure_errors, read_info
 from minecraft_jepa.data.actions import ACTION_NAMES, NOOP
 from minecraft_jepa.data.splits import load_split
-from minecraft_jepa.game.luanti import LuantiError, find_programs
+from minecraft_jepa.data.video import picture_to_frame
+from minecraft_jepa.game.luanti import LuantiError
 from minecraft_jepa.notebook_runner import run_notebook
 
 ROOT = Path(__file__).parent.parent
 FRAME = SimpleNamespace(height=48, width=80)
-try:
-    find_programs()
-    missing = ""
-except LuantiError as error:
-    missing = str(error)
-needs_game = pytest.mark.skipif(bool(missing), reason=missing)
 
 
 class StandIn:
@@ -488,6 +483,6 @@ def test_in_the_game_the_slot_is_chosen(env):
 def test_pictures_are_resized_by_their_mean():
     picture = np.zeros((96, 160, 3), np.uint8)
     picture[::2] = 200
-    assert (shrink_picture(picture, FRAME) == 100).all()
-    assert shrink_picture(picture, FRAME).shape == (3, 48, 80)
+    assert (picture_to_frame(picture, FRAME) == 100).all()
+    assert picture_to_frame(picture, FRAME).shape == (3, 48, 80)
     assert Start(321, "desert", 2, 1).seed == 321101

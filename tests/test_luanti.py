@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import refused
+from game_here import needs_game
 from soak import repeats
 
 from minecraft_jepa.cli import main
@@ -29,12 +30,6 @@ from minecraft_jepa.game.env import LuantiEnv, action_to_input
 from minecraft_jepa.game.luanti import LuantiError, find_programs
 
 ROOT = Path(__file__).parent.parent
-try:
-    find_programs()
-    missing = ""
-except LuantiError as error:
-    missing = str(error)
-needs_game = pytest.mark.skipif(bool(missing), reason=missing)
 
 
 def wait_for(condition, seconds=30):

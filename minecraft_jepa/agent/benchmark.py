@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 from .closed_loop import Episode
 from .goal_pictures import load_goal, make_goal, save_goal
@@ -30,12 +31,9 @@ def wilson_interval(successes, episodes) -> list[float]:
         [low, high].
     """
     episodes = whole_number(episodes, "episodes", 1)
-    rate, z = whole_number(successes, "successes", 0, episodes) / episodes, 1.959964
-    middle = rate + z * z / (2 * episodes)
-    half = z * np.sqrt(rate * (1 - rate) / episodes + (z / (2 * episodes)) ** 2)
-    scale = 1 + z * z / episodes
-    low, high = (middle - half) / scale, (middle + half) / scale
-    return [round(max(float(low), 0.0), 4), round(min(float(high), 1.0), 4)]
+    successes = whole_number(successes, "successes", 0, episodes)
+    interval = stats.binomtest(successes, episodes).proportion_ci(method="wilson")
+    return [round(float(interval.low), 4), round(float(interval.high), 4)]
 
 
 def summarize(results) -> dict:

@@ -11,9 +11,10 @@ from collections import deque
 
 import numpy as np
 
-from .goal_pictures import begin_episode, shrink_picture
+from .goal_pictures import begin_episode
 from .tasks import TASKS, allow_action, is_reached, measure_errors, read_info
 from ..data.actions import ACTION_DIM, NOOP
+from ..data.video import picture_to_frame
 from ..game.luanti import LuantiError
 
 # %% ../../nbs/agent/03_closed_loop.ipynb #4efe90e4
@@ -86,7 +87,7 @@ class _Attempt:
 
     def look(self):
         """The frame (3, h, w) uint8 that is seen now."""
-        return shrink_picture(self.body.picture, self.frame)
+        return picture_to_frame(self.body.picture, self.frame)
 
     def errors(self):
         """How far the player is from the goal, as of `measure_errors`."""

@@ -10,7 +10,12 @@ import math
 
 import numpy as np
 
-from .tasks import hold, signed_degrees
+from minecraft_jepa.agent.tasks import (
+    BLOCKS_PER_TICK,
+    hold,
+    measure_errors,
+    signed_degrees,
+)
 from ..data.actions import ACTION_NAMES
 from ..game.env import MAX_CAMERA_DEGREES
 
@@ -79,9 +84,6 @@ def cut_recorded_actions(recordings, random, ticks) -> np.ndarray:
     return actions[start : start + ticks]
 
 # %% ../../nbs/agent/05_policies.ipynb #d8ff84a2
-_BLOCKS_PER_TICK = 0.195  # of a walk, with the slide at its end
-
-
 def turn_by(right, down) -> np.ndarray:
     """Turn at a constant rate, as fast as the mouse can.
 
@@ -120,17 +122,16 @@ class Oracle:
         if "position" in self.task.checked and blocks > 0.5:
             return self._approach(math.degrees(math.atan2(south, east)), blocks, here)
         if "direction" in self.task.checked:
-            yaw = signed_degrees(self.goal["yaw"] - self.state["yaw"])
-            pitch = self.goal["pitch"] - self.state["pitch"]
-            if max(abs(yaw), abs(pitch)) > 1:
-                return turn_by(yaw, pitch)
+            errors = measure_errors(self.state, self.goal)
+            if max(abs(errors["yaw"]), abs(errors["pitch"])) > 1:
+                return turn_by(errors["yaw"], errors["pitch"])
         return hold(0)
 
     def _approach(self, bearing, blocks, here):
         """Turn towards the goal and walk; jump where the last walk led nowhere."""
         is_stuck = self.trail and math.dist(self.trail[-1], here) < 0.5
         self.trail.append(here)
-        walk = hold(min(max(round(blocks / _BLOCKS_PER_TICK), 1), 25), "w")
+        walk = hold(min(max(round(blocks / BLOCKS_PER_TICK), 1), 25), "w")
         if is_stuck:
             walk[:, ACTION_NAMES.index("space")] = 1
         yaw = signed_degrees(bearing - self.state["yaw"])

@@ -102,14 +102,14 @@ class MotionPrimitives:
         turns, keys = draw_primitives(
             self.prior, self.first, self.groups, history, search.horizon, random
         )
-        told = [(m, s, w) for m, s, w in believed if w and "camera" in self.groups]
-        if told:  # the product of the normal laws
-            precision = sum(w / s**2 for _, s, w in told)
-            mean = sum(w / s**2 * m for m, s, w in told) / precision
+        weighted = [(m, s, w) for m, s, w in believed if w and "camera" in self.groups]
+        if weighted:  # the product of the normal laws
+            precision = sum(w / s**2 for _, s, w in weighted)
+            mean = sum(w / s**2 * m for m, s, w in weighted) / precision
             near = np.arange(2, self.first, 2)
             noise = random.standard_normal((len(near), 2))
             turns[near] = mean + precision**-0.5 * noise
-            turns[1 : 2 + len(told)] = [mean, *(m for m, _, _ in told)]
+            turns[1 : 2 + len(weighted)] = [mean, *(m for m, _, _ in weighted)]
             turns = turns.clip(-self.prior.limit, self.prior.limit)
         if start is not None and len(start):
             turns[-1] = np.mean(start, 0)[CAMERA]

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from ..data.actions import ACTION_DIM, CAMERA
+from ..data.actions import CAMERA, NOOP
 from .action_prior import ActionPrior, free_keys, hold
 from .costs import squared_distance
 from .inverse_model import InverseModel
@@ -48,19 +48,7 @@ class RandomShooting:
     answers_mean: ClassVar = False  # whether the mean of the last round is the answer
 
     def plan(self, model, z, goal, history, horizon, start=None) -> Plan:
-        """Plan `horizon` ticks from `z` to `goal`.
-
-        Args:
-            model: WorldModel in eval mode, or anything with `imagine`.
-            z: latent of now, (N, D) or (1, N, D).
-            goal: latent to reach, of the same shape.
-            history: actions before now, (up to 24, 28).
-            horizon: ticks, H.
-            start: actions (k, 28) of a plan to begin with, as `Plan.rest` gives them; or None.
-
-        Raises:
-            ValueError: names the input that does not fit.
-        """
+        """Plan as `MotionPrimitives.plan`, which has the arguments."""
         search = Search(model, self.cost, *check_problem(model, z, goal, history, horizon))
         random, kept = np.random.default_rng(self.seed), None
         wide = (self.groups, search.horizon, self.block)
@@ -160,7 +148,7 @@ class GradientPlanner:
     seed: int = 0
 
     def plan(self, model, z, goal, history, horizon, start=None) -> Plan:
-        """Plan as `RandomShooting.plan`, which has the arguments."""
+        """Plan as `MotionPrimitives.plan`, which has the arguments."""
         search = Search(model, self.cost, *check_problem(model, z, goal, history, horizon))
         random = np.random.default_rng(self.seed)
         proposal = Proposal.from_prior(self.prior, self.groups, search.horizon, self.block, start)
@@ -193,13 +181,10 @@ class GradientPlanner:
         turns = turned * torch.tensor(proposal.spread > 0)
         free = torch.tensor(proposal.pressed > 0)
         keys = leaves[1].sigmoid() * free  # (n, blocks, 28)
-        blocks = turns.shape[1]
-        rest = torch.tensor(hold(np.zeros((1, 2)), np.zeros((1, ACTION_DIM)), 1)[0])
-        actions = (rest + keys).repeat(1, 1, 1)
         camera = torch.zeros_like(keys)
         camera[..., CAMERA] = turns
-        actions = (actions + camera).repeat_interleave(self.block, 1)
-        return actions[:, :horizon] if blocks * self.block > horizon else actions
+        actions = torch.from_numpy(NOOP) + keys + camera
+        return actions.repeat_interleave(self.block, 1)[:, :horizon]
 
 # %% ../../nbs/planning/10_planners.ipynb #65e57267
 PLANNERS = {

@@ -121,7 +121,7 @@ class SwmPlanner:
     seed: int = 0
 
     def plan(self, model, z, goal, history, horizon, start=None) -> Plan:
-        """Plan as `RandomShooting.plan`, which has the arguments; `start` is not used.
+        """Plan as `MotionPrimitives.plan`, which has the arguments; `start` is not used.
 
         Raises:
             ImportError: stable-worldmodel is not installed.

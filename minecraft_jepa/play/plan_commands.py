@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..data.actions import NOOP
+from ..planning.search import imagine_plans
 from .messages import Refused, picture_url
 from .session_messages import SessionMessages
 
@@ -48,9 +49,8 @@ def draw_strips(model, head, z, history, plans) -> list[list[str]]:
     Returns:
         For each plan the frames at up to `STRIP_FRAMES` ticks, the last one included, as data URLs.
     """
-    actions = np.concatenate([np.repeat(history[None], len(plans), 0), plans], 1)
-    actions = torch.from_numpy(actions.astype(np.float32))
-    latents = model.imagine(z.expand(len(plans), -1, -1), actions)  # (b, H, N, D)
+    history, plans = (torch.from_numpy(np.asarray(x, np.float32)) for x in (history, plans))
+    latents = imagine_plans(model, z, history, plans)  # (b, H, N, D)
     horizon = latents.shape[1]
     ticks = np.unique(np.linspace(-1, horizon - 1, STRIP_FRAMES + 1).round().astype(int))[1:]
     return [

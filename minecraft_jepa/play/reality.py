@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image
+
+from ..data.video import picture_to_frame
 
 # %% ../../nbs/play/07_reality.ipynb #45a23820
 def find_game() -> tuple[bool, str]:
@@ -59,9 +60,7 @@ class Reality:
     @torch.inference_mode()
     def see(self) -> np.ndarray:
         """Encode the picture, and return it as the model takes it: (3, H, W) uint8."""
-        size = self.assets.model.config.frame
-        small = Image.fromarray(self.picture).resize((size.width, size.height), Image.BOX)
-        frame = np.array(small).transpose(2, 0, 1).copy()
+        frame = picture_to_frame(self.picture, self.assets.model.config.frame)
         self.latent = self.assets.model.encode(torch.from_numpy(frame)[None])  # (1, N, D)
         return frame
 

@@ -12,7 +12,7 @@ import pairs
 import pytest
 from commands import refused
 
-from minecraft_jepa import study
+from minecraft_jepa import notebook_runner
 from minecraft_jepa.cli import COMMANDS, main, read_command
 from minecraft_jepa.commands.game_commands import read_seeds
 from minecraft_jepa.commands.training_commands import TrainCommand
@@ -303,7 +303,7 @@ def test_seeds_are_numbers_and_ranges():
 
 def test_an_evaluation_runs_the_notebook_of_the_study(tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(study, "run_notebook", lambda *words: asked.append(words))
+    monkeypatch.setattr(notebook_runner, "run_notebook", lambda *words: asked.append(words))
     monkeypatch.chdir(tmp_path)  # the notebook is found from elsewhere too
     words = ["--data", str(DATA), "--weights", str(WEIGHTS), "--out", "judged", "--windows", "3"]
     assert main(["evaluate", *words]) == 0

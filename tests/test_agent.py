@@ -360,7 +360,7 @@ class Known(PlanningPolicy):
         super().__init__(None, planner, **options)
         self.world, self.state = world, goal.state
 
-    def look(self, frame, goal_frame):
+    def encode(self, frame, goal_frame):
         self.now = np.array([self.world.yaw, self.world.pitch])
         self.goal = np.array([self.state["yaw"], self.state["pitch"]])
         self.errors = measure_errors(read_info(self.world.info()), self.state)

@@ -81,7 +81,7 @@ def test_what_is_saved_gives_the_same_frames_played_back(dream, assets, tmp_path
     dream.rewind(7)
     for action in (LEFT, FORWARD, LEFT):
         dream.step(action)
-    dream.look(assets.clip(NAMES[3]).frames[60])
+    dream.observe(assets.clip(NAMES[3]).frames[60])
     for action in (FORWARD, LEFT):
         dream.step(action)
     shown = recorded(dream.trajectory)
@@ -113,7 +113,7 @@ def test_a_corrected_dream_plays_back_with_its_correction(dream, assets, tmp_pat
 def test_a_dream_that_ends_with_a_look_plays_back_with_it(dream, assets, tmp_path):
     """The last frame has no action after it, so it had no line to say that it was given."""
     dream.step(LEFT)
-    dream.look(assets.clip(NAMES[3]).frames[60])
+    dream.observe(assets.clip(NAMES[3]).frames[60])
     pair = save_pair(dream.trajectory, tmp_path / "looked")
     again = list(replay(Dream(assets.model, assets.head), pair[0]))
     assert same(again, recorded(dream.trajectory)) and len(again) == 2
@@ -367,7 +367,7 @@ class Page:
         """Answer so many frames with an action."""
         seen = []
         for _ in range(ticks):
-            await self.send("input", action=action.tolist(), seen=self.header["number"])
+            await self.send("input", action=action.tolist(), acknowledged=self.header["number"])
             await self.until("frame")
             seen.append((self.header, self.frame))
         return seen
@@ -422,9 +422,9 @@ def test_nothing_is_imagined_while_it_is_paused(server):
             await page.hold(FORWARD, 3)
             await page.send("pause")
             while (await page.until("frame"))["playing"]:
-                await page.send("input", action=NOOP.tolist(), seen=page.header["number"])
+                await page.send("input", action=NOOP.tolist(), acknowledged=page.header["number"])
             tick = page.header["tick"]
-            await page.send("input", action=FORWARD.tolist(), seen=page.header["number"])
+            await page.send("input", action=FORWARD.tolist(), acknowledged=page.header["number"])
             await page.send("rewind", ticks=1)
             return tick, (await page.until("frame"))["tick"]
 
@@ -450,15 +450,15 @@ BAD = [
     '{"type": "seek", "name": "a", "share": 2}',
     '{"type": "correct", "name": 3}',
     '{"type": "start", "name": null}',
-    '{"type": "input", "action": [0], "seen": 0}',
-    '{"type": "input", "seen": 0}',
-    json.dumps({"type": "input", "action": [math.nan] * 28, "seen": 0}),
-    json.dumps({"type": "input", "action": [math.inf] * 28, "seen": 0}),
-    json.dumps({"type": "input", "action": [0] * 27 + [True], "seen": 0}),
-    json.dumps({"type": "input", "action": [0] * 27 + [None], "seen": 0}),
-    json.dumps({"type": "input", "action": [0] * 27 + [10**300], "seen": 0}),
-    '{"type": "input", "action": [' + ",".join(["0"] * 27) + ', 1e999], "seen": 0}',
-    '{"type": "input", "seen": 0, "action": "' + "x" * 50_000 + '"}',
+    '{"type": "input", "action": [0], "acknowledged": 0}',
+    '{"type": "input", "acknowledged": 0}',
+    json.dumps({"type": "input", "action": [math.nan] * 28, "acknowledged": 0}),
+    json.dumps({"type": "input", "action": [math.inf] * 28, "acknowledged": 0}),
+    json.dumps({"type": "input", "action": [0] * 27 + [True], "acknowledged": 0}),
+    json.dumps({"type": "input", "action": [0] * 27 + [None], "acknowledged": 0}),
+    json.dumps({"type": "input", "action": [0] * 27 + [10**300], "acknowledged": 0}),
+    '{"type": "input", "action": [' + ",".join(["0"] * 27) + ', 1e999], "acknowledged": 0}',
+    '{"type": "input", "acknowledged": 0, "action": "' + "x" * 50_000 + '"}',
 ]
 
 
@@ -782,7 +782,9 @@ def test_a_slow_page_gets_no_queue_of_frames(assets, tmp_path):
         session.due = 0
         session.work()
     assert session.dream.tick <= play_session.MAX_FRAMES_IN_FLIGHT and session.wait() == math.inf
-    session.receive(json.dumps({"type": "input", "action": NOOP.tolist(), "seen": session.sent}))
+    session.receive(
+        json.dumps({"type": "input", "action": NOOP.tolist(), "acknowledged": session.sent})
+    )
     assert session.wait() < 1
 
 
@@ -791,7 +793,9 @@ def test_a_late_session_does_not_hurry_afterwards(assets, tmp_path):
     session.receive('{"type": "play"}')
     session.work()
     session.due -= 5  # the machine was busy
-    session.receive(json.dumps({"type": "input", "action": NOOP.tolist(), "seen": session.sent}))
+    session.receive(
+        json.dumps({"type": "input", "action": NOOP.tolist(), "acknowledged": session.sent})
+    )
     session.work()
     assert session.due > time.monotonic() - 1
 
@@ -877,7 +881,7 @@ def played(session, action, ticks):
     while len(headers) < ticks:
         session.due = 0
         session.receive(
-            json.dumps({"type": "input", "action": action.tolist(), "seen": session.sent})
+            json.dumps({"type": "input", "action": action.tolist(), "acknowledged": session.sent})
         )
         headers += [unpack_frame(m)[0] for m in session.work() if isinstance(m, bytes)]
     return headers

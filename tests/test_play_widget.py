@@ -54,10 +54,10 @@ def test_a_widget_plays_as_the_page_does(widget):
     forward = NOOP.copy()
     forward[0] = 1
     made._take(made, {"type": "play"}, [])
-    message = {"type": "input", "action": forward.tolist(), "seen": given["number"]}
+    message = {"type": "input", "action": forward.tolist(), "acknowledged": given["number"]}
     made._take(made, message, [])
     until(sent, lambda m: m["type"] == "frame" and m["action"][0] == 1)
-    made._take(made, {"type": "input", "action": [math.nan] * 28, "seen": 0}, [])
+    made._take(made, {"type": "input", "action": [math.nan] * 28, "acknowledged": 0}, [])
     made._take(made, ["no", "message"], [])
     until(sent, lambda m: m["type"] == "refused")
     made._take(made, {"type": "picture"}, [memoryview(b"no picture")])

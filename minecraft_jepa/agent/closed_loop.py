@@ -83,9 +83,13 @@ class _Attempt:
         self.body.rest()
         self.ticks, self.path, self.seconds = 0, [], []
         self.drift = {"blocks": 0.0, "degrees": 0.0}
-        self.film = {"reality": [self.look()], "imagined": [self.look()], "actions": []}
+        self.film = {
+            "reality": [self.current_frame()],
+            "imagined": [self.current_frame()],
+            "actions": [],
+        }
 
-    def look(self):
+    def current_frame(self):
         """The frame (3, h, w) uint8 that is seen now."""
         return picture_to_frame(self.body.picture, self.frame)
 
@@ -99,7 +103,7 @@ class _Attempt:
         if hasattr(policy, "see"):
             policy.see(before, self.goal.state)
         left, history = self.task.budget - self.ticks, np.array(self.body.history)
-        actions = policy.act(self.look(), self.goal.frame, history, left)
+        actions = policy.act(self.current_frame(), self.goal.frame, history, left)
         self.seconds.append(time.monotonic() - start)
         self.path.append(before)
         self.body.rest(1)  # in step again
@@ -115,7 +119,7 @@ class _Attempt:
             self.film["actions"].append(allow_action(action))
             self.body.act(action)
             self.ticks += 1
-            self.film["reality"].append(self.look())
+            self.film["reality"].append(self.current_frame())
             blank = np.zeros_like(self.goal.frame)
             self.film["imagined"].append(blank if imagined is None else imagined[i])
         self.body.rest()

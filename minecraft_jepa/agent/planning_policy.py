@@ -33,13 +33,13 @@ class RecedingHorizon:
 
     def act(self, frame, goal_frame, history, ticks_left):
         """The next actions; none where the agent takes it that it has arrived."""
-        self.look(frame, goal_frame)
+        self.encode(frame, goal_frame)
         self.history, self.imagined = history[-24:], None
         self.steps = self.steps or self.pursue()
         return next(self.steps, hold(0))
 
     @torch.inference_mode()
-    def look(self, frame, goal_frame):
+    def encode(self, frame, goal_frame):
         """Encode the frame and the goal, (1, N, D) each."""
         frames = torch.from_numpy(np.stack([frame, goal_frame]))
         frames = frames.to(next(self.model.parameters()).device)

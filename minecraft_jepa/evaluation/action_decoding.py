@@ -101,11 +101,11 @@ def f1_threshold(logits, held) -> float:
 
 # %% ../../nbs/evaluation/13_action_decoding.ipynb #66d012b3
 @torch.no_grad()
-def encode_pairs(look, store, names, gap, most, random):
+def encode_pairs(encode, store, names, gap, most, random):
     """Encode pairs of real frames once, to be learned from many times.
 
     Args:
-        look: frames -> latents.
+        encode: frames -> latents.
         store: ClipStore.
         names: recordings.
         gap: ticks between the two frames.
@@ -123,7 +123,7 @@ def encode_pairs(look, store, names, gap, most, random):
         latents = []
         for i in range(0, len(starts), 64):
             chunk = [store[name].frames[t + offset] for name, t in starts[i : i + 64]]
-            latents.append(look(torch.from_numpy(np.stack(chunk))))
+            latents.append(encode(torch.from_numpy(np.stack(chunk))))
         return torch.cat(latents)
 
     z, z_later = encode(0), encode(gap)
@@ -133,12 +133,12 @@ def encode_pairs(look, store, names, gap, most, random):
 
 
 @torch.no_grad()
-def tune_thresholds(reader, look, store, names, random, pairs=1000):
+def tune_thresholds(reader, encode, store, names, random, pairs=1000):
     """Set the thresholds of a decoder's keys where F1 is largest.
 
     Args:
         reader: action decoder; its `threshold` is changed.
-        look: frames -> latents.
+        encode: frames -> latents.
         store: ClipStore.
         names: recordings that it did not learn from.
         random: numpy generator that draws pairs.
@@ -147,7 +147,7 @@ def tune_thresholds(reader, look, store, names, random, pairs=1000):
     Returns:
         The decoder.
     """
-    z, z_later, keys, _ = encode_pairs(look, store, names, reader.gap, pairs, random)
+    z, z_later, keys, _ = encode_pairs(encode, store, names, reader.gap, pairs, random)
     chunks = zip(z.split(64), z_later.split(64))
     logits = torch.cat([reader(*chunk)[0] for chunk in chunks])  # (b, 9)
     thresholds = [f1_threshold(*columns) for columns in zip(logits.T, keys.T)]
@@ -156,12 +156,12 @@ def tune_thresholds(reader, look, store, names, random, pairs=1000):
 
 # %% ../../nbs/evaluation/13_action_decoding.ipynb #2bcadcbb
 def train_action_decoder(
-    look, store, names, tune, grid, gap=1, steps=600, batch=64, seed=0, lr=1e-3, pairs=6000
+    encode, store, names, tune, grid, gap=1, steps=600, batch=64, seed=0, lr=1e-3, pairs=6000
 ):
     """Train an action decoder on pairs of real latents.
 
     Args:
-        look: frames -> latents.
+        encode: frames -> latents.
         store: ClipStore.
         names: recordings to learn from.
         tune: other recordings, which choose the thresholds of the keys.
@@ -178,7 +178,7 @@ def train_action_decoder(
     """
     random = np.random.default_rng(seed)
     num_pairs = min(pairs, steps * batch)
-    z, z_later, keys, camera = encode_pairs(look, store, names, gap, num_pairs, random)
+    z, z_later, keys, camera = encode_pairs(encode, store, names, gap, num_pairs, random)
     degrees_per_unit = _DEGREES_PER_UNIT * gap
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -195,7 +195,7 @@ def train_action_decoder(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return tune_thresholds(reader.eval(), look, store, tune, random)
+    return tune_thresholds(reader.eval(), encode, store, tune, random)
 
 # %% ../../nbs/evaluation/13_action_decoding.ipynb #e8f5d536
 class HeadActionDecoder:

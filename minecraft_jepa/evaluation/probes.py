@@ -19,11 +19,11 @@ _MAX_EXAMPLES = 1600  # of a fit on whole latents, whose time grows with the cub
 
 
 @torch.no_grad()
-def probe_predictions(look, examples, unseen, validation, grid, compare=None):
+def probe_predictions(encode, examples, unseen, validation, grid, compare=None):
     """Fit linear probes and predict the labels of unseen examples.
 
     Args:
-        look: frames (b, 3, H, W) uint8 -> tokens (b, n, d).
+        encode: frames (b, 3, H, W) uint8 -> tokens (b, n, d).
         examples: of `probe_dataset`, to learn from.
         unseen: of `probe_dataset`, of other worlds.
         validation: (b,) bool, those of `examples` that choose penalty and comparison.
@@ -35,7 +35,7 @@ def probe_predictions(look, examples, unseen, validation, grid, compare=None):
         {label: (predictions (b,), truth (b,))}. A label that never changes among the examples or
         among the unseen ones is left out.
     """
-    tokens = [[_encode_all(look, frames) for frames in e[:2]] for e in (examples, unseen)]
+    tokens = [[_encode_all(encode, frames) for frames in e[:2]] for e in (examples, unseen)]
     labels, unseen_labels = examples[2], unseen[2]
     probed = [k for k in labels if k in unseen_labels]
     probed = [k for k in probed if np.ptp(labels[k]) > 0 and np.ptp(unseen_labels[k]) > 0]
@@ -58,9 +58,9 @@ def probe_predictions(look, examples, unseen, validation, grid, compare=None):
     return {k: (answers[k], truth[k]) for k in in_order}
 
 
-def _encode_all(look, frames):
+def _encode_all(encode, frames):
     """Tokens (b, n, d) of frames, 64 at a time."""
-    return torch.cat([look(chunk).float().cpu() for chunk in frames.split(64)])
+    return torch.cat([encode(chunk).float().cpu() for chunk in frames.split(64)])
 
 # %% ../../nbs/evaluation/12_probes.ipynb #b0adaf98
 def _pair_features(tokens, grid, compare):
@@ -117,11 +117,11 @@ def probe_scores(answers) -> dict[str, float]:
     return {label: _probe_score(label, *pair) for label, pair in answers.items()}
 
 
-def linear_probe(look, examples, unseen, validation, grid, compare=None) -> dict[str, float]:
+def linear_probe(encode, examples, unseen, validation, grid, compare=None) -> dict[str, float]:
     """Fit probes and score them: `probe_scores` of `probe_predictions`.
 
     Args:
-        look: as for `probe_predictions`.
+        encode: as for `probe_predictions`.
         examples: as for `probe_predictions`.
         unseen: as for `probe_predictions`.
         validation: as for `probe_predictions`.
@@ -131,7 +131,7 @@ def linear_probe(look, examples, unseen, validation, grid, compare=None) -> dict
     Returns:
         {label: R2, or kappa of `CATEGORICAL_LABELS`}.
     """
-    return probe_scores(probe_predictions(look, examples, unseen, validation, grid, compare))
+    return probe_scores(probe_predictions(encode, examples, unseen, validation, grid, compare))
 
 
 def _probe_score(label, answers, truth):

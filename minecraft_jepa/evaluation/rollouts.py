@@ -169,11 +169,11 @@ def future_leakage(guess, frames, actions) -> float:
 
 # %% ../../nbs/evaluation/14_rollouts.ipynb #41104660
 @torch.no_grad()
-def perturbation_sensitivity(look, frames, hud=0.2):
+def perturbation_sensitivity(encode, frames, hud=0.2):
     """Measure how far changes of a frame move its latent.
 
     Args:
-        look: frames (b, 3, H, W) uint8 -> latents.
+        encode: frames (b, 3, H, W) uint8 -> latents.
         frames: (b, 3, H, W) uint8, unrelated.
         hud: share of the height, at the bottom, where hotbar and hand are.
 
@@ -194,9 +194,9 @@ def perturbation_sensitivity(look, frames, hud=0.2):
         "bottom fifth grey": grey,
         "moved by a tenth of the width": frames.roll(max(width // 10, 1), -1),
     }
-    z = look(frames)
+    z = encode(frames)
     unrelated = (z - z.roll(1, 0)).square().mean()
     return {
-        name: float((look(changed) - z).square().mean() / unrelated)
+        name: float((encode(changed) - z).square().mean() / unrelated)
         for name, changed in changed_frames.items()
     }

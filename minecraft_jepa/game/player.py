@@ -101,7 +101,7 @@ class CameraPolicy:
     def __init__(self, random):
         self.random, self.plan, self.speed = random, [], 0.0
 
-    def look(self, mode, pitch, bored):
+    def turn(self, mode, pitch, bored):
         """The turn of one tick.
 
         Args:
@@ -289,7 +289,7 @@ class ScriptedPlayer:
             self.senses.trail = self.senses.trail[-1:]
         self.press(action)
         bored = self.senses.plain > 15
-        action[_CAMERA_INDEX] = self.gaze.look(self.mode, state["pitch"], bored)
+        action[_CAMERA_INDEX] = self.gaze.turn(self.mode, state["pitch"], bored)
         return action
 
     def _choose_mode(self, state, gui_open):

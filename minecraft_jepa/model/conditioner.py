@@ -48,7 +48,7 @@ class ActionEmbedding(nn.Module):
             ValueError: for another shape.
         """
         self.check(actions)
-        return self.look(actions) + self.position  # (b, ticks, d)
+        return self.embed_ticks(actions) + self.position  # (b, ticks, d)
 
     def check(self, actions):
         """Check that actions are one window.
@@ -66,7 +66,7 @@ class ActionEmbedding(nn.Module):
                 f"{ACTION_DIM}): ticks t-{ticks - 1} .. t"
             )
 
-    def look(self, actions):
+    def embed_ticks(self, actions):
         """Embed any number of ticks, without position.
 
         Args:
@@ -142,7 +142,7 @@ class CrossAttentionConditioner(nn.Module):
             of the positions (ticks, 2 d). In place of the latter None, where they are not
             computed beforehand.
         """
-        tokens = self.tokens.look(actions)  # (b, T, d)
+        tokens = self.tokens.embed_ticks(actions)  # (b, T, d)
         kv_layers = [block.attn.kv for block in self.blocks]
         is_sharded = any(type(kv.weight) is not nn.Parameter for kv in kv_layers)  # by FSDP
         single_window = tokens.shape[1] <= len(self.tokens.position)
@@ -213,7 +213,7 @@ class AdaLNConditioner(nn.Module):
         Returns:
             Tokens (b, T, d).
         """
-        return self.tokens.look(actions)
+        return self.tokens.embed_ticks(actions)
 
     def condition(self, z, context, k):
         """Encode the window that begins at tick `k`.

@@ -131,18 +131,18 @@ class RowCorrelation(nn.Module):
         forward = shifted_similarity(features, later_features, self.max_shift)
         return forward, shifted_similarity(later_features, features, self.max_shift)
 
-    def swap_frames(self, alike):
+    def swap_frames(self, correlation):
         """Row correlation of (later, z) from that of (z, later), by flipping the shifts.
 
         It differs a little where the two halves of a row meet.
 
         Args:
-            alike: row correlation, (b, self.width).
+            correlation: row correlation, (b, self.width).
 
         Returns:
             Row correlation of the swapped frames, (b, self.width).
         """
-        return alike.unflatten(-1, (-1, 2 * self.max_shift + 1)).flip(-1).flatten(-2)
+        return correlation.unflatten(-1, (-1, 2 * self.max_shift + 1)).flip(-1).flatten(-2)
 
 # %% ../../nbs/model/12_inverse_dynamics.ipynb #53e0890b
 def camera_moves(actions):

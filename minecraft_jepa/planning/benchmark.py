@@ -217,10 +217,10 @@ class Cloning:
     def act(self, window) -> np.ndarray:
         """Actions (H, 28) of a window."""
         x = self._features(window.z, window.goal) - self.mean
-        told = (x @ self.weight + self.offset)[0].numpy()
+        prediction = (x @ self.weight + self.offset)[0].numpy()
         horizon, keys = len(window.actions), np.zeros((1, ACTION_DIM), np.float32)
-        keys[0, 0] = told[2] > 0.5
-        return hold(told[None, :2] / horizon, keys, horizon)[0]
+        keys[0, 0] = prediction[2] > 0.5
+        return hold(prediction[None, :2] / horizon, keys, horizon)[0]
 
 # %% ../../nbs/planning/12_benchmark.ipynb #a622d6a5
 def judge_bank(model, window, plans, costs) -> dict:

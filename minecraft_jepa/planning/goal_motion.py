@@ -22,7 +22,7 @@ class GoalMotion(nn.Module):
     Args:
         grid: patches (rows, columns).
         width: of the tokens, D.
-        extra: numbers that are told besides.
+        extra: how many other numbers it takes.
         heads: feature vectors at each column, compared apart.
         head_width: their size.
         fine: columns within a patch.
@@ -44,29 +44,29 @@ class GoalMotion(nn.Module):
         )
         self.score = nn.Conv2d(16, len(MOTIONS), 1)
         self.amount = nn.Parameter(torch.zeros(len(MOTIONS), (2 * rows - 1) * (2 * columns - 1)))
-        self.look = nn.Linear(2 * width, 32)
+        self.per_token = nn.Linear(2 * width, 32)
         outputs = len(MOTIONS) + 1 + len(MOTION_KEYS)
         self.mlp = nn.Sequential(
             nn.Linear(96 + extra, hidden), nn.GELU(), nn.Dropout(0.2), nn.Linear(hidden, outputs)
         )
 
-    def forward(self, now, goal, told=None):
+    def forward(self, now, goal, extra_inputs=None):
         """Compare two latents.
 
         Args:
             now: latents (b, N, D).
             goal: latents (b, N, D), or (1, N, D) for all.
-            told: other numbers (b, extra); None where there are none.
+            extra_inputs: other numbers (b, extra); None where there are none.
 
         Returns:
             Motion (b, 4) in `MOTION_UNITS`, ticks (b,), and logits of `MOTION_KEYS` (b, 9).
         """
-        if told is None:
-            told = now.new_zeros(len(now), self.extra)
+        if extra_inputs is None:
+            extra_inputs = now.new_zeros(len(now), self.extra)
         volume = self._volume(now, goal)
         goal = goal.expand_as(now)
-        forward = self._one_way(volume, now, goal - now, told)
-        backward = self._one_way(volume.flip(-1, -2), goal, now - goal, told)
+        forward = self._one_way(volume, now, goal - now, extra_inputs)
+        backward = self._one_way(volume.flip(-1, -2), goal, now - goal, extra_inputs)
         count = len(MOTIONS)
         motion = forward[:, :count] - backward[:, :count]
         ticks = F.softplus(forward[:, count] + backward[:, count])
@@ -92,11 +92,11 @@ class GoalMotion(nn.Module):
         volume = torch.fft.irfft2(product.sum(2), s=size).roll((rows - 1, columns - 1), (-2, -1))
         return volume[..., : 2 * rows - 1, : 2 * columns - 1]
 
-    def _one_way(self, volume, z, change, told):
+    def _one_way(self, volume, z, change, extra_inputs):
         """Outputs (b, 14) of one order of the two frames."""
         x = self.conv(4 * volume)
         shifts = self.score(x).flatten(2).softmax(-1)  # (b, 4, shifts)
         motion = (shifts * self.amount).sum(-1)
-        seen = F.gelu(self.look(torch.cat([z, change], -1)))  # (b, N, 32)
-        pooled = [seen.mean(1), seen.amax(1), x.amax((2, 3)), x.mean((2, 3)), told]
+        features = F.gelu(self.per_token(torch.cat([z, change], -1)))  # (b, N, 32)
+        pooled = [features.mean(1), features.amax(1), x.amax((2, 3)), x.mean((2, 3)), extra_inputs]
         return self.mlp(torch.cat(pooled, 1)) + F.pad(motion, (0, 1 + len(MOTION_KEYS)))

@@ -59,11 +59,11 @@ def encode_clips(model, store, names, length=0) -> list[LatentClip]:
             first = (first + end - length) // 2
             end = first + length
         frames = torch.from_numpy(np.array(store[name].frames[first:end]))
-        told = torch.from_numpy(np.array(store[name].actions[first - ticks + 1 : end]))
+        all_actions = torch.from_numpy(np.array(store[name].actions[first - ticks + 1 : end]))
         views = frames, frames.flip(-1)
         latents = [torch.cat([model.encode(x).half() for x in v.split(128)]) for v in views]
-        windows = told.unfold(0, ticks - 1, 1).transpose(1, 2)[: end - first]  # (T, 24, 28)
-        actions = told[ticks - 1 :]
+        windows = all_actions.unfold(0, ticks - 1, 1).transpose(1, 2)[: end - first]  # (T, 24, 28)
+        actions = all_actions[ticks - 1 :]
         clips.append(LatentClip(torch.stack(latents), *count_done(actions), windows, actions))
     return clips
 

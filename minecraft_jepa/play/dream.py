@@ -116,7 +116,7 @@ class _Start(_State):
         self._mark(given=True, history=[row.tolist() for row in history])
         return self.frame
 
-    def look(self, frame) -> np.ndarray:
+    def observe(self, frame) -> np.ndarray:
         """Take a real frame (3, H, W) uint8 in the place of the imagined one, and return it."""
         self._require_start()
         self.latent, self.frame = self._encode(frame)
@@ -237,4 +237,4 @@ def _apply_mark(dream, tick, mark, frame, corrections):
         if "history" in mark:
             dream.reset(frame, mark["history"])
         else:
-            dream.look(frame)
+            dream.observe(frame)

@@ -81,7 +81,7 @@ _COUNT = _is_count, "a whole number from 0 on"
 _HORIZON = (lambda v: _is_count(v) and 0 < v <= 60), "a whole number from 1 to 60"
 _WORD = _is_word, "text"
 _FIELDS = {  # type of a message -> {field: (test, what is expected)}
-    "input": {"action": (_is_action, "28 numbers, finite"), "seen": _COUNT},
+    "input": {"action": (_is_action, "28 numbers, finite"), "acknowledged": _COUNT},
     "start": {"name": _WORD, "tick": (lambda v: v is None or _is_count(v), _COUNT[1])},
     "seek": {"name": _WORD, "share": (_is_share, "a number from 0 to 1")},
     "correct": {"name": (lambda v: v is None or _is_word(v), "text or null")},

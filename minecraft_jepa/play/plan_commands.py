@@ -113,7 +113,7 @@ class PlanCommands(SessionMessages):
         self.pause()
         if self.reality:
             self.reality.step(NOOP)
-            self.reality.look(self.dream)
+            self.reality.observe(self.dream)
         self.job = lambda: self._search(planner, max(message["ticks"], 1))
         return [{"type": "busy", "what": "searching for a plan"}]
 

@@ -64,10 +64,10 @@ class Reality:
         self.latent = self.assets.model.encode(torch.from_numpy(frame)[None])  # (1, N, D)
         return frame
 
-    def look(self, dream, begin=False):
+    def observe(self, dream, begin=False):
         """Let the dream see the game: it begins, or goes on, from here."""
         frame = self.see()
-        dream.reset(frame) if begin else dream.look(frame)
+        dream.reset(frame) if begin else dream.observe(frame)
         self.looked, self.looked_at = self.latent, dream.tick
 
     def errors(self, dream) -> list[float] | None:

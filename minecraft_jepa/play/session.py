@@ -42,7 +42,7 @@ class _Commands(PlanCommands):
     def do_reset(self, message):
         if self.reality:
             self.reality.step(NOOP)
-            self.reality.look(self.dream, begin=True)
+            self.reality.observe(self.dream, begin=True)
         else:
             self.dream.reset(*self.given)
         self.pause()
@@ -51,7 +51,7 @@ class _Commands(PlanCommands):
     def do_play(self, message):
         if self.reality and not self.playing:  # the game went on meanwhile
             self.reality.step(NOOP)
-            self.reality.look(self.dream)
+            self.reality.observe(self.dream)
         self.playing, self.sharp, self.due = True, None, time.monotonic()
         self.stamps.clear()
         return []
@@ -131,7 +131,7 @@ class _GameCommands(_SavingCommands):
             self._end_game(reality)
             return []
         self.reality, self.given = reality, None
-        self.reality.look(self.dream, begin=True)
+        self.reality.observe(self.dream, begin=True)
         return [self.note("the dream was given what the game shows; both obey the same keys")]
 
     def _end_game(self, reality):
@@ -145,7 +145,7 @@ class _GameCommands(_SavingCommands):
             raise Refused("there is no reality to look at; start the game first")
         if not self.playing:
             self.reality.step(NOOP)
-        self.reality.look(self.dream)
+        self.reality.observe(self.dream)
         return []
 
     def do_leave(self, message):
@@ -175,7 +175,7 @@ class _Clock(_GameCommands):
             return math.inf
         if self.commands or self._changed or self._bank_is_ready():
             return 0
-        if not self.playing or self.sent - self.seen >= MAX_FRAMES_IN_FLIGHT:
+        if not self.playing or self.sent - self.acknowledged >= MAX_FRAMES_IN_FLIGHT:
             return math.inf
         return max(self.due - time.monotonic(), 0)
 
@@ -232,7 +232,7 @@ class Session(_Clock):
         if (
             self.playing
             and self.due <= time.monotonic()
-            and self.sent - self.seen < MAX_FRAMES_IN_FLIGHT
+            and self.sent - self.acknowledged < MAX_FRAMES_IN_FLIGHT
         ):
             self.tick()
         if self.start_distance is not None and not self.plan:

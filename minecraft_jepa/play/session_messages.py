@@ -39,7 +39,7 @@ class _SessionState:
         self.assets, self.out_dir = assets, Path(out_dir)
         self.dream, self.controls = Dream(assets.model, assets.head), Controls()
         self.commands, self.stamps, self.costs = deque(), deque(maxlen=41), deque(maxlen=20)
-        self.sent = self.seen = 0  # frames sent, and answered for
+        self.sent = self.acknowledged = 0  # frames sent, and answered for
         self.playing, self.due, self.job, self.closed = False, 0.0, None, False
         self.reality = self.sharp = self.given = None
         self.action, self.drift, self.detail, self.errors = NOOP, None, None, None
@@ -81,7 +81,7 @@ class _SessionState:
         with self._lock:
             if message["type"] == "input":
                 self.controls.update(message["action"])
-                self.seen = min(max(self.seen, message["seen"]), self.sent)
+                self.acknowledged = min(max(self.acknowledged, message["acknowledged"]), self.sent)
             elif len(self.commands) >= MAX_WAITING_COMMANDS:
                 raise Refused(f"{MAX_WAITING_COMMANDS} commands are waiting already")
             else:

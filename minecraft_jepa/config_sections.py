@@ -90,10 +90,13 @@ class Encoder(Section):
 class Conditioner(Section):
     """How the actions condition the tokens of a frame."""
 
-    kind: str = _one_of("cross_attention", "adaln")  # or adaln: one vector for every block
+    # cross_attention: tokens attend to ticks; adaln: one vector modulates every block; both
+    kind: str = _one_of("cross_attention", "adaln", "both")
     depth: int = _within(2, 1, 1000)  # blocks
     num_heads: int = _within(4, 1, 1024)  # of attention
     history_ticks: int = _within(25, 1, 10_000)  # length of the action history, t-24 .. t
+    # how the camera's degrees enter: times 0.3; their logarithm; sine and cosine besides
+    camera_scale: str = _one_of("linear", "log", "fourier")
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def test_momentum_runs_from_start_to_end(steps, start, end):
     assert low - 1e-9 <= ema_momentum(steps // 2, steps, start, end) <= high + 1e-9
 
 
-@pytest.mark.parametrize("kind", ["cross_attention", "adaln"])
+@pytest.mark.parametrize("kind", CONDITIONERS)
 def test_imagine_is_step_repeated_and_causal(kind):
     model = perturbed(WorldModel(smallest(kind=kind))).eval()
     frames, actions = windows(model.config)
@@ -173,7 +173,7 @@ def test_imagine_is_step_repeated_and_causal(kind):
     assert not torch.allclose(other_future[:, 1], future[:, 1])
 
 
-@pytest.mark.parametrize("kind", ["cross_attention", "adaln"])
+@pytest.mark.parametrize("kind", CONDITIONERS)
 def test_order_of_the_ticks_matters(kind):
     model = perturbed(WorldModel(smallest(kind=kind))).eval()
     frames, actions = windows(model.config, ticks=1)
@@ -533,7 +533,7 @@ def test_what_does_not_fit_is_named_with_the_remedy():
             call()
 
 
-@pytest.mark.parametrize("kind", ["cross_attention", "adaln"])
+@pytest.mark.parametrize("kind", CONDITIONERS)
 def test_with_and_without_gradients_the_same_is_imagined(kind):
     model = perturbed(WorldModel(smallest(kind=kind))).eval()
     frames, actions = windows(model.config, batch=90)  # enough rows for layers in one pass

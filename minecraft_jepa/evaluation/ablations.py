@@ -23,13 +23,26 @@ def factors_of(config) -> dict[str, dict[str, dict]]:
     large_height, large_width = frame.height * 3 // 2, frame.width * 3 // 2
     large_frame = {"height": large_height, "frame_width": large_width}
     return {
-        "conditioning": {"cross-attention": {}, "adaLN": {"kind": "adaln"}},
+        "conditioning": {
+            "cross-attention": {},
+            "adaLN": {"kind": "adaln"},
+            "both": {"kind": "both"},
+        },
+        "camera scale": {
+            "linear": {},
+            "log": {"camera_scale": "log"},
+            "fourier": {"camera_scale": "fourier"},
+        },
         "against collapse": {
             "EMA": {},
             "SIGReg": {"anti_collapse": "sigreg"},
             "VICReg": {"anti_collapse": "vicreg"},
         },
         "ticks in the loss": _rollout_variants(jepa.rollout_steps),
+        "ticks in the last third": {
+            str(jepa.longest): {},
+            str(4 * jepa.longest): {"rollout_steps_late": 4 * jepa.longest},
+        },
         "history": {"25 ticks": {}, "1 tick": {"history_ticks": 1}},
         "predictor blocks": {
             str(depth): {},

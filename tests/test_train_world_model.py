@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from training_runs import (
 from minecraft_jepa.config import preset
 from minecraft_jepa.data import loader
 from minecraft_jepa.data.clip_store import ClipStore
+from minecraft_jepa.model.collapse import ANTI_COLLAPSE
 from minecraft_jepa.model.world_model import WorldModel
 from minecraft_jepa.training import train_decoders as decoder_training
 from minecraft_jepa.training import train_world_model as world_model_training
@@ -258,3 +260,29 @@ def test_every_parameter_that_learns_has_a_task(store, monkeypatch, changes):
         train_decoders(WorldModel(config), store, TRAIN)
     assert trained == ["world_model", "decoders"]
     assert not without_gradient
+
+
+def test_every_kind_with_an_ema_target_has_one(store, monkeypatch):
+    """The kind "ema" was compared by name, so any other kind's target was the encoder itself."""
+    momenta, update = [], WorldModel.update_target_encoder
+
+    def record(model, momentum):
+        momenta.append(momentum)
+        update(model, momentum)
+
+    monkeypatch.setattr(WorldModel, "update_target_encoder", record)
+    vicreg = ANTI_COLLAPSE["vicreg"]
+    for uses_ema in (True, False):
+        momenta.clear()
+        monkeypatch.setitem(ANTI_COLLAPSE, "vicreg", replace(vicreg, uses_ema=uses_ema))
+        train(store, steps=2, evaluate_every=2, anti_collapse="vicreg")
+        assert momenta and all((momentum > 0.8) == uses_ema for momentum in momenta)
+
+
+def test_a_new_network_of_the_world_model_is_trained():
+    """Networks were listed by hand, so the weights of a new one never moved."""
+    model = WorldModel(preset("tiny", **SMALL))
+    model.new = torch.nn.Linear(2, 2)
+    scales = world_model_training._lr_scales(model, 0.5)
+    assert scales[model.encoder] == 0.5 and scales[model.new] == 1.0
+    assert model.target_encoder not in scales

@@ -150,7 +150,7 @@ def anti_collapse_loss(settings, latents, seed=0):
         Scalar; 0 where the EMA target encoder alone prevents a collapse.
     """
     method = ANTI_COLLAPSE[settings.anti_collapse]
-    if method.uses_ema and not settings.variance_weight:
+    if method.loss is _variance_hinge and not settings.variance_weight:
         return 0
     return method.loss(settings, center_over_batch(torch.cat(latents)), seed)
 

@@ -203,8 +203,8 @@ class WorldModel(TargetEncoderMixin):
             (B, N, D)).
         """
         parts, step_errors, last_target = _rollout_losses(self, frames, actions, seed)
-        heads = [parts[name] for name in ("inverse_dynamics", "pitch") if name in parts]
-        loss = parts["prediction"] + parts["anti_collapse"] + sum(heads)
+        others = [parts[name] for name in parts if name not in ("prediction", "anti_collapse")]
+        loss = parts["prediction"] + parts["anti_collapse"] + sum(others)
         return {"loss": loss, "errors": step_errors, "z": last_target.detach()}
 
     def loss_parts(self, frames, actions, seed=0):

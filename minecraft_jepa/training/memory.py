@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..config_sections import Train
 from ..data.actions import ACTION_DIM
+from ..model.collapse import ANTI_COLLAPSE
 from ..model.world_model import WorldModel
 from .distributed import apply_compile_and_checkpointing, transformer_blocks
 
@@ -114,7 +115,8 @@ def uses_batch_statistics(config) -> bool:
 
     Such a batch must not be cut into chunks.
     """
-    return config.jepa.anti_collapse != "ema" or config.jepa.variance_weight > 0
+    uses_ema = ANTI_COLLAPSE[config.jepa.anti_collapse].uses_ema
+    return not uses_ema or config.jepa.variance_weight > 0
 
 # %% ../../nbs/training/09_memory.ipynb #a214cf74
 class MemoryPlanError(ValueError):

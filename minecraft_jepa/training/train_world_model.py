@@ -16,7 +16,7 @@ from minecraft_jepa.data.loader import (
     fixed_windows,
     window_batches,
 )
-from ..model.collapse import collapse_alarm
+from ..model.collapse import ANTI_COLLAPSE, collapse_alarm
 from ..model.ema import ema_momentum
 from ..model.world_model import WorldModel, encoder_gradients
 from .checkpoints import NOT_FINITE_REMEDY
@@ -52,7 +52,7 @@ def _check_accumulate(config):
     if accumulate == 1 or not uses_batch_statistics(config):
         return
     setting = f"anti_collapse={jepa.anti_collapse}"
-    if jepa.anti_collapse == "ema":
+    if ANTI_COLLAPSE[jepa.anti_collapse].uses_ema:
         setting = f"variance_weight={jepa.variance_weight}"
     raise ValueError(
         f"gradient_accumulation_steps={accumulate} cuts the batch into parts, and {setting} looks "
@@ -135,9 +135,9 @@ class _WorldModelTraining:
         model.rollout = jepa.longest if is_late else jepa.rollout_steps
 
     def after_step(self, model, position, steps):
-        """Update the EMA target encoder; without "ema" it is the encoder itself."""
+        """Update the EMA target encoder; without one it is the encoder itself."""
         jepa, momentum = self.config.jepa, 0.0
-        if jepa.anti_collapse == "ema":
+        if ANTI_COLLAPSE[jepa.anti_collapse].uses_ema:
             momentum = ema_momentum(position, steps, jepa.ema_momentum_start, jepa.ema_momentum_end)
         model.update_target_encoder(momentum)
 
@@ -180,10 +180,8 @@ def _make_model(config, start):
 
 def _lr_scales(model, encoder_scale):
     """{network: fraction of the learning rate} of all that is trained."""
-    scales = {model.encoder: encoder_scale, model.conditioner: 1.0, model.predictor: 1.0}
-    if model.config.jepa.inverse_dynamics_weight:
-        scales[model.inverse_dynamics] = 1.0
-    return scales
+    trained = [m for m in model.children() if any(p.requires_grad for p in m.parameters())]
+    return {m: encoder_scale if m is model.encoder else 1.0 for m in trained}
 
 # %% ../../nbs/training/12_train_world_model.ipynb #bded3b87
 def train_world_model(

@@ -221,7 +221,7 @@ def _pack_png(png):
     )
     return packed.getvalue()
 
-
+# %% ../../nbs/viz/01_style.ipynb #8434bdff
 def _show_png(png):
     """Show a PNG under the cell of a notebook; elsewhere do nothing."""
     ipython = sys.modules.get("IPython")  # loaded where the code runs in a notebook

@@ -75,18 +75,25 @@ def _first_names(names, max_listed=24):
 
 def _error_table(report):
     """Lines of a table of latent errors from an evaluation."""
-    methods = "model", "copy_last", "shuffled_actions", "no_op"
+    methods = "model", "copy_last", "shifted_copy", "shuffled_future", "no_op"
+    best = report.get("relative_to_best_baseline", {})
     lines = [
         "Latent error on recordings of worlds not trained on "
         f"({', '.join(report['recordings'])}), mean over recordings "
-        "(`evaluate.json` has the intervals):",
+        "(`evaluate.json` has the intervals). The last column is the error relative to the best "
+        "baseline without a model, world by world. Errors of two encoders cannot be compared, "
+        "ratios can:",
         "",
-        "| ticks | model | copy last | shuffled actions | no-op |",
-        "|---|---|---|---|---|",
+        "| ticks | model | copy last | shifted copy | shuffled future actions | no-op "
+        "| relative to the best baseline |",
+        "|---|---|---|---|---|---|---|",
     ]
     for ticks, errors in report["horizons"].items():
         if ticks in ("1", "2", "4", "8", "15"):
-            cells = [f"{errors[method]['mean']:.3f}" for method in methods]
+            cells = [
+                f"{errors[method]['mean']:.3f}" if method in errors else "" for method in methods
+            ]
+            cells.append(f"{best[ticks]['ratio']:.2f}" if ticks in best else "")
             lines.append(f"| {ticks} | {' | '.join(cells)} |")
     return lines
 

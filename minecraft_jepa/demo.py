@@ -125,7 +125,7 @@ def demo(
         "frames_seen": 1,
         "ticks_imagined": ticks,
         "psnr": {caption: psnr(p[1:], frames[1:]).tolist() for caption, p in drawn.items()},
-        "judged_on": names,
+        "recordings": names,
         "errors": table,
         "weights_identity": weights_identity(weights),
     }

@@ -49,6 +49,6 @@ def test_training():
         "activations computed twice",
         "batch in two parts",
     ):
-        assert found["choices"]["runs"][what]["step_seconds"] > 0
+        assert found["ablation"]["runs"][what]["step_seconds"] > 0
     for value in (found["step_seconds"]["original_way"], found["step_seconds"]["ours"]):
         assert f"{value:.1f} s" in README

@@ -62,9 +62,10 @@ def toy(ticks=15, r2=0.9, top1=0.6, ratio=1.4, alarm=None, has_head=False):
         "relative_to_best_baseline": {"8": relative},
         "probes": {source: {"pitch": v, "yaw_change": v} for source, v in by_source},
         "probes_by_world": {"pitch": by_world, "yaw_change": by_world},
-        "retrieval": {"top1": found, "top1_apart": json.loads(json.dumps(found))},
-        "ratio": {"8": with_interval(ratio)},
-        "actions": {"4": decoded} | ({"own": decoded} if has_head else {}),
+        "retrieval": {"top1": found, "top1_without_given_frame": json.loads(json.dumps(found))},
+        "action_sensitivity_ratio": {"8": with_interval(ratio)},
+        "action_decoding": {"decoder_4_ticks": decoded}
+        | ({"inverse_dynamics_head": decoded} if has_head else {}),
         "collapse": {"alarm": alarm, "rank": 40.0},
     }
 
@@ -91,7 +92,7 @@ def test_content_asks_for_probes_and_retrieval(r2, top1, verdict):
 
 def test_content_is_not_shown_where_copying_finds_the_future_as_often():
     report = toy(r2=0.1)
-    report["retrieval"]["top1_apart"]["4"]["copy_last"] = with_interval(0.6)
+    report["retrieval"]["top1_without_given_frame"]["4"]["copy_last"] = with_interval(0.6)
     assert claims.judge_content(report)[1] == "not shown"
 
 

@@ -493,7 +493,7 @@ def a_report(error=0.8, other=1.4, top1=0.6, pitch=0.9, recordings=("a", "b")):
         "schema": SCHEMA,
         "recordings": list(recordings),
         "relative_to_copy": {h: {"model": exactly(error)} for h in ("1", "4", "8")},
-        "ratio": {"8": exactly(other)},
+        "action_sensitivity_ratio": {"8": exactly(other)},
         "retrieval": {"top1": {"4": {"model": exactly(top1)}}},
         "probes": {"model": {"pitch": pitch, "yaw_change": pitch}},
         "ticks_better": {"copy_last": list(range(1, 16)), "no_op": [1, 2]},
@@ -519,7 +519,7 @@ def test_bars_are_met_or_not():
 def test_compare_says_which_is_better_and_draws_it():
     compared = compare_reports(a_report(), a_report(error=0.7, other=1.2))
     assert compared["error over copying, 4 ticks"] == (0.8, 0.7, True)
-    assert compared["other over true future actions, 8 ticks"] == (1.4, 1.2, False)
+    assert compared["shuffled over true future actions, 8 ticks"] == (1.4, 1.2, False)
     fig, axes = plot_comparison(compared, ("old", "new"))
     labels = [label.get_text() for ax in axes for label in ax.get_yticklabels()]
     assert len(labels) == len(compared)

@@ -326,7 +326,7 @@ def test_a_folder_of_few_worlds_is_judged_as_far_as_it_goes(pieces, judged, tmp_
     )
     report = load_report(tmp_path / "out/evaluate.json")
     assert len(report["recordings"]) == len(pieces) + judged
-    assert bool(report["probes"]["model"]) == bool(report["actions"]) == judged
+    assert bool(report["probes"]["model"]) == bool(report["action_decoding"]) == judged
     probes = [b for b in report["criteria"] if b["criterion"].endswith("_r2")]
     assert [b["number"] is not None for b in probes] == [judged] * 2
     printed = capsys.readouterr().out
@@ -340,7 +340,7 @@ def test_a_folder_of_few_worlds_is_judged_as_far_as_it_goes(pieces, judged, tmp_
     assert "left out: world-902_0: nothing moves" in printed
     short = report["by_recording"]["model"]["world-903_0"]
     assert None not in short[:15] and short[15:] == [None, None]
-    for table in ("horizons", "relative_to_copy", "ratio"):
+    for table in ("horizons", "relative_to_copy", "action_sensitivity_ratio"):
         for row in report[table].values():
             assert "model" not in row or row["model"]["mean"] is not None
 

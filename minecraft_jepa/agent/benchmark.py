@@ -43,8 +43,8 @@ def summarize(results) -> dict:
         results: of `Episode.run`.
 
     Returns:
-        {task: {method: {`successes`, `episodes`, `interval`, `reached` (episodes in which the goal
-        was reached at rest at any time), `ticks` (median), `seconds_per_plan` (mean)}}}.
+        {task: {method: {`successes`, `episodes`, `interval`, `ever_at_goal` (episodes in which the
+        goal was reached at rest at any time), `ticks` (median), `seconds_per_plan` (mean)}}}.
     """
     table = {}
     for task in TASKS:
@@ -56,7 +56,7 @@ def summarize(results) -> dict:
                 "successes": successes,
                 "episodes": len(own),
                 "interval": wilson_interval(successes, len(own)),
-                "reached": sum(row["reached"] is not None for row in own),
+                "ever_at_goal": sum(row["reached"] is not None for row in own),
                 "ticks": float(np.median([row["ticks"] for row in own])),
                 "seconds_per_plan": round(
                     float(np.mean([row["seconds_per_plan"] for row in own])), 3

@@ -91,7 +91,7 @@ def _weights(field, own, without, *others):
 # %% ../../nbs/evaluation/20_ablations.ipynb #24fce22d
 BETTER = {  # quantity -> -1 where less is better, 1 where more is
     "error / copying, 4 ticks": -1,
-    "other / true actions, 8 ticks": 1,
+    "shuffled / true actions, 8 ticks": 1,
     "R2 of pitch": 1,
     "R2 of turn": 1,
 }
@@ -114,7 +114,7 @@ def quantity_of(run, quantity):
         return None
     if quantity == "error / copying, 4 ticks":
         return run["model"][_HORIZONS[4]] / run["copy_last"][_HORIZONS[4]]
-    if quantity == "other / true actions, 8 ticks":
+    if quantity == "shuffled / true actions, 8 ticks":
         return run["shuffled_actions"][_HORIZONS[8]] / run["model"][_HORIZONS[8]]
     if quantity in _PROBES:
         return run["probes"].get(_PROBES[quantity])

@@ -77,8 +77,8 @@ def judge_content(report):
         reached.append(interval is not None and _reaches(interval[0], CRITERIA[f"{label}_r2"]))
 
     top1 = report["retrieval"]["top1"]["4"]["model"]["mean"]
-    apart = report["retrieval"]["top1_apart"]["4"]
-    model, copying = apart["model"], apart["copy_last"]
+    without_given = report["retrieval"]["top1_without_given_frame"]["4"]
+    model, copying = without_given["model"], without_given["copy_last"]
     evidence = (
         f"{', '.join(probes)} (wanted {CRITERIA['pitch_r2']} at the lower end); "
         "the true future found "
@@ -145,7 +145,7 @@ def judge_labels(report):
         scores = [f"{_text(report['probes'][source].get(label))} {source}" for source in sources]
         rows.append(f"{name}: {', '.join(scores)}")
     is_healthy = report["collapse"]["alarm"] is None
-    uses_actions = "own" in report["actions"]  # the model has an inverse-dynamics head
+    uses_actions = "inverse_dynamics_head" in report["action_decoding"]
     how = "no head names the actions"
     if uses_actions:
         how = "keys and mouse train the encoder too: the actions are its labels"

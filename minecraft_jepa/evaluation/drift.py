@@ -28,14 +28,15 @@ def imagined_change(model, store, names, ticks=60, windows_per_recording=8) -> d
         windows_per_recording: windows a recording.
 
     Returns:
-        `ticks`, 1 to K, and for each of them `step`, the mean square change from the tick before,
-        imagined over real, and `displacement`, the same for the change from the given latent.
+        `ticks`, 1 to K, and for each of them `change_per_tick`, the mean square change from the
+        tick before, imagined over real, and `change_from_start`, the same for the change from the
+        given latent.
         Empty lists where no recording is long enough.
     """
     history, device = model.config.conditioner.history_ticks, next(model.parameters()).device
     names = recordings_with_window(store, names, history, ticks)
     if not names:
-        return {"ticks": [], "step": [], "displacement": []}
+        return {"ticks": [], "change_per_tick": [], "change_from_start": []}
     step_sums = torch.zeros(2, ticks, dtype=torch.double)  # imagined, real
     displacement_sums = torch.zeros(2, ticks, dtype=torch.double)
     for name in names:
@@ -52,8 +53,8 @@ def imagined_change(model, store, names, ticks=60, windows_per_recording=8) -> d
     displacement_sums = displacement_sums.clamp_min(1e-12)
     return {
         "ticks": list(range(1, ticks + 1)),
-        "step": (step_sums[0] / step_sums[1]).tolist(),
-        "displacement": (displacement_sums[0] / displacement_sums[1]).tolist(),
+        "change_per_tick": (step_sums[0] / step_sums[1]).tolist(),
+        "change_from_start": (displacement_sums[0] / displacement_sums[1]).tolist(),
     }
 
 # %% ../../nbs/evaluation/15_drift.ipynb #5ddc9ae9

@@ -204,7 +204,7 @@ def summarize_by_horizon(errors, horizons):
 def error_ratio(errors, horizons, above="shuffled_future", below="model"):
     """Divide the error of one method by that of another, recording by recording.
 
-    By default this is the action sensitivity: the error with the future actions of another
+    By default this is the action-sensitivity ratio: the error with the future actions of another
     recording over that with the true ones.
 
     Args:

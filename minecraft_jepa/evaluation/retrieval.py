@@ -31,7 +31,14 @@ def rank_of_target(guess, candidates, true):
     return (distance <= true_distance + tolerance).sum(1)
 
 # %% ../../nbs/evaluation/08_retrieval.ipynb #d0ff375f
-RETRIEVAL = ("top1", "mrr", "top1_apart", "mrr_apart", "top1_dense", "ticks_off")  # measures
+RETRIEVAL = (  # measures
+    "top1",
+    "mrr",
+    "top1_without_given_frame",
+    "mrr_without_given_frame",
+    "top1_among_near_frames",
+    "mean_tick_error",
+)
 
 
 class _Candidates:
@@ -94,14 +101,15 @@ def retrieval(
         windows_per_recording: windows a recording.
         candidates: real frames to choose from.
         apart: ticks that other frames of the recording keep from the true one.
-        near: ticks around the true frame, for `top1_dense` and `ticks_off`.
+        near: ticks around the true frame, for `top1_among_near_frames` and `mean_tick_error`.
         seed: draws the candidates.
 
     Returns:
         {measure: {method: (recordings, horizons)}}. `top1` and `mrr` with the given frame among the
-        candidates; `top1_apart` and `mrr_apart` without it; `top1_dense` among all frames within
-        `near` ticks of the true one; `ticks_off`, the mean distance in ticks of the nearest there.
-        Chance is 1 / candidates, and 1 / (2 near + 1) for the dense one.
+        candidates; `top1_without_given_frame` and `mrr_without_given_frame` without it;
+        `top1_among_near_frames` among all frames within `near` ticks of the true one;
+        `mean_tick_error`, the mean distance in ticks of the nearest there. Chance is
+        1 / candidates, and 1 / (2 near + 1) among near frames.
 
     Raises:
         ValueError: for a single recording.
@@ -154,14 +162,14 @@ def _retrieval_scores(predictions, candidates, dense, true_index):
     zero = torch.zeros(len(predictions), dtype=torch.long, device=predictions.device)
     without_given = candidates[[0, *range(2, len(candidates))]]
     rank = rank_of_target(predictions, candidates, zero).double()
-    rank_apart = rank_of_target(predictions, without_given, zero).double()
+    rank_without_given = rank_of_target(predictions, without_given, zero).double()
     nearest = torch.cdist(predictions.flatten(1), dense.flatten(1)).argmin(1)
-    ticks_off = (nearest - true_index).abs().double()
+    tick_error = (nearest - true_index).abs().double()
     return {
         "top1": (rank == 1).double(),
         "mrr": 1 / rank,
-        "top1_apart": (rank_apart == 1).double(),
-        "mrr_apart": 1 / rank_apart,
-        "top1_dense": (ticks_off == 0).double(),
-        "ticks_off": ticks_off,
+        "top1_without_given_frame": (rank_without_given == 1).double(),
+        "mrr_without_given_frame": 1 / rank_without_given,
+        "top1_among_near_frames": (tick_error == 0).double(),
+        "mean_tick_error": tick_error,
     }

@@ -101,14 +101,18 @@ def world_rows(by_world) -> dict:
     return table
 
 
-DECODER_LABELS = {"1": "1 tick apart", "4": "4 ticks apart", "own": "the model's own head"}
+DECODER_LABELS = {
+    "decoder_1_tick": "1 tick apart",
+    "decoder_4_ticks": "4 ticks apart",
+    "inverse_dynamics_head": "the model's own head",
+}
 
 
 def decoded_rows(decoded) -> dict:
     """Tabulate the scores of actions decoded from real and imagined latents.
 
     Args:
-        decoded: `actions` of the report, {decoder: {"real" | "imagined": {ticks: scores}}}.
+        decoded: `action_decoding` of the report, {decoder: {"real" | "imagined": {ticks: scores}}}.
 
     Returns:
         {(decoder, "real" | "imagined", ticks): {score: text}}.
@@ -136,17 +140,17 @@ def span_rows(change) -> dict:
     """Average the imagined change over spans of ticks.
 
     Args:
-        change: `imagined_change` of the report: "ticks", "step" and "displacement".
+        change: `imagined_change` of the report: "change_per_tick" and "change_from_start".
 
     Returns:
-        {span: {"step", "displacement"}}, for the spans that were measured.
+        {span: {"change_per_tick", "change_from_start"}}, for the spans that were measured.
     """
     table = {}
     for first, last in SPANS:
-        if len(change["step"]) < last:
+        if len(change["change_per_tick"]) < last:
             continue
         span = f"{first} to {last}" if last > first else f"{first}"
-        keys = ("step", "displacement")
+        keys = ("change_per_tick", "change_from_start")
         table[span] = {key: float(np.mean(change[key][first - 1 : last])) for key in keys}
     return table
 
@@ -168,7 +172,7 @@ HEADLINES = {  # section -> {what: path in the report}
             "8",
             "ratio",
         ),
-        "action sensitivity at 8 ticks": ("ratio", "8", "mean"),
+        "action sensitivity at 8 ticks": ("action_sensitivity_ratio", "8", "mean"),
     },
     "retrieval": {
         "true future first of 256 at 4 ticks": ("retrieval", "top1", "4", "model", "mean"),
@@ -178,11 +182,23 @@ HEADLINES = {  # section -> {what: path in the report}
         "R2 of the turn": ("probes", "model", "yaw_change"),
     },
     "actions": {
-        "mean F1 of keys, imagined, at 8 ticks": ("actions", "4", "imagined", "8", "mean_f1"),
-        "R2 of the turn, imagined, at 8 ticks": ("actions", "1", "imagined", "8", "yaw_r2"),
+        "mean F1 of keys, imagined, at 8 ticks": (
+            "action_decoding",
+            "decoder_4_ticks",
+            "imagined",
+            "8",
+            "mean_f1",
+        ),
+        "R2 of the turn, imagined, at 8 ticks": (
+            "action_decoding",
+            "decoder_1_tick",
+            "imagined",
+            "8",
+            "yaw_r2",
+        ),
     },
     "change": {
-        "imagined change of the first tick": ("imagined_change", "step", 0),
+        "imagined change of the first tick": ("imagined_change", "change_per_tick", 0),
     },
     "drift": {
         "nearest real latent at the end": ("drift", "imagined", "nearest", -1),

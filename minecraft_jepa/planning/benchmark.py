@@ -86,10 +86,11 @@ def score_plans(windows, plans) -> dict:
         plans: actions (H, 28) for each.
 
     Returns:
-        `turn_correlation`, `tilt_correlation` (None where a side has no variance), `turn_side`
-        (share of the turns of 8 degrees or more whose side is right), `camera_error_degrees` and
-        `camera_error_median` (of the sum over the plan), `forward` (share of ticks in which the
-        key agrees), and `errors`, the camera error of each window.
+        `yaw_correlation`, `pitch_correlation` (None where a side has no variance),
+        `yaw_sign_accuracy` (share of the turns of 8 degrees or more whose side is right),
+        `camera_error_degrees` and `camera_error_median` (of the sum over the plan),
+        `forward_agreement` (share of ticks in which the key agrees), and `errors`, the camera error
+        of each window.
     """
     answers = np.stack([w.actions for w in windows])  # (n, H, 28)
     plans = np.stack(plans)
@@ -98,12 +99,12 @@ def score_plans(windows, plans) -> dict:
     large = np.abs(turned[:, 0]) >= LARGE_TURN
     right = np.sign(planned[large, 0]) == np.sign(turned[large, 0])
     return {
-        "turn_correlation": _correlation(planned[:, 0], turned[:, 0]),
-        "tilt_correlation": _correlation(planned[:, 1], turned[:, 1]),
-        "turn_side": float(right.mean()) if large.any() else None,
+        "yaw_correlation": _correlation(planned[:, 0], turned[:, 0]),
+        "pitch_correlation": _correlation(planned[:, 1], turned[:, 1]),
+        "yaw_sign_accuracy": float(right.mean()) if large.any() else None,
         "camera_error_degrees": float(errors.mean()),
         "camera_error_median": float(np.median(errors)),
-        "forward": float(((plans[..., 0] > 0.5) == (answers[..., 0] > 0.5)).mean()),
+        "forward_agreement": float(((plans[..., 0] > 0.5) == (answers[..., 0] > 0.5)).mean()),
         "errors": errors.tolist(),
     }
 

@@ -176,12 +176,12 @@ def measure_step(preset_name, changes, ways, device, steps, count=False) -> dict
         count: whether to count the operations, which takes memory.
 
     Returns:
-        "seconds" of each step, "peak_bytes", "loss" of the first step, and "operations" or None.
+        "seconds" of each step, "peak_bytes", "loss" of the first step, and "flops" or None.
     """
     if "written-out attention" in ways:
         F.scaled_dot_product_attention = written_out_attention
     step = _Step(preset(preset_name, **changes), ways, device)
-    operations = step.count_operations() if count else None
+    flops = step.count_operations() if count else None
     use_cuda = device == "cuda"
     if use_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -199,5 +199,5 @@ def measure_step(preset_name, changes, ways, device, steps, count=False) -> dict
         "seconds": seconds[1:],
         "peak_bytes": peak_bytes(device),
         "loss": losses[0],
-        "operations": operations,
+        "flops": flops,
     }

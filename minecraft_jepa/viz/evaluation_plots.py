@@ -86,7 +86,7 @@ def plot_paired_ratios(ax, paired, relative, ticks):
 
     Args:
         ax: matplotlib axes.
-        paired: `paired` of the report, {baseline: {ticks: `paired_comparison`}}.
+        paired: `paired_by_baseline` of the report, {baseline: {ticks: `paired_comparison`}}.
         relative: `relative_to_best_baseline` of the report, {ticks: comparison}.
         ticks: horizons to draw.
     """
@@ -118,7 +118,7 @@ def plot_action_sensitivity(ax, ratio, ticks):
 
     Args:
         ax: matplotlib axes.
-        ratio: `ratio` of the report, {ticks: {"mean", "interval"}}.
+        ratio: `action_sensitivity_ratio` of the report, {ticks: {"mean", "interval"}}.
         ticks: horizons to draw.
     """
     _plot_intervals(ax, ticks, {"model": [ratio[str(h)] for h in ticks]})
@@ -203,14 +203,14 @@ def plot_decoded_keys(ax, decoded):
 
     Args:
         ax: matplotlib axes.
-        decoded: `actions` of the report, {decoder: {"real" | "imagined": {ticks: scores}}}; the
-            decoder of latents 4 ticks apart is drawn. May be empty.
+        decoded: `action_decoding` of the report, {decoder: {"real" | "imagined": {ticks: scores}}};
+            the decoder of latents 4 ticks apart is drawn. May be empty.
     """
     ax.set_xlabel("F1, ticks 4 to 8")
     if not decoded:
         ax.set_title("No decoder: no recording to learn from")
         return ax
-    scores = {kind: decoded["4"][kind]["8"] for kind in ("real", "imagined")}
+    scores = {kind: decoded["decoder_4_ticks"][kind]["8"] for kind in ("real", "imagined")}
     keys = [key for key, value in scores["real"]["f1"].items() if value is not None]
     for i, (kind, color) in enumerate((("real", GREY), ("imagined", COLORS["model"]))):
         values = [scores[kind]["f1"][key] or 0 for key in keys]
@@ -233,21 +233,26 @@ def plot_imagined_change(ax, change):
 
     Args:
         ax: matplotlib axes.
-        change: `imagined_change` of the report: "ticks", "step" and "displacement".
+        change: `imagined_change` of the report: "ticks", "change_per_tick" and
+            "change_from_start".
     """
     ax.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    labels = {"step": "change in one tick", "displacement": "change since the given frame"}
+    labels = {
+        "change_per_tick": "change in one tick",
+        "change_from_start": "change since the given frame",
+    }
     for (key, label), color in zip(labels.items(), (COLORS["model"], COLORS["dit"])):
         ax.plot(change["ticks"], change[key], color=color, label=label)
     ax.set_ylim(bottom=0)
     ax.set_xlabel(f"ticks ahead ({TICKS_PER_SECOND} ticks = 1 s)")
     ax.set_ylabel("mean square change, imagined / real")
     ax.legend()
-    if change["step"]:
-        last = len(change["step"])
+    per_tick = change["change_per_tick"]
+    if per_tick:
+        last = len(per_tick)
         ax.set_title(
-            f"One tick changes {change['step'][0]:.2f} of the real change at 1 tick, "
-            f"{change['step'][-1]:.2f} at {last}"
+            f"One tick changes {per_tick[0]:.2f} of the real change at 1 tick, "
+            f"{per_tick[-1]:.2f} at {last}"
         )
     return ax
 
@@ -304,7 +309,9 @@ def evaluate_figure(report, ticks):
     """
     fig, axes = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
     plot_latent_errors(axes[0], report["horizons"], ticks)
-    plot_paired_ratios(axes[1], report["paired"], report["relative_to_best_baseline"], ticks)
+    plot_paired_ratios(
+        axes[1], report["paired_by_baseline"], report["relative_to_best_baseline"], ticks
+    )
     plot_psnr(axes[2], report["psnr"], list(map(int, report["psnr"])))
     return fig
 
@@ -319,7 +326,7 @@ def knows_figure(report):
     top1 = report["retrieval"]["top1"]
     plot_retrieval(axes[0, 0], top1, [int(h) for h in top1])
     plot_probes(axes[0, 1], report["probes"], report["probes_by_world"])
-    plot_decoded_keys(axes[1, 0], report["actions"])
+    plot_decoded_keys(axes[1, 0], report["action_decoding"])
     plot_drift(axes[1, 1], report["drift"])
     return fig
 

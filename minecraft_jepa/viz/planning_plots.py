@@ -65,11 +65,11 @@ def _draw_errors(ax, horizons):
 # %% ../../nbs/viz/08_planning_plots.ipynb #fe6a0b14
 def _draw_turns(ax, numbers):
     """Planned against recorded turns at 8 ticks."""
-    turns = numbers["turns"]
+    turns = numbers["yaw_by_window"]
     most = 1.05 * max(np.abs([*turns["recorded"], *turns["planner"]]).max(), 1)
     ax.plot([-most, most], [-most, most], color=GREY, linewidth=1)
     ax.plot(turns["recorded"], turns["planner"], "o", color=METHODS["planner"][1], alpha=0.6)
-    r = numbers["horizons"]["8"]["planner"]["turn_correlation"]
+    r = numbers["horizons"]["8"]["planner"]["yaw_correlation"]
     ax.set(xlabel="recorded turn (degrees)", ylabel="planned turn (degrees)")
     ax.set_title("Turns over 8 ticks" + ("" if r is None else f": r = {r:.2f}"))
 

@@ -62,17 +62,17 @@ def _format_size(num_parameters):
     return f"{num_parameters / 1e6:.{0 if num_parameters >= 1e8 else 1}f} M"
 
 
-def cost_figure(peers, flops):
+def cost_figure(world_models, flops):
     """Draw the sizes of world models, and the operations of one imagined second.
 
     Args:
-        peers: {"model", "parameters"} of each world model; names of ours begin with "this".
+        world_models: {"model", "parameters"} of each world model; names of ours begin with "this".
         flops: operations of a second: "latents", "with_preview" and "with_pixels".
     """
     fig, (sizes, cost) = plt.subplots(
         1, 2, figsize=(13, 5), width_ratios=[1.5, 1], layout="constrained"
     )
-    ranked = sorted(peers, key=lambda row: row["parameters"])
+    ranked = sorted(world_models, key=lambda row: row["parameters"])
     colors = [COLORS["model"] if r["model"].startswith("this") else "#bbbbbb" for r in ranked]
     parameters = [row["parameters"] for row in ranked]
     sizes.barh([row["model"] for row in ranked], parameters, color=colors)

@@ -60,14 +60,14 @@ def _injected(names):
         yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
-def _refuse_misspelt(names):
+def _refuse_misspelt(names, known):
     """ValueError for a parameter that is unknown, with the nearest valid ones."""
     simple = (str, int, float, list, dict, tuple, type(None))
     own = [n for n, v in names.items() if isinstance(v, simple) and not n.startswith("_")]
-    near = [n for n in own if difflib.get_close_matches(n, _PARAMETERS, 1, 0.8)]
+    near = [n for n in own if difflib.get_close_matches(n, known, 1, 0.8)]
     for name in (*_injected(names), *near):
-        if name not in _PARAMETERS:
-            raise ValueError(did_you_mean("parameter", name, list(_PARAMETERS)))
+        if name not in known:
+            raise ValueError(did_you_mean("parameter", name, list(known)))
 
 
 def _text(name, value, empty=False):
@@ -85,11 +85,12 @@ def _parameter_number(name, value):
         raise ValueError(f"{e}: whole numbers from 0 on are allowed, as in -p {name} 3") from None
 
 # %% ../nbs/80_study.ipynb #4085996c
-def study_parameters(names: dict) -> StudyParameters:
+def study_parameters(names: dict, also=()) -> StudyParameters:
     """Check the parameters of a notebook, seed everything and make `out_dir`.
 
     Args:
         names: `globals()` of the notebook.
+        also: parameters of this notebook alone, which it checks itself.
 
     Returns:
         The checked parameters.
@@ -99,7 +100,7 @@ def study_parameters(names: dict) -> StudyParameters:
     """
     # Run a second time, the other names are the notebook's own.
     if not isinstance(names.get("study"), StudyParameters):
-        _refuse_misspelt(names)
+        _refuse_misspelt(names, (*_PARAMETERS, *also))
     missing = [n for n in _PARAMETERS if n not in names and n != "weights"]
     if missing:
         raise ValueError(f"parameter {missing[0]!r} is not set: run the first cell")

@@ -194,7 +194,10 @@ def test_study_notebook_takes_the_agreed_parameters(path):
         c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])
     ] + cells(path)[1:]
     assert cells(path)[0] == parameters, "parameters come first"
-    assert [n.targets[0].id for n in ast.parse(source(parameters)).body] == [
+    names = [n.targets[0].id for n in ast.parse(source(parameters)).body]
+    if path.stem == "8_ablations":
+        assert names.pop() == "factors"  # what takes hours can be done in part
+    assert names == [
         "preset_name",
         "data_dir",
         "out_dir",
@@ -203,7 +206,7 @@ def test_study_notebook_takes_the_agreed_parameters(path):
         "seed",
         "device",
     ]
-    assert "study_parameters(globals())" in source(first), (
+    assert "study_parameters(globals()" in source(first), (
         "parameters are checked before anything else is defined"
     )
 

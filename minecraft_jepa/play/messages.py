@@ -27,7 +27,7 @@ MAX_TEXT_LENGTH = 16 * 2**10  # of a message that is no picture
 
 
 class Refused(ValueError):
-    """A message that can't be taken; says why."""
+    """An invalid message, or one that does not fit now; says why."""
 
 # %% ../../nbs/play/06_messages.ipynb #544f950b
 def _no_constant(name):
@@ -38,7 +38,7 @@ def read_message(text) -> dict:
     """Return the JSON object of a message, checked.
 
     Raises:
-        Refused: not JSON, not an object, a type that nobody knows, or a field that does not fit.
+        Refused: not JSON, not an object, an unknown type, or a field that does not fit.
     """
     if len(text) > MAX_TEXT_LENGTH:
         raise Refused(f"the message has {len(text)} characters; {MAX_TEXT_LENGTH} are the most")

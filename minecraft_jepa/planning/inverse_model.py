@@ -73,7 +73,7 @@ class InverseModel(PretrainedModel):
         """Answer as a planner would, without a search: one turn a tick, keys held.
 
         Args:
-            model: WorldModel, which only imagines what comes of it.
+            model: WorldModel, used only to imagine the outcome.
             z: latent of now, (N, D) or (1, N, D).
             goal: latent to reach, of the same shape.
             history: actions before now, (up to 24, 28).

@@ -142,12 +142,12 @@ class Jepa(Section):
     min_latent_std: float = _within(0.05, **_WEIGHT)
 
     @property
-    def longest(self):
+    def max_rollout_steps(self):
         """The largest K of a training."""
         return max(self.rollout_steps, self.rollout_steps_late)
 
     @property
-    def far(self):
+    def extra_frame_offset(self):
         """Ticks from t to the extra frame of a training window, beside t .. t+K; 0: none."""
         return self.pitch_horizon if self.inverse_dynamics_weight and self.pitch_weight else 0
 

@@ -26,7 +26,7 @@ from minecraft_jepa.agent.goal_pictures import (
 )
 from minecraft_jepa.agent.planning_policy import PlanningPolicy, RecedingHorizon
 from minecraft_jepa.agent.policies import FixedActions, Oracle, draw_random_actions
-from minecraft_jepa.agent.tasks import TASKS, allow_action, hold, measure_errors, read_info
+from minecraft_jepa.agent.tasks import TASKS, allow_action, hold_keys, measure_errors, read_info
 from minecraft_jepa.data.actions import ACTION_NAMES, NOOP
 from minecraft_jepa.data.splits import load_split
 from minecraft_jepa.data.video import picture_to_frame
@@ -109,7 +109,7 @@ def test_oracle_solves_each_task_and_no_op_none(name):
         result = Episode(world, goal, FRAME).run(Oracle(TASKS[name]), "oracle")
         assert result["success"] and result["stopped"], result
         assert result["ticks"] <= TASKS[name].budget / 2
-        idle = FixedActions(hold(TASKS[name].budget))
+        idle = FixedActions(hold_keys(TASKS[name].budget))
         assert not Episode(world, goal, FRAME).run(idle, "no_op")["success"]
 
 
@@ -127,8 +127,8 @@ def test_passing_the_goal_by_is_no_success():
     world = StandIn()
     goal = make_goal(world, "turn", 321, "desert", 0, FRAME)
     right, down = (measure_errors(goal.start_state, goal.state)[k] for k in ("yaw", "pitch"))
-    there = hold(20, right=right / 20, down=down / 20)
-    chunks = [there, hold(10, right=9), hold(0)]
+    there = hold_keys(20, right=right / 20, down=down / 20)
+    chunks = [there, hold_keys(10, right=9), hold_keys(0)]
     thinker = Thinker(world, lambda n: chunks[n - 1])
     result = Episode(world, goal, FRAME).run(thinker, "passes")
     assert result["reached"] == 20 and not result["success"]
@@ -138,7 +138,7 @@ def test_passing_the_goal_by_is_no_success():
 def test_nothing_moves_while_the_policy_thinks(ticks):
     world = StandIn()
     goal = make_goal(world, "walk", 321, "desert", 0, FRAME)
-    walk = Thinker(world, lambda n: hold(8, "w"), ticks)
+    walk = Thinker(world, lambda n: hold_keys(8, "w"), ticks)
     result = Episode(world, goal, FRAME).run(walk, "walker")
     assert result["drift"] == {"blocks": 0.0, "degrees": 0.0}
     assert result["ticks"] == TASKS["walk"].budget
@@ -154,14 +154,14 @@ def test_drift_is_told_where_the_world_does_run_on():
 
     world = Sliding()
     goal = make_goal(world, "walk", 321, "desert", 0, FRAME)
-    result = Episode(world, goal, FRAME).run(Thinker(world, lambda n: hold(8), 9), "slides")
+    result = Episode(world, goal, FRAME).run(Thinker(world, lambda n: hold_keys(8), 9), "slides")
     assert result["drift"]["blocks"] == pytest.approx(0.3)
 
 
 def test_history_ends_with_what_was_done_and_the_rest_after_it():
     world = StandIn()
     goal = make_goal(world, "walk", 321, "desert", 0, FRAME)
-    thinker = Thinker(world, lambda n: hold(4, "w", right=2) if n < 3 else hold(0))
+    thinker = Thinker(world, lambda n: hold_keys(4, "w", right=2) if n < 3 else hold_keys(0))
     Episode(world, goal, FRAME).run(thinker, "walker")
     first, second = thinker.seen[0][1], thinker.seen[1][1]
     assert first.shape == second.shape == (25, 28)
@@ -181,7 +181,7 @@ def test_late_ticks_are_counted_and_their_keys_are_in_the_history():
 
     world = Late()
     goal = make_goal(StandIn(), "walk", 321, "desert", 0, FRAME)
-    thinker = Thinker(world, lambda n: hold(5, "w", right=3) if n == 1 else hold(0))
+    thinker = Thinker(world, lambda n: hold_keys(5, "w", right=3) if n == 1 else hold_keys(0))
     result = Episode(world, goal, FRAME).run(thinker, "late")
     assert result["late_ticks"] == 5
     history = thinker.seen[1][1]
@@ -243,7 +243,7 @@ def test_worlds_are_test_worlds():
 
 POLICIES = {
     "oracle": lambda goal: Oracle(TASKS[goal.task]),
-    "no_op": lambda goal: FixedActions(hold(TASKS[goal.task].budget)),
+    "no_op": lambda goal: FixedActions(hold_keys(TASKS[goal.task].budget)),
 }
 
 
@@ -349,7 +349,7 @@ class Sighted:
         gap = (goal - z + 180) % 360 - 180
         turn = gap if abs(gap[0]) < 50 else np.zeros(2)
         left = np.abs(gap - turn).max()
-        actions = hold(horizon, right=turn[0] / horizon, down=turn[1] / horizon)
+        actions = hold_keys(horizon, right=turn[0] / horizon, down=turn[1] / horizon)
         return SimpleNamespace(actions=actions, cost=left**2 + self.other)
 
 
@@ -376,7 +376,7 @@ class Known(PlanningPolicy):
 class Alone(Known):
     """Without trying."""
 
-    pursue = RecedingHorizon.pursue
+    episode_steps = RecedingHorizon.episode_steps
 
 
 def count_successes(name, agent, planner, starts=6):
@@ -432,7 +432,7 @@ def test_in_the_game_picture_and_state_are_those_of_one_frame(env):
 def test_in_the_game_the_player_stands_still_while_somebody_thinks(env):
     class Slow:
         def __init__(self):
-            self.walks = [hold(6, "w"), hold(6, "w"), hold(0)]
+            self.walks = [hold_keys(6, "w"), hold_keys(6, "w"), hold_keys(0)]
 
         def act(self, *told):
             time.sleep(1)
@@ -449,13 +449,13 @@ def test_in_the_game_a_stopped_process_makes_up_for_the_time(env):
     """The reason why the keys rest: SIGSTOP alone does not hold the player."""
     goal = make_goal(env, "tool", 319, "cold_desert", 0, FRAME)
     begin_episode(env, goal)
-    for action in hold(8, "w"):
+    for action in hold_keys(8, "w"):
         *_, info = env.step(action)
     before, pid = info["position"], env.game.pids["minetest"]
     os.kill(pid, signal.SIGSTOP)
     time.sleep(1.5)
     os.kill(pid, signal.SIGCONT)
-    *_, info = env.step(hold(1, "w")[0])
+    *_, info = env.step(hold_keys(1, "w")[0])
     assert math.dist(read_info(info)["position"], before) > 0.3
 
 
@@ -464,7 +464,7 @@ def test_in_the_game_slow_motion_is_a_walk_at_a_quarter_of_its_speed(env):
     goal = make_goal(env, "walk", 319, "cold_desert", 0, FRAME)
     begin_episode(env, goal)
     trail = []
-    for action in hold(12, "w"):
+    for action in hold_keys(12, "w"):
         *_, info = env.step(action)
         trail.append((env.game.states[env.shot[0]]["micros"] / 1e6, info["position"]))
     (begin, here), (end, there) = trail[4], trail[9]

@@ -260,17 +260,17 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices():
 
 
 @pytest.mark.parametrize(
-    ("inverse", "tilt", "ticks"), [(0.1, 0.1, 9), (0.1, 0.0, 0), (0.0, 0.1, 0)]
+    ("inverse", "pitch", "ticks"), [(0.1, 0.1, 9), (0.1, 0.0, 0), (0.0, 0.1, 0)]
 )
-def test_a_window_holds_the_frame_of_the_pitch_loss_only_where_there_is_one(inverse, tilt, ticks):
+def test_a_window_holds_the_frame_of_the_pitch_loss_only_where_there_is_one(inverse, pitch, ticks):
     assert (
         preset(
             "tiny",
             inverse_dynamics_weight=inverse,
-            pitch_weight=tilt,
+            pitch_weight=pitch,
             rollout_steps=2,
             pitch_horizon=9,
-        ).jepa.far
+        ).jepa.extra_frame_offset
         == ticks
     )
 

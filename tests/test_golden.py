@@ -133,7 +133,9 @@ def training_step():
     model.init_from_pretrained(WEIGHTS)
     model.train()
     settings = model.config.jepa
-    frames, actions = windows(model.config, 4, 2 + settings.rollout_steps, settings.far)
+    frames, actions = windows(
+        model.config, 4, 2 + settings.rollout_steps, settings.extra_frame_offset
+    )
     optimizer = make_optimizer({model: 1.0}, 1e-3, 0.05)
     before = [p.detach().clone() for p in model.parameters()]
     out = model(frames, actions)
@@ -177,8 +179,8 @@ def variant(name):
     "Loss and gradients of one way of training, with weights from a fixed stream."
     model = filled(WorldModel(preset("tiny", **SMALL | VARIANTS[name]))).train()
     settings = model.config.jepa
-    num_frames = 1 + settings.rollout_steps + (settings.far > 0)
-    ticks = max(settings.rollout_steps, settings.far)
+    num_frames = 1 + settings.rollout_steps + (settings.extra_frame_offset > 0)
+    ticks = max(settings.rollout_steps, settings.extra_frame_offset)
     frames, actions = windows(model.config, 4, num_frames, ticks)
     out = model(frames, actions, seed=11)
     out["loss"].backward()

@@ -28,9 +28,9 @@ def test_the_learning_rate_does_not_jump_when_the_end_is_moved():
     schedule, rates = optim.Schedule(1000, 1000), []
     ends = {50: 200, 60: 150, 70: 5000, 400: 420}
     for step in range(10_000):
-        if step >= schedule.steps:
+        if step >= schedule.end_step:
             break
-        rates.append(optim.cosine_lr(schedule.position(step), schedule.plan, 1.0, 0.05))
+        rates.append(optim.cosine_lr(schedule.position(step), schedule.schedule_length, 1.0, 0.05))
         if step + 1 in ends:
             schedule.move(step + 1, ends[step + 1])
     assert len(rates) == 420
@@ -42,6 +42,12 @@ def test_the_learning_rate_does_not_jump_when_the_end_is_moved():
 def test_a_run_without_a_time_limit_has_its_own_steps():
     schedule = optim.Schedule(7, 7)
     assert [schedule.position(step) for step in range(7)] == list(range(7))
+
+
+def test_a_schedule_of_an_older_checkpoint_is_read():
+    stored = {"steps": 70, "plan": 100, "since": 40, "at": 40.0}
+    schedule = optim.Schedule.from_metadata(stored)
+    assert (schedule.position(55), schedule.to_metadata()) == (70, stored)
 
 
 @pytest.mark.parametrize("broken", ["import", "made", "used"])

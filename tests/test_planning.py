@@ -12,12 +12,12 @@ from minecraft_jepa.data.actions import CAMERA, NOOP
 from minecraft_jepa.model.world_model import WorldModel
 from minecraft_jepa.planning.action_prior import ActionPrior
 from minecraft_jepa.planning.costs import COSTS, squared_distance
-from minecraft_jepa.planning.goal_motion import GoalMotion
+from minecraft_jepa.planning.goal_motion import RelativeMotionNet
 from minecraft_jepa.planning.inverse_model import InverseModel
 from minecraft_jepa.planning.planners import PLANNERS, default_planner
-from minecraft_jepa.planning.search import ToyWorld, imagine_plans, toy_problem
+from minecraft_jepa.planning.search import CountingModel, imagine_plans, toy_problem
 from minecraft_jepa.planning.swm import SwmPlanner, import_solvers
-from minecraft_jepa.planning.temporal_distance import MotionLeft, TemporalDistance
+from minecraft_jepa.planning.temporal_distance import RemainingMotionCost, TemporalDistance
 
 WEIGHTS = Path(__file__).parent.parent / "data/weights/tiny"
 PRIOR = ActionPrior.load(WEIGHTS / "action_prior.json")
@@ -36,7 +36,7 @@ def turned(plan):
 @pytest.mark.parametrize("name", PLANNERS)
 @pytest.mark.parametrize(("right", "down"), [(24, -8), (-16, 6)])
 def test_planner_finds_the_turn(name, right, down):
-    plan = make(name).plan(ToyWorld(), *toy_problem(right, down, forward=8))
+    plan = make(name).plan(CountingModel(), *toy_problem(right, down, forward=8))
     assert np.abs(turned(plan) - [right, down]).max() < (11 if name == "random_shooting" else 4)
     assert plan.actions[:, 0].mean() > 0.5 and np.isfinite(plan.costs).all()
     assert plan.imagined_ticks >= plan.candidates.shape[0] * 8 and plan.seconds > 0
@@ -47,13 +47,13 @@ def test_wrong_sign_of_the_cost_is_caught(name):
     def away(latents, goal):
         return -squared_distance(latents, goal)
 
-    plan = make(name, cost=away).plan(ToyWorld(), *toy_problem(24, -8, forward=8))
+    plan = make(name, cost=away).plan(CountingModel(), *toy_problem(24, -8, forward=8))
     assert np.abs(turned(plan) - [24, -8]).max() > 12
 
 
 @pytest.mark.parametrize("name", PLANNERS)
 def test_goal_equal_to_the_start_gives_no_op(name):
-    plan = make(name).plan(ToyWorld(), *toy_problem())
+    plan = make(name).plan(CountingModel(), *toy_problem())
     assert np.abs(turned(plan)).max() < (11 if name == "random_shooting" else 3)
     assert not plan.actions[:, :4].any() or plan.cost < 0.05
 
@@ -61,16 +61,20 @@ def test_goal_equal_to_the_start_gives_no_op(name):
 @pytest.mark.parametrize("name", PLANNERS)
 def test_same_seed_same_plan(name):
     problem = toy_problem(12, 4)
-    plans = [make(name, seed=seed).plan(ToyWorld(), *problem) for seed in (3, 3, 4)]
+    plans = [make(name, seed=seed).plan(CountingModel(), *problem) for seed in (3, 3, 4)]
     assert (plans[0].actions == plans[1].actions).all()
     assert (plans[0].candidates[:20] != plans[2].candidates[:20]).any()
 
 
 @pytest.mark.parametrize("name", PLANNERS)
 def test_groups_that_are_off_stay_at_rest(name):
-    plan = make(name, groups=("move",), rounds=2).plan(ToyWorld(), *toy_problem(24, 0, forward=8))
+    plan = make(name, groups=("move",), rounds=2).plan(
+        CountingModel(), *toy_problem(24, 0, forward=8)
+    )
     assert not plan.candidates[..., CAMERA].any() and not plan.candidates[..., 7:20].any()
-    plan = make(name, groups="camera", rounds=2).plan(ToyWorld(), *toy_problem(24, 0, forward=8))
+    plan = make(name, groups="camera", rounds=2).plan(
+        CountingModel(), *toy_problem(24, 0, forward=8)
+    )
     assert not plan.candidates[..., :20].any() and plan.candidates[..., 22].any()
     assert not plan.actions[:, :20].any()
 
@@ -90,12 +94,12 @@ def test_groups_that_are_off_stay_at_rest(name):
 def test_bad_input_is_told(name, change, told):
     problem = dict(zip(("z", "goal", "history", "horizon"), toy_problem())) | change
     with pytest.raises(ValueError, match=told):
-        make(name).plan(ToyWorld(), **problem)
+        make(name).plan(CountingModel(), **problem)
 
 
 def test_plans_stay_within_what_the_data_has():
     for name in PLANNERS:
-        plan = make(name, rounds=3).plan(ToyWorld(), *toy_problem(400, 300))
+        plan = make(name, rounds=3).plan(CountingModel(), *toy_problem(400, 300))
         assert (np.abs(plan.candidates[..., CAMERA]) <= PRIOR.limit + 1e-5).all(), name
 
 
@@ -103,15 +107,15 @@ def test_warm_start_is_among_what_is_tried():
     start = np.tile(NOOP, (8, 1))
     start[:, 22] = 3.3
     for name in ("primitives", "cem", "icem"):
-        plan = make(name, rounds=1).plan(ToyWorld(), *toy_problem(26.4), start=start)
+        plan = make(name, rounds=1).plan(CountingModel(), *toy_problem(26.4), start=start)
         assert np.isclose(plan.candidates[..., 22], 3.3, atol=1e-4).all(1).any(), name
 
 
 def test_habit_follows_the_last_ticks():
     z, goal, history, horizon = toy_problem()
     history[-3:, 22] = 6
-    free = make("primitives").plan(ToyWorld(), z, goal, history, horizon)
-    bound = make("primitives", habit=5.0).plan(ToyWorld(), z, goal, history, horizon)
+    free = make("primitives").plan(CountingModel(), z, goal, history, horizon)
+    bound = make("primitives", habit_weight=5.0).plan(CountingModel(), z, goal, history, horizon)
     assert turned(bound)[0] > turned(free)[0] + 3
 
 
@@ -119,7 +123,7 @@ def test_costs_are_lowest_at_the_goal():
     path = torch.randn(3, 8, 60, 128)
     distance = TemporalDistance(preset("tiny")).eval()
     distance.network.amount.data.normal_()
-    for name, cost in (COSTS | {"left": MotionLeft(distance)}).items():
+    for name, cost in (COSTS | {"left": RemainingMotionCost(distance)}).items():
         if name != "summed":
             assert cost(path, path[1:2, -1]).argmin() == 1, name
 
@@ -143,7 +147,7 @@ def test_latents_of_inference_mode_will_do(name):
 
 
 def test_swapped_frames_give_the_opposite_motion():
-    network = GoalMotion((6, 10), 128).eval()
+    network = RelativeMotionNet((6, 10), 128).eval()
     network.amount.data.normal_()
     a, b = torch.randn(2, 2, 60, 128)
     with torch.inference_mode():
@@ -159,7 +163,7 @@ def test_shipped_networks_load_and_plan():
     TemporalDistance.from_pretrained(WEIGHTS)
     model = WorldModel.from_pretrained(WEIGHTS)
     z, goal = torch.randn(2, 60, 128)
-    plan = replace(planner, first=8, rounds=0).plan(model, z, goal, None, 3)
+    plan = replace(planner, num_initial_plans=8, rounds=0).plan(model, z, goal, None, 3)
     assert plan.actions.shape == (3, 28) and plan.latents.shape == (3, 60, 128)
 
 
@@ -176,5 +180,5 @@ def test_solvers_of_stable_worldmodel(solver):
         pytest.skip(str(missing))
     options = {"samples": 8, "rounds": 25} if solver == "gradient" else {"samples": 64, "rounds": 8}
     planner = SwmPlanner(PRIOR, solver, elites=8, **options)
-    plan = planner.plan(ToyWorld(), *toy_problem(24, -8))
+    plan = planner.plan(CountingModel(), *toy_problem(24, -8))
     assert np.abs(turned(plan) - [24, -8]).max() < 8

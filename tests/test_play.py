@@ -561,7 +561,7 @@ def test_one_page_too_many_is_told_so(server):
 
     async def crowd():
         async with contextlib.AsyncExitStack() as stack:
-            for _ in range(held.most):
+            for _ in range(held.max_connections):
                 await stack.enter_async_context(opened(url))
             async with aiohttp.ClientSession() as client, client.ws_connect(url + "live") as late:
                 page = Page(late)
@@ -779,11 +779,11 @@ def test_a_slow_page_gets_no_queue_of_frames(assets, tmp_path):
     session = Session(assets, tmp_path)
     session.receive('{"type": "play"}')
     for _ in range(20):
-        session.due = 0
+        session.next_tick_time = 0
         session.work()
     assert session.dream.tick <= play_session.MAX_FRAMES_IN_FLIGHT and session.wait() == math.inf
     session.receive(
-        json.dumps({"type": "input", "action": NOOP.tolist(), "acknowledged": session.sent})
+        json.dumps({"type": "input", "action": NOOP.tolist(), "acknowledged": session.frames_sent})
     )
     assert session.wait() < 1
 
@@ -792,12 +792,12 @@ def test_a_late_session_does_not_hurry_afterwards(assets, tmp_path):
     session = Session(assets, tmp_path)
     session.receive('{"type": "play"}')
     session.work()
-    session.due -= 5  # the machine was busy
+    session.next_tick_time -= 5  # the machine was busy
     session.receive(
-        json.dumps({"type": "input", "action": NOOP.tolist(), "acknowledged": session.sent})
+        json.dumps({"type": "input", "action": NOOP.tolist(), "acknowledged": session.frames_sent})
     )
     session.work()
-    assert session.due > time.monotonic() - 1
+    assert session.next_tick_time > time.monotonic() - 1
 
 
 def test_commands_in_a_flood_are_refused(assets, tmp_path):
@@ -871,7 +871,7 @@ def did(session, kind, **fields):
     """Hand a session a message, let it work and finish its job; the headers of what it sends."""
     session.receive(json.dumps({"type": kind} | fields))
     out = session.work()
-    if session.job:
+    if session.background_job:
         out += session.run_job() + session.work()
     return [unpack_frame(m)[0] if isinstance(m, bytes) else m for m in out]
 
@@ -879,9 +879,11 @@ def did(session, kind, **fields):
 def played(session, action, ticks):
     headers = []
     while len(headers) < ticks:
-        session.due = 0
+        session.next_tick_time = 0
         session.receive(
-            json.dumps({"type": "input", "action": action.tolist(), "acknowledged": session.sent})
+            json.dumps(
+                {"type": "input", "action": action.tolist(), "acknowledged": session.frames_sent}
+            )
         )
         headers += [unpack_frame(m)[0] for m in session.work() if isinstance(m, bytes)]
     return headers
@@ -926,7 +928,7 @@ def test_a_game_that_dies_is_told_and_left(assets, tmp_path, game):
     did(session, "reality")
     did(session, "play")
     game[0].fails = True
-    session.due, session.seen = 0, session.sent
+    session.next_tick_time, session.frames_acknowledged = 0, session.frames_sent
     told = [json.dumps(m) for m in session.work() if isinstance(m, dict)]
     assert "the game has died" in told[0]
     session.work()

@@ -73,7 +73,7 @@ def _check_actions(actions, method):
         )
     return actions
 
-
+# %% ../../nbs/agent/03_closed_loop.ipynb #62ac410e
 class _Attempt:
     """Body, goal and film of an episode."""
 
@@ -82,7 +82,7 @@ class _Attempt:
         self.body = _Body(env, *begin_episode(env, goal))
         self.body.rest()
         self.ticks, self.path, self.seconds = 0, [], []
-        self.drift = {"blocks": 0.0, "degrees": 0.0}
+        self.moved_while_planning = {"blocks": 0.0, "degrees": 0.0}
         self.film = {
             "reality": [self.current_frame()],
             "imagined": [self.current_frame()],
@@ -109,8 +109,9 @@ class _Attempt:
         self.body.rest(1)  # in step again
         moved = measure_errors(read_info(self.body.info), before)
         turned = max(abs(moved["yaw"]), abs(moved["pitch"]))
-        self.drift["blocks"] = max(self.drift["blocks"], moved["blocks"])
-        self.drift["degrees"] = max(self.drift["degrees"], turned)
+        largest = self.moved_while_planning
+        largest["blocks"] = max(largest["blocks"], moved["blocks"])
+        largest["degrees"] = max(largest["degrees"], turned)
         return _check_actions(actions, method)[:left]
 
     def _carry_out(self, actions, imagined):
@@ -130,7 +131,7 @@ class Episode(_Attempt):
 
     A policy has `act(frame, goal_frame, history, ticks_left)`. It is given frames (3, h, w) uint8,
     the last 25 actions (25, 28) and the ticks left, and returns actions (k, 28), or none where it
-    has arrived. If it has `see(state, goal_state)`, the true states are told first: an oracle. If
+    has arrived. If it has `see(state, goal_state)`, the true states are given first: an oracle. If
     it has `imagined`, (k, 3, h, w) uint8 after `act`, these frames go into `film`.
 
     Args:
@@ -153,13 +154,13 @@ class Episode(_Attempt):
             ValueError: what the policy gave is no actions; names it.
             LuantiError: the game has failed, or the start is another one.
         """
-        first, reached, has_stopped = self.errors(), None, False
+        first_errors, first_reached_tick, has_stopped = self.errors(), None, False
         while self.ticks < self.task.budget and not has_stopped:
             actions = self._think(policy, method)
             has_stopped = not len(actions)
             self._carry_out(actions, getattr(policy, "imagined", None))
-            if reached is None and is_reached(self.task, self.errors()):
-                reached = self.ticks
+            if first_reached_tick is None and is_reached(self.task, self.errors()):
+                first_reached_tick = self.ticks
         start, body = self.goal.start, self.body
         path = [[*state["position"], state["yaw"], state["pitch"]] for state in self.path]
         return {
@@ -168,15 +169,15 @@ class Episode(_Attempt):
             "start": start.number,
             "method": method,
             "success": is_reached(self.task, self.errors()),
-            "reached": reached,  # ticks until the goal was first reached, at rest
+            "reached": first_reached_tick,  # ticks until the goal was first reached, at rest
             "stopped": has_stopped,
             "ticks": self.ticks,
             "plans": len(self.seconds),
             "errors": _rounded(self.errors()),
-            "start_errors": _rounded(first),
+            "start_errors": _rounded(first_errors),
             "late_ticks": body.late,
             "rest_ticks": body.rested,
-            "drift": _rounded(self.drift),
+            "drift": _rounded(self.moved_while_planning),
             "seconds_per_plan": round(float(np.mean(self.seconds)), 3),
             "path": np.round(path, 2).tolist(),
         }

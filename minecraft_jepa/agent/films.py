@@ -14,7 +14,7 @@ from ..viz.video import comparison_frames
 
 # %% ../../nbs/agent/07_films.ipynb #fa8fcade
 def load_film(path) -> dict:
-    """Read what `task_benchmark.save_film` wrote.
+    """Read what `agent.benchmark.save_film` wrote.
 
     Args:
         path: NAME.npz.

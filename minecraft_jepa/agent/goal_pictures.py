@@ -19,7 +19,7 @@ from minecraft_jepa.agent.tasks import (
     TASKS,
     allow_action,
     draw_goal_actions,
-    hold,
+    hold_keys,
     measure_errors,
     read_info,
 )
@@ -90,7 +90,7 @@ class Goal:
 def _begin(env, start):
     """Go to the spawn point with the first slot in hand; gives picture and info at rest."""
     env.reset(seed=start.seed, options={"world": start.world, "biome": start.biome})
-    for action in (*hold(2, "1"), *hold(6)):
+    for action in (*hold_keys(2, "1"), *hold_keys(6)):
         picture, *_, has_failed, info = env.step(action)
         if has_failed:
             raise LuantiError(info["failure"])
@@ -125,6 +125,7 @@ def make_goal(env, name, world, biome, number, frame) -> Goal:
     """
     for attempt in range(20):
         start = Start(world, biome, number, attempt)
+        # The task's index is part of the seed, so a new task goes to the end of TASKS.
         random = np.random.default_rng([world, number, attempt, [*TASKS].index(name)])
         start_state = read_info(_begin(env, start)[1])
         for action in draw_goal_actions(name, random, start_state["pitch"]):

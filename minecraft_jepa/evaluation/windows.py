@@ -154,13 +154,13 @@ def loss_windows(store, names, config, recordings=16, count=4):
         ahead than the rollout, and actions (B, ticks-1+K, 28); None if no recording is long enough.
     """
     history, jepa = config.conditioner.history_ticks, config.jepa
-    horizon = max(jepa.longest, jepa.far)
+    horizon = max(jepa.max_rollout_steps, jepa.extra_frame_offset)
     names = recordings_with_window(store, names, history, horizon)[:recordings]
     if not names:
         return None
     windows = [evaluation_windows(store, name, history, horizon, count) for name in names]
-    columns = list(range(1, jepa.longest + 2))  # the first is the frame before t
-    if jepa.far > jepa.longest:
+    columns = list(range(1, jepa.max_rollout_steps + 2))  # the first is the frame before t
+    if jepa.extra_frame_offset > jepa.max_rollout_steps:
         columns.append(horizon + 1)
     frames = torch.cat([frames[:, columns] for frames, _ in windows])
     return frames, torch.cat([actions for _, actions in windows])

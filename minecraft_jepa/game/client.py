@@ -202,7 +202,7 @@ class Game(_GameProcess):
             raise
 
     def send(self, keys, right, down, wheel=0):
-        """Press keys and move the mouse; arguments as of `Screen.send`."""
+        """Press keys and move the mouse; arguments as of `XDisplay.send`."""
         try:
             self.screen.send(keys, right, down, wheel)
         except ConnectionClosedError:

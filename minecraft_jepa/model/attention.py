@@ -52,13 +52,13 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
 
-    def forward(self, x, context=None, turns=None, bias=None, kv=None, onto=None):
+    def forward(self, x, context=None, rope=None, bias=None, kv=None, onto=None):
         """Attend.
 
         Args:
             x: tokens (b, n, d), which give the queries.
             context: tokens (b, m, d), which give keys and values; None: `x`.
-            turns: rotary positions of `rope_angles_2d`, (n, 2, d / h).
+            rope: rotary positions of `rope_angles_2d`, (n, 2, d / h).
             bias: (h, 1, m), added to the scores.
             kv: the context's keys and values (b, m, 2 d), where they were computed before.
             onto: residual (b, n, d) to add the result to.
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         q = rearrange(linear(x, self.q), "b n (h d) -> b h n d", h=self.heads)
         k, v = rearrange(kv, "b m (two h d) -> two b h m d", two=2, h=self.heads)
         q, k = self.q_norm(q), self.k_norm(k)
-        if turns is not None:
-            q, k = apply_rope(q, turns), apply_rope(k, turns)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
         x = rearrange(attention(q, k, v, bias), "b h n d -> b n (h d)")
         return add_linear(onto, x, self.proj, self.drop)  # (b, n, d)

@@ -45,17 +45,17 @@ class Block(nn.Module):
         self.norm1, self.attn = nn.LayerNorm(width), Attention(width, heads, dropout)
         self.norm2, self.mlp = nn.LayerNorm(width), make_mlp(width, dropout)
 
-    def forward(self, x, turns=None):
+    def forward(self, x, rope=None):
         """Apply the block.
 
         Args:
             x: tokens (b, n, d).
-            turns: rotary positions of `rope_angles_2d`.
+            rope: rotary positions of `rope_angles_2d`.
 
         Returns:
             (b, n, d).
         """
-        x = self.attn(self.norm1(x), turns=turns, onto=x)
+        x = self.attn(self.norm1(x), rope=rope, onto=x)
         return self.mlp(self.norm2(x), onto=x)
 
 
@@ -140,19 +140,19 @@ class AdaLNBlock(nn.Module):
         self.attn, self.mlp = Attention(width, heads, dropout, qk_norm), mlp
         self.modulation = AdaLNModulation(width, 6)
 
-    def forward(self, x, condition, turns=None):
+    def forward(self, x, condition, rope=None):
         """Apply the block.
 
         Args:
             x: tokens (b, n, d).
             condition: (b, 1 or n, d).
-            turns: rotary positions of `rope_angles_2d`.
+            rope: rotary positions of `rope_angles_2d`.
 
         Returns:
             (b, n, d).
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), turns=turns)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope=rope)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 # %% ../../nbs/model/04_blocks.ipynb #3f588623

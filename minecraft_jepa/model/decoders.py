@@ -115,8 +115,8 @@ class RegressionHead(PretrainedModel):
         self.blocks = init_weights(blocks)
         self.norm = nn.LayerNorm(encoder.embed_dim)
         self.out = init_weights(nn.Linear(encoder.embed_dim, 3 * frame.patch_size**2))
-        turns = rope_angles_2d(frame.grid, encoder.embed_dim // encoder.num_heads)
-        self.register_buffer("turns", turns, persistent=False)
+        rope = rope_angles_2d(frame.grid, encoder.embed_dim // encoder.num_heads)
+        self.register_buffer("rope", rope, persistent=False)
 
     def forward(self, z, frames):
         """Training loss, the mean squared error of the pixels.
@@ -153,7 +153,7 @@ class RegressionHead(PretrainedModel):
     def _predict_patches(self, z):
         """Latents (b, n, d) -> patches (b, n, p)."""
         for block in self.blocks:
-            z = block(z, self.turns)
+            z = block(z, self.rope)
         return self.out(self.norm(z))  # (b, n, p)
 
 # %% ../../nbs/model/15_decoders.ipynb #f3c839ba
@@ -218,8 +218,8 @@ class DiT(PretrainedModel):
         # takes the place of every token of a dropped latent
         self.no_latent = nn.Parameter(torch.zeros(latent_width))
         self.register_buffer("position", sincos_embedding_2d(frame.grid, width), persistent=False)
-        turns = rope_angles_2d(frame.grid, width // settings.num_heads)
-        self.register_buffer("turns", turns, persistent=False)
+        rope = rope_angles_2d(frame.grid, width // settings.num_heads)
+        self.register_buffer("rope", rope, persistent=False)
 
     def denoise(self, x, s, z):
         """Predict the clean patches.
@@ -237,7 +237,7 @@ class DiT(PretrainedModel):
         condition = z + time[:, None]  # (b, n, w)
         x = self.embed(x) + z + self.position  # (b, n, w)
         for block in self.blocks:
-            x = block(x, condition, self.turns)
+            x = block(x, condition, self.rope)
         return self.out(modulate(self.norm(x), *self.modulation(condition)))  # (b, n, p)
 
     def forward(self, z, frames):

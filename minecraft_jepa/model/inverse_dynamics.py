@@ -183,8 +183,8 @@ class InverseDynamicsHead(nn.Module):
             later: latents of the next frame.
 
         Returns:
-            (b, 28): logits of keys and buttons, the camera in `unit` degrees. The columns of
-            cursor and wheel are not trained.
+            (b, 28): logits of keys and buttons, the camera in units of
+            `degrees_per_unit`. The columns of cursor and wheel are not trained.
         """
         features, swapped_features = self.features_both_ways(z, later)
         forward = self.action_proj(features).float()
@@ -193,12 +193,12 @@ class InverseDynamicsHead(nn.Module):
         return torch.cat([forward[:, : CAMERA.start], camera, forward[:, CAMERA.stop :]], 1)
 
     def features(self, z, later):
-        """Features (b, 2 d) from which `say`, which has the arguments, predicts linearly."""
+        """Features (b, 2 d) from which `predict` predicts linearly; arguments as of `predict`."""
         return self.features_both_ways(z, later)[0]
 
     def features_both_ways(self, z, later):
         """The features of (z, later) and of (later, z): a list of two tensors (b, 2 d)."""
-        # `pair` is linear in (z, later - z): its two halves are computed once for both orders
+        # `pair_proj` is linear in (z, later - z): its two halves are computed once for both orders
         frame_weight, change_weight = self.pair_proj.weight.chunk(2, -1)
         change = F.linear(later - z, change_weight)  # (b, n, d)
         forward = F.linear(z, frame_weight, self.pair_proj.bias) + change

@@ -56,7 +56,7 @@ def sincos_embedding_2d(grid, width):
 def rope_angles_2d(grid, head_width):
     """Rotations of the queries and keys of one head, half of them by row, half by column.
 
-    They are computed once and laid out for `rotate`. RoFormer, sec. 3.2; axial as in RoPE-ViT,
+    They are computed once and laid out for `apply_rope`. RoFormer, sec. 3.2; axial as in RoPE-ViT,
     sec. 3.2.
 
     Args:
@@ -75,16 +75,16 @@ def rope_angles_2d(grid, head_width):
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1)
 
 
-def apply_rope(x, turns):
+def apply_rope(x, rope):
     """Rotate each pair of features, one of either half, by its angle.
 
     Args:
         x: queries or keys (b, h, n, head_width).
-        turns: (n, 2, head_width), made by `rope_angles_2d`.
+        rope: (n, 2, head_width), made by `rope_angles_2d`.
 
     Returns:
         (b, h, n, head_width).
     """
-    cos, sin = turns.to(x.dtype).unbind(1)
+    cos, sin = rope.to(x.dtype).unbind(1)
     first, second = x.chunk(2, -1)
     return torch.addcmul(torch.cat([second, first], -1) * sin, x, cos)

@@ -36,8 +36,8 @@ class Predictor(nn.Module):
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, width)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        turns = rope_angles_2d(config.frame.grid, width // heads)
-        self.register_buffer("turns", turns, persistent=False)
+        rope = rope_angles_2d(config.frame.grid, width // heads)
+        self.register_buffer("rope", rope, persistent=False)
 
     def forward(self, x, condition=None):
         """Predict the change.
@@ -50,5 +50,5 @@ class Predictor(nn.Module):
             Change of the latent, (b, n, d).
         """
         for block in self.blocks:
-            x = block(x, condition, self.turns) if self.modulated else block(x, self.turns)
+            x = block(x, condition, self.rope) if self.modulated else block(x, self.rope)
         return self.out(self.norm(x))  # (b, n, d)

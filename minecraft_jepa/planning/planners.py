@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..data.actions import CAMERA, NOOP
-from .action_prior import ActionPrior, free_keys, hold
+from .action_prior import ActionPrior, free_keys, primitives_to_actions
 from .costs import squared_distance
 from .inverse_model import InverseModel
 from .motion_primitives import MotionPrimitives
@@ -48,7 +48,7 @@ class RandomShooting:
     answers_mean: ClassVar = False  # whether the mean of the last round is the answer
 
     def plan(self, model, z, goal, history, horizon, start=None) -> Plan:
-        """Plan as `MotionPrimitives.plan`, which has the arguments."""
+        """Plan; arguments as of `MotionPrimitives.plan`."""
         search = Search(model, self.cost, *check_problem(model, z, goal, history, horizon))
         random, kept = np.random.default_rng(self.seed), None
         wide = (self.groups, search.horizon, self.block)
@@ -69,7 +69,7 @@ class RandomShooting:
     def _actions(self, turns, keys, horizon):
         """Actions (n, H, 28), each block held."""
         blocks = turns.shape[1]
-        return hold(turns, keys, blocks * self.block)[:, :horizon]
+        return primitives_to_actions(turns, keys, blocks * self.block)[:, :horizon]
 
     def _noise(self, k, proposal, random):
         """Standard normal noise (n, blocks, 2) of round k."""
@@ -148,7 +148,7 @@ class GradientPlanner:
     seed: int = 0
 
     def plan(self, model, z, goal, history, horizon, start=None) -> Plan:
-        """Plan as `MotionPrimitives.plan`, which has the arguments."""
+        """Plan; arguments as of `MotionPrimitives.plan`."""
         search = Search(model, self.cost, *check_problem(model, z, goal, history, horizon))
         random = np.random.default_rng(self.seed)
         proposal = Proposal.from_prior(self.prior, self.groups, search.horizon, self.block, start)
@@ -163,10 +163,10 @@ class GradientPlanner:
             adam = torch.optim.Adam(leaves, self.rate)
             for _ in range(self.rounds):
                 plans = self._relaxed(leaves, spread, proposal, search.horizon)
-                for leaf, slope in zip(
-                    leaves, torch.autograd.grad(search.slope(plans).sum(), leaves)
+                for leaf, gradient in zip(
+                    leaves, torch.autograd.grad(search.costs_with_grad(plans).sum(), leaves)
                 ):
-                    leaf.grad = slope * self.samples
+                    leaf.grad = gradient * self.samples
                 adam.step()
             plans = self._relaxed(leaves, spread, proposal, search.horizon).detach().numpy()
         keys = free_keys(self.groups)
@@ -197,12 +197,12 @@ PLANNERS = {
 }
 
 # %% ../../nbs/planning/10_planners.ipynb #283b598f
-def default_planner(weights, habit=1.0, seed=0) -> MotionPrimitives:
+def default_planner(weights, habit_weight=1.0, seed=0) -> MotionPrimitives:
     """Build the planner that the benchmark uses.
 
     Args:
         weights: folder with action_prior.json and inverse_model.safetensors.
-        habit: weight of what the last ticks foretell. An agent with a goal of its own takes 0.
+        habit_weight: as of `MotionPrimitives`. An agent with a goal of its own takes 0.
         seed: of the draw.
 
     Raises:
@@ -210,4 +210,6 @@ def default_planner(weights, habit=1.0, seed=0) -> MotionPrimitives:
     """
     prior = ActionPrior.load(Path(weights) / "action_prior.json")
     inverse = InverseModel.from_pretrained(weights)
-    return MotionPrimitives(prior, guess=inverse, habit=habit, trust=1.0, seed=seed)
+    return MotionPrimitives(
+        prior, guess=inverse, habit_weight=habit_weight, guess_weight=1.0, seed=seed
+    )

@@ -68,7 +68,7 @@ class SolverCost:
         plans = self.plans(action_candidates[0].float())
         if not action_candidates.requires_grad:
             return torch.from_numpy(self.search.costs(plans.numpy())).float()[None]
-        return self.search.slope(plans)[None]
+        return self.search.costs_with_grad(plans)[None]
 
     criterion = get_cost
 
@@ -121,7 +121,7 @@ class SwmPlanner:
     seed: int = 0
 
     def plan(self, model, z, goal, history, horizon, start=None) -> Plan:
-        """Plan as `MotionPrimitives.plan`, which has the arguments; `start` is not used.
+        """Plan; arguments as of `MotionPrimitives.plan`; `start` is not used.
 
         Raises:
             ImportError: stable-worldmodel is not installed.

@@ -100,24 +100,26 @@ class PlayAssets(StartFrames):
         weights: folder that a training wrote.
         data_dir: folder of recordings, NAME.mp4 + NAME.jsonl.
         starts: recordings to choose from; those that the weights have not seen come first.
-        most: recordings behind the bank of real latents.
+        max_bank_recordings: recordings whose frames make the bank of real latents, at most.
 
     Raises:
         ValueError: the weights or the recordings can't be used; says why.
     """
 
-    def __init__(self, weights="data/weights/tiny", data_dir="data", starts=12, most=32):
+    def __init__(
+        self, weights="data/weights/tiny", data_dir="data", starts=12, max_bank_recordings=32
+    ):
         networks = WorldModel, RegressionHead, DiT
         model, self.head, self.dit = (n.from_pretrained(weights).eval() for n in networks)
         names = [p.stem for p in find_recordings(data_dir)]
         try:
             unseen = unseen_recordings(data_dir, weights)
-        except ValueError:  # too few, or nobody knows: then all are as good
+        except ValueError:  # too few, or unknown which were trained on
             unseen = []
         seen = [n for n in names if n not in unseen]
         super().__init__(model, data_dir, names, [*unseen, *seen][:starts])
-        self.weights, self._behind = Path(weights), seen or names
-        self._most, self._planner = most, None
+        self.weights, self._bank_recordings = Path(weights), seen or names
+        self._max_bank_recordings, self._planner = max_bank_recordings, None
         self.bank, self.corrections, self.bank_error = None, {}, ""
         self.game = threading.Lock()  # one game at a time
 
@@ -135,7 +137,8 @@ class PlayAssets(StartFrames):
 
     def load_bank(self):
         """Make the bank of real latents and the corrections. Takes seconds."""
-        names = self._behind[:: max(len(self._behind) // self._most, 1)][: self._most]
+        names, count = self._bank_recordings, self._max_bank_recordings
+        names = names[:: max(len(names) // count, 1)][:count]
         size, each = self.model.config.frame, max(1024 // len(names), 1)
         try:
             store = ClipStore.build(self.data_dir, size, names=names, progress=False, workers=1)

@@ -43,15 +43,15 @@ class Server:
     Args:
         assets: PlayAssets.
         out_dir: folder that sessions save into.
-        most: connections at a time.
+        max_connections: connections at a time.
     """
 
-    def __init__(self, assets, out_dir="_runs/play", most=4):
-        self.assets, self.out_dir, self.most = assets, Path(out_dir), most
+    def __init__(self, assets, out_dir="_runs/play", max_connections=4):
+        self.assets, self.out_dir, self.max_connections = assets, Path(out_dir), max_connections
         self.page = PAGE.read_text(encoding="utf-8")
         self.sessions = {}  # {WebSocketResponse: Session}
         self.worker = ThreadPoolExecutor(1, "imagine", torch.set_num_threads, (1,))
-        self.helpers = ThreadPoolExecutor(most + 1, "save")
+        self.helpers = ThreadPoolExecutor(max_connections + 1, "save")
         self.running = set()  # what the threads are at
 
     async def compute(self, pool, function):
@@ -90,7 +90,7 @@ class Server:
             # the game waits for its own clock, so it does not hold the others up
             pool = self.helpers if session.reality else self.worker
             await self.send(socket, await self.compute(pool, session.work))
-            if session.job:
+            if session.background_job:
                 await self.send(socket, await self.compute(self.helpers, session.run_job))
 
 # %% ../../nbs/play/12_page.ipynb #bd8a2516
@@ -134,8 +134,8 @@ async def serve_socket(request):
         timeout=3, max_msg_size=MAX_MESSAGE_BYTES, heartbeat=20, compress=False
     )
     await socket.prepare(request)
-    if len(server.sessions) >= server.most:
-        why = f"{server.most} pages are open already, the most there may be; close one and reload"
+    if len(server.sessions) >= server.max_connections:
+        why = f"{server.max_connections} pages are open, which is the limit; close one and reload"
         await server.send(socket, [{"type": "refused", "why": why}])
         await socket.close(code=WSCloseCode.TRY_AGAIN_LATER, message=b"too many pages")
         return socket
@@ -184,17 +184,17 @@ async def _end_sessions(app):
     server.helpers.shutdown(wait=False)
 
 
-def make_app(assets, out_dir="_runs/play", most=4, token=None) -> web.Application:
+def make_app(assets, out_dir="_runs/play", max_connections=4, token=None) -> web.Application:
     """Return the aiohttp application: the page, its sockets, and what they saved.
 
     Args:
         assets: PlayAssets.
         out_dir: folder that sessions save into.
-        most: connections at a time.
+        max_connections: connections at a time.
         token: that each URL has to hold; None where it listens on loopback alone.
     """
     app = web.Application(middlewares=[check_request], client_max_size=2**16)
-    app[SERVER], app[TOKEN] = Server(assets, out_dir, most), token
+    app[SERVER], app[TOKEN] = Server(assets, out_dir, max_connections), token
     app[HEADERS] = page_headers(app[SERVER].page)
     app.add_routes(
         [

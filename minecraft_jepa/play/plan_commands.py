@@ -88,9 +88,9 @@ class PlanCommands(SessionMessages):
 
     def do_goal(self, message):
         """Take a later frame of the recording for the goal, `ticks` from what is shown."""
-        if self.origin is None:
+        if self.start_recording is None:
             raise Refused("the dream did not begin in a recording; mark a frame as the goal")
-        name, tick = self.origin
+        name, tick = self.start_recording
         tick += self.dream.tick + message["ticks"]
         frame, _ = self.assets.start(name, tick)
         with torch.inference_mode():
@@ -106,7 +106,7 @@ class PlanCommands(SessionMessages):
         return self.set_goal(self.dream.latent, self.dream.frame, name)
 
     def do_plan(self, message):
-        """Search for a plan of `ticks` ticks, in `job`."""
+        """Search for a plan of `ticks` ticks, in `background_job`."""
         if self.goal is None:
             raise Refused("there is no goal yet; choose one first")
         planner = self.assets.planner()
@@ -114,7 +114,7 @@ class PlanCommands(SessionMessages):
         if self.reality:
             self.reality.step(NOOP)
             self.reality.observe(self.dream)
-        self.job = lambda: self._search(planner, max(message["ticks"], 1))
+        self.background_job = lambda: self._search(planner, max(message["ticks"], 1))
         return [{"type": "busy", "what": "searching for a plan"}]
 
     def _search(self, planner, horizon):

@@ -44,7 +44,7 @@ class _Commands(PlanCommands):
             self.reality.step(NOOP)
             self.reality.observe(self.dream, begin=True)
         else:
-            self.dream.reset(*self.given)
+            self.dream.reset(*self.start_inputs)
         self.pause()
         return []
 
@@ -52,8 +52,8 @@ class _Commands(PlanCommands):
         if self.reality and not self.playing:  # the game went on meanwhile
             self.reality.step(NOOP)
             self.reality.observe(self.dream)
-        self.playing, self.sharp, self.due = True, None, time.monotonic()
-        self.stamps.clear()
+        self.playing, self.diffusion_frame, self.next_tick_time = True, None, time.monotonic()
+        self.tick_times.clear()
         return []
 
     def do_pause(self, message):
@@ -75,11 +75,11 @@ class _Commands(PlanCommands):
 
 # %% ../../nbs/play/10_session.ipynb #1a618741
 class _SavingCommands(_Commands):
-    """Beyond playing. What takes seconds is left in `job`, for another thread."""
+    """Sharpen, correct and save. Slow work is left in `background_job` for another thread."""
 
     def do_sharpen(self, message):
         self.pause()
-        self.sharp = self.dream.sharpen(self.assets.dit)
+        self.diffusion_frame = self.dream.sharpen(self.assets.dit)
         return []
 
     def do_correct(self, message):
@@ -94,7 +94,7 @@ class _SavingCommands(_Commands):
         if len(self.dream.trajectory) < 2:
             raise Refused("there is nothing to save yet; imagine at least one tick")
         self.pause()
-        self.job = self._save
+        self.background_job = self._save
         return [{"type": "busy", "what": "saving the recording and its film"}]
 
     def _save(self):
@@ -118,7 +118,7 @@ class _GameCommands(_SavingCommands):
         if self.reality or not self.assets.game.acquire(blocking=False):
             raise Refused("the game is running already, beside this dream or another one")
         self.pause()
-        self.job = self._start_game
+        self.background_job = self._start_game
         return [{"type": "busy", "what": "starting the game: about half a minute"}]
 
     def _start_game(self):
@@ -130,7 +130,7 @@ class _GameCommands(_SavingCommands):
         if self.closed:  # the page has gone meanwhile
             self._end_game(reality)
             return []
-        self.reality, self.given = reality, None
+        self.reality, self.start_inputs = reality, None
         self.reality.observe(self.dream, begin=True)
         return [self.note("the dream was given what the game shows; both obey the same keys")]
 
@@ -154,7 +154,7 @@ class _GameCommands(_SavingCommands):
         if reality:
             frame = reality.see()
             self.begin(frame, None)
-            self.job = lambda: self._end_game(reality) or []
+            self.background_job = lambda: self._end_game(reality) or []
         return []
 
     def _tick_with_game(self):
@@ -171,13 +171,13 @@ class _Clock(_GameCommands):
 
     def wait(self) -> float:
         """Seconds until `work` has something to do; inf: a message has to come first."""
-        if self.job or self.closed:
+        if self.background_job or self.closed:
             return math.inf
         if self.commands or self._changed or self._bank_is_ready():
             return 0
-        if not self.playing or self.sent - self.acknowledged >= MAX_FRAMES_IN_FLIGHT:
+        if not self.playing or self.frames_sent - self.frames_acknowledged >= MAX_FRAMES_IN_FLIGHT:
             return math.inf
-        return max(self.due - time.monotonic(), 0)
+        return max(self.next_tick_time - time.monotonic(), 0)
 
     def tick(self):
         """Imagine one tick under what is held now."""
@@ -188,21 +188,22 @@ class _Clock(_GameCommands):
             self._tick_with_game()
         else:
             self.dream.step(self.action)
-        self.costs.append(1000 * (time.perf_counter() - begin))
+        self.tick_ms.append(1000 * (time.perf_counter() - begin))
         now = time.monotonic()
-        self.stamps.append(now)
-        late = now - self.due > 2 / TICKS_PER_SECOND
-        self.due = now if late or self.reality else self.due + 1 / TICKS_PER_SECOND
+        self.tick_times.append(now)
+        late = now - self.next_tick_time > 2 / TICKS_PER_SECOND
+        due = self.next_tick_time + 1 / TICKS_PER_SECOND
+        self.next_tick_time = now if late or self.reality else due
         self._changed = True
 
     def run_job(self) -> list[dict]:
         """Run what takes seconds, in a thread of its own. Returns what to send."""
         try:
-            return self.job()
+            return self.background_job()
         except (RuntimeError, ValueError, OSError) as e:  # the game, a full disk
             return [{"type": "refused", "why": str(e)}]
         finally:
-            self.job, self._changed = None, True
+            self.background_job, self._changed = None, True
 
 # %% ../../nbs/play/10_session.ipynb #5b7be1c5
 class Session(_Clock):
@@ -220,19 +221,19 @@ class Session(_Clock):
 
     def _work(self):
         out = [self._bank_message()] if self._bank_is_ready() else []
-        while self.commands and not self.job and not self.closed:
+        while self.commands and not self.background_job and not self.closed:
             message = self.commands.popleft()
             try:
                 out += getattr(self, f"do_{message['type']}")(message)
             except (ValueError, OSError, RuntimeError) as e:
                 out.append({"type": "refused", "why": str(e)})
             self._changed = True
-        if self.closed or self.job:
+        if self.closed or self.background_job:
             return out
         if (
             self.playing
-            and self.due <= time.monotonic()
-            and self.sent - self.acknowledged < MAX_FRAMES_IN_FLIGHT
+            and self.next_tick_time <= time.monotonic()
+            and self.frames_sent - self.frames_acknowledged < MAX_FRAMES_IN_FLIGHT
         ):
             self.tick()
         if self.start_distance is not None and not self.plan:

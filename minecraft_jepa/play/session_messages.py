@@ -38,10 +38,16 @@ class _SessionState:
     def __init__(self, assets, out_dir="_runs/play"):
         self.assets, self.out_dir = assets, Path(out_dir)
         self.dream, self.controls = Dream(assets.model, assets.head), Controls()
-        self.commands, self.stamps, self.costs = deque(), deque(maxlen=41), deque(maxlen=20)
-        self.sent = self.acknowledged = 0  # frames sent, and answered for
-        self.playing, self.due, self.job, self.closed = False, 0.0, None, False
-        self.reality = self.sharp = self.given = None
+        self.commands, self.tick_times, self.tick_ms = deque(), deque(maxlen=41), deque(maxlen=20)
+        self.frames_sent = self.frames_acknowledged = 0  # frames sent, and answered for
+        self.playing, self.next_tick_time, self.background_job, self.closed = (
+            False,
+            0.0,
+            None,
+            False,
+        )
+        self.reality = self.diffusion_frame = self.start_inputs = None
+        # start_inputs: (frame, history) of the start; start_recording: (name, tick), or None
         self.action, self.drift, self.detail, self.errors = NOOP, None, None, None
         self._lock, self._working = threading.Lock(), threading.Lock()
         self._sent_bank, self._changed = False, True
@@ -50,17 +56,17 @@ class _SessionState:
     def begin(self, frame, history):
         """Start from a real frame and the actions before it, and wait."""
         self.dream.reset(frame, history)
-        self.given, self.origin = (frame, history), None
+        self.start_inputs, self.start_recording = (frame, history), None
         self.pause()
 
     def start(self, name, tick):
         """Start from a frame of a recording."""
         self.begin(*self.assets.start(name, tick))
-        self.origin = name, tick
+        self.start_recording = name, tick
 
     def pause(self, keep_keys=False):
         """Stand still."""
-        self.playing, self.sharp = False, None
+        self.playing, self.diffusion_frame = False, None
         if not keep_keys:
             self.controls.release()
 
@@ -81,7 +87,8 @@ class _SessionState:
         with self._lock:
             if message["type"] == "input":
                 self.controls.update(message["action"])
-                self.acknowledged = min(max(self.acknowledged, message["acknowledged"]), self.sent)
+                acknowledged = max(self.frames_acknowledged, message["acknowledged"])
+                self.frames_acknowledged = min(acknowledged, self.frames_sent)
             elif len(self.commands) >= MAX_WAITING_COMMANDS:
                 raise Refused(f"{MAX_WAITING_COMMANDS} commands are waiting already")
             else:
@@ -134,24 +141,26 @@ class SessionMessages(_HelloMessages):
         if self.assets.bank and now:
             self.drift = float(self.assets.bank.drift(dream.latent))
             self.detail = float(self.assets.bank.detail(dream.latent))
-        frame = dream.frame if self.sharp is None else self.sharp
+        frame = dream.frame if self.diffusion_frame is None else self.diffusion_frame
         pictures = [frame.transpose(1, 2, 0), *([reality.picture] if reality else [])]
-        self.sent += 1
-        seconds = self.stamps[-1] - self.stamps[0] if len(self.stamps) > 1 else 0
+        self.frames_sent += 1
+        seconds = self.tick_times[-1] - self.tick_times[0] if len(self.tick_times) > 1 else 0
         mark = dream.trajectory.marks.get(dream.tick, {})
         header = {
             "type": "frame",
-            "number": self.sent,
+            "number": self.frames_sent,
             "tick": dream.tick,
             "kept": dream.kept,
             "playing": self.playing,
-            "given": bool(mark.get("given")) and self.sharp is None,
-            "sharp": self.sharp is not None,
-            "rate": (len(self.stamps) - 1) / seconds if seconds and self.playing else None,
-            "ms": float(np.mean(self.costs)) if self.costs else None,
+            "given": bool(mark.get("given")) and self.diffusion_frame is None,
+            "sharp": self.diffusion_frame is not None,
+            "rate": (len(self.tick_times) - 1) / seconds if seconds and self.playing else None,
+            "ms": float(np.mean(self.tick_ms)) if self.tick_ms else None,
             "drift": self.drift,
             "detail": self.detail,
-            "trust": self.assets.bank.trust(self.drift) if self.assets.bank else None,
+            "drift_p_value": self.assets.bank.drift_p_value(self.drift)
+            if self.assets.bank
+            else None,
             "correction": getattr(dream.correction, "name", None),
             "errors": self.errors if reality else None,
             "since_look": dream.tick - reality.looked_at if reality else None,

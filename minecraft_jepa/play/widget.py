@@ -118,7 +118,7 @@ class PlayWidget(anywidget.AnyWidget):
                 continue
             for message in session.work():
                 self._tell(message)
-            for message in session.run_job() if session.job else ():
+            for message in session.run_job() if session.background_job else ():
                 self._tell(message)
 
     def _tell(self, message):

@@ -102,28 +102,49 @@ def _sum_over_processes(norm):
     return float(total)
 
 # %% ../../nbs/training/01_optim.ipynb #0fe80578
+# Field -> its name in the metadata of checkpoints
+_STORED_NAMES = {
+    "end_step": "steps",
+    "schedule_length": "plan",
+    "moved_at_step": "since",
+    "moved_at_position": "at",
+}
+
+
 @dataclasses.dataclass
 class Schedule:
-    """Position of a run in its plan of learning rates.
+    """Position of a run in its learning-rate schedule.
 
-    The end of the run may be moved. What is left of the plan is then stretched or compressed to
+    The end of the run may be moved. The rest of the schedule is then stretched or compressed to
     the steps that are left, so the learning rate never jumps.
     """
 
-    steps: int  # step at which the run ends
-    plan: int  # length of the plan: positions go from 0 to here
-    since: int = 0  # step at which the end was moved last
-    at: float = 0.0  # position at that step
+    end_step: int  # step at which the run ends
+    schedule_length: int  # positions go from 0 to here
+    moved_at_step: int = 0  # step at which the end was moved last
+    moved_at_position: float = 0.0  # position at that step
 
     def position(self, step):
-        """Position of `step` in the plan."""
-        if not self.since and self.steps == self.plan:
+        """Position of `step` in the schedule."""
+        if not self.moved_at_step and self.end_step == self.schedule_length:
             return step
-        return self.at + (self.plan - self.at) * (step - self.since) / (self.steps - self.since)
+        left = self.schedule_length - self.moved_at_position
+        steps_left = self.end_step - self.moved_at_step
+        return self.moved_at_position + left * (step - self.moved_at_step) / steps_left
 
-    def move(self, step, steps):
-        """End the run after `steps`. The position of `step` stays as it is."""
-        if steps == self.steps:
+    def move(self, step, end_step):
+        """End the run after `end_step` steps. The position of `step` stays as it is."""
+        if end_step == self.end_step:
             return
         position = self.position(step)
-        self.at, self.since, self.steps = position, step, steps
+        self.moved_at_position, self.moved_at_step, self.end_step = position, step, end_step
+
+    def to_metadata(self) -> dict:
+        """The fields under the names that checkpoints have."""
+        return {stored: getattr(self, field) for field, stored in _STORED_NAMES.items()}
+
+    @classmethod
+    def from_metadata(cls, metadata):
+        """Read what `to_metadata` gave."""
+        fields = {stored: field for field, stored in _STORED_NAMES.items()}
+        return cls(**{fields[stored]: value for stored, value in metadata.items()})

@@ -26,7 +26,7 @@ from ..utils import seed_everything, whole_number
 
 # %% ../../nbs/training/13_train_decoders.ipynb #11ee5c37
 class DecoderPair(nn.Module):
-    """Both decoders, and an EMA copy of the diffusion transformer, `slow`."""
+    """Both decoders, and an EMA copy of the diffusion transformer: `slow`, as in checkpoints."""
 
     def __init__(self, config):
         super().__init__()

@@ -42,8 +42,8 @@ def factors_of(config) -> dict[str, dict[str, dict]]:
         },
         "ticks in the loss": _rollout_variants(jepa.rollout_steps),
         "ticks in the last third": {
-            str(jepa.longest): {},
-            str(4 * jepa.longest): {"rollout_steps_late": 4 * jepa.longest},
+            str(jepa.max_rollout_steps): {},
+            str(4 * jepa.max_rollout_steps): {"rollout_steps_late": 4 * jepa.max_rollout_steps},
         },
         "history": {"25 ticks": {}, "1 tick": {"history_ticks": 1}},
         "predictor blocks": {

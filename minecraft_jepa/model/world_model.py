@@ -117,7 +117,7 @@ class WorldModel(TargetEncoderMixin):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.rollout = config.jepa.longest  # K; training sets it by its schedule
+        self.rollout = config.jepa.max_rollout_steps  # K; training sets it by its schedule
         self.encoder = Encoder(config)
         self.target_encoder = frozen_copy(self.encoder)
         self.conditioner = build_conditioner(config)
@@ -208,7 +208,7 @@ class WorldModel(TargetEncoderMixin):
         return {"loss": loss, "errors": step_errors, "z": last_target.detach()}
 
     def loss_parts(self, frames, actions, seed=0):
-        """The weighted parts whose sum is the loss of `forward`, which has the arguments.
+        """The weighted parts whose sum is the loss of `forward`; arguments as of `forward`.
 
         Returns:
             Dict of `prediction`, `anti_collapse` (0 where the EMA target alone prevents one),

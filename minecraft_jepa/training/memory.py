@@ -47,8 +47,9 @@ def _trace_activation_bytes(config, batch_size, use_bf16):
 def _fake_batch(config, batch_size):
     """Frames (B, 1+K, 3, H, W), with one more for the pitch loss, and actions (B, T-1+K, 28)."""
     frame, jepa = config.frame, config.jepa
-    num_frames = 1 + jepa.longest + (jepa.far > jepa.longest)
-    num_actions = config.conditioner.history_ticks - 1 + max(jepa.longest, jepa.far)
+    num_frames = 1 + jepa.max_rollout_steps + (jepa.extra_frame_offset > jepa.max_rollout_steps)
+    num_ticks = max(jepa.max_rollout_steps, jepa.extra_frame_offset)
+    num_actions = config.conditioner.history_ticks - 1 + num_ticks
     frames_shape = batch_size, num_frames, 3, frame.height, frame.width
     frames = torch.empty(frames_shape, dtype=torch.uint8)
     return frames, torch.empty(batch_size, num_actions, ACTION_DIM)

@@ -122,17 +122,17 @@ class _WorldModelTraining:
     def make_batches(self, step, rank, num_processes):
         """Endless batches of windows from `step` on."""
         jepa, ticks = self.config.jepa, self.config.conditioner.history_ticks
-        window, batch_size = (ticks, jepa.longest), self.config.train.batch_size
+        window, batch_size = (ticks, jepa.max_rollout_steps), self.config.train.batch_size
         process = step, rank, num_processes
         return window_batches(
-            self.data, self.names, *window, batch_size, self.seed, *process, jepa.far
+            self.data, self.names, *window, batch_size, self.seed, *process, jepa.extra_frame_offset
         )
 
     def before_step(self, model, position, steps):
         """Set the rollout length: with `rollout_steps_late` it grows in the last third."""
         jepa = self.config.jepa
         is_late = jepa.rollout_steps_late and position >= steps * 2 / 3
-        model.rollout = jepa.longest if is_late else jepa.rollout_steps
+        model.rollout = jepa.max_rollout_steps if is_late else jepa.rollout_steps
 
     def after_step(self, model, position, steps):
         """Update the EMA target encoder; without one it is the encoder itself."""
@@ -151,7 +151,7 @@ class _WorldModelTraining:
             )
         error, copy_error = numbers["model"][1], numbers["copy_last"][1]
         summary = (
-            f"error at 2 ticks {error:.3f} (copy {copy_error:.3f})  rank {numbers['rank']:.0f}"
+            f"latent MSE at 2 ticks {error:.3f} (copy {copy_error:.3f})  rank {numbers['rank']:.0f}"
         )
         return numbers | {"alarm": collapse_alarm(numbers, self.config), "summary": summary}
 

@@ -233,26 +233,21 @@ def plot_imagined_change(ax, change):
 
     Args:
         ax: matplotlib axes.
-        change: `imagined_change` of the report: "ticks", "change_per_tick" and
-            "change_from_start".
+        change: `imagined_change` of the report.
     """
     ax.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    labels = {
-        "change_per_tick": "change in one tick",
-        "change_from_start": "change since the given frame",
-    }
+    labels = {"change_per_tick": "in one tick", "change_from_start": "since the given frame"}
     for (key, label), color in zip(labels.items(), (COLORS["model"], COLORS["dit"])):
-        ax.plot(change["ticks"], change[key], color=color, label=label)
+        ax.plot(change["ticks"], change[key], color=color, label=f"change {label}")
     ax.set_ylim(bottom=0)
     ax.set_xlabel(f"ticks ahead ({TICKS_PER_SECOND} ticks = 1 s)")
     ax.set_ylabel("mean square change, imagined / real")
     ax.legend()
     per_tick = change["change_per_tick"]
     if per_tick:
-        last = len(per_tick)
         ax.set_title(
             f"One tick changes {per_tick[0]:.2f} of the real change at 1 tick, "
-            f"{per_tick[-1]:.2f} at {last}"
+            f"{per_tick[-1]:.2f} at {len(per_tick)}"
         )
     return ax
 
@@ -309,9 +304,8 @@ def evaluate_figure(report, ticks):
     """
     fig, axes = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
     plot_latent_errors(axes[0], report["horizons"], ticks)
-    plot_paired_ratios(
-        axes[1], report["paired_by_baseline"], report["relative_to_best_baseline"], ticks
-    )
+    paired = report["paired_by_baseline"]
+    plot_paired_ratios(axes[1], paired, report["relative_to_best_baseline"], ticks)
     plot_psnr(axes[2], report["psnr"], list(map(int, report["psnr"])))
     return fig
 

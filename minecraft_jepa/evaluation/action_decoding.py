@@ -119,14 +119,14 @@ def encode_pairs(encode, store, names, gap, most, random):
     starts = [(name, t) for name in names for t in store.window_starts(name, 1, gap)]
     starts = [starts[i] for i in sorted(random.permutation(len(starts))[:most])]
 
-    def encode(offset):
+    def encode_at(offset):
         latents = []
         for i in range(0, len(starts), 64):
             chunk = [store[name].frames[t + offset] for name, t in starts[i : i + 64]]
             latents.append(encode(torch.from_numpy(np.stack(chunk))))
         return torch.cat(latents)
 
-    z, z_later = encode(0), encode(gap)
+    z, z_later = encode_at(0), encode_at(gap)
     actions = np.stack([store[name].actions[t : t + gap] for name, t in starts])
     keys, camera = action_targets(torch.from_numpy(actions))
     return z, z_later, keys.to(z.device), camera.to(z.device)

@@ -74,9 +74,12 @@ def shrink_picture(encoded: str, max_bytes=MAX_PICTURE_BYTES) -> str:
     png = base64.b64decode(encoded)
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     while len(png) > max_bytes:
-        buffer = io.BytesIO()
-        picture.quantize(128).save(buffer, "PNG", optimize=True)
-        png = buffer.getvalue()
+        for num_colours in (128, 24):  # lines and text need few
+            buffer = io.BytesIO()
+            picture.quantize(num_colours).save(buffer, "PNG", optimize=True)
+            png = buffer.getvalue()
+            if len(png) <= max_bytes:
+                break
         picture = picture.resize([round(side * 0.85) for side in picture.size], Image.LANCZOS)
     return base64.b64encode(png).decode() + "\n"
 

@@ -35,9 +35,10 @@ def scale_actions(actions, camera_scale):
     """
     before, after = actions[..., : CAMERA.start], actions[..., CAMERA.stop :]
     degrees = actions[..., CAMERA]
-    scaled = 0.3 * degrees  # a typical turn is about 3 degrees a tick
     if camera_scale == "log":
         scaled = degrees.sign() * degrees.abs().log1p()
+    else:
+        scaled = 0.3 * degrees  # a typical turn is about 3 degrees a tick
     columns = [before, scaled, after]
     if camera_scale == "fourier":
         angles = torch.cat([degrees * (2 * math.pi / period) for period in _CAMERA_PERIODS], -1)
@@ -123,8 +124,28 @@ def initial_recency_bias(ticks, heads):
     slope = torch.cat([4.0 * 4.0 ** -torch.arange(heads - 1), torch.zeros(1)])  # (heads,)
     return -(slope[:, None] * age)[:, None]
 
+# %% ../../nbs/model/09_conditioner.ipynb #a2aaf5d5
+class _Conditioner(nn.Module):
+    """What conditioners share; `tokens`, `embed_actions` and `condition` are their own."""
+
+    def forward(self, z, actions):
+        """Condition latents on one window of actions.
+
+        Args:
+            z: latents (b, n, d).
+            actions: of ticks t-24 .. t, (b, ticks, 28).
+
+        Returns:
+            The tokens and the condition, as of `condition`.
+
+        Raises:
+            ValueError: for another number of ticks or columns.
+        """
+        self.tokens.check(actions)
+        return self.condition(z, self.embed_actions(actions), 0)
+
 # %% ../../nbs/model/09_conditioner.ipynb #2fa22ec1
-class CrossAttentionConditioner(nn.Module):
+class CrossAttentionConditioner(_Conditioner):
     """The frame's tokens attend to the action tokens: (b, n, d), (b, ticks, 28) -> (b, n, d), None.
 
     Args:
@@ -145,19 +166,6 @@ class CrossAttentionConditioner(nn.Module):
         self.recency_bias = nn.Parameter(
             initial_recency_bias(settings.history_ticks, settings.num_heads)
         )
-
-    def forward(self, z, actions):
-        """Condition latents on one window of actions.
-
-        Args:
-            z: latents (b, n, d).
-            actions: of ticks t-24 .. t, (b, ticks, 28).
-
-        Returns:
-            Conditioned tokens (b, n, d), and None.
-        """
-        self.tokens.check(actions)
-        return self.condition(z, self.embed_actions(actions), 0)
 
     def embed_actions(self, actions):
         """Compute what `condition` needs of all ticks of a rollout.
@@ -203,7 +211,7 @@ class CrossAttentionConditioner(nn.Module):
         return z, None
 
 # %% ../../nbs/model/09_conditioner.ipynb #bf7a061c
-class AdaLNConditioner(nn.Module):
+class AdaLNConditioner(_Conditioner):
     """The history as one vector: (b, n, d), (b, ticks, 28) -> (b, n, d), (b, 1, d).
 
     Args:
@@ -218,19 +226,6 @@ class AdaLNConditioner(nn.Module):
         self.tokens = ActionEmbedding(settings.history_ticks, width, settings.camera_scale)
         blocks = (init_weights(Block(width, settings.num_heads)) for _ in range(settings.depth))
         self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, z, actions):
-        """Encode one window of actions.
-
-        Args:
-            z: latents (b, n, d).
-            actions: of ticks t-24 .. t, (b, ticks, 28).
-
-        Returns:
-            The latents as they are, and the condition (b, 1, d).
-        """
-        self.tokens.check(actions)
-        return self.condition(z, self.embed_actions(actions), 0)
 
     def embed_actions(self, actions):
         """Compute what `condition` needs of all ticks of a rollout.
@@ -261,7 +256,7 @@ class AdaLNConditioner(nn.Module):
         return z, history[:, -1:]  # the token of tick t has attended to all others
 
 # %% ../../nbs/model/09_conditioner.ipynb #636e00cb
-class CombinedConditioner(nn.Module):
+class CombinedConditioner(_Conditioner):
     """Cross-attention and adaLN: (b, n, d), (b, ticks, 28) -> (b, n, d), (b, 1, d).
 
     Args:
@@ -276,44 +271,21 @@ class CombinedConditioner(nn.Module):
         self.adaln = AdaLNConditioner(config)
 
     @property
+    def tokens(self):
+        """The embedding of the actions that the tokens attend to."""
+        return self.cross_attention.tokens
+
+    @property
     def blocks(self):
         """All blocks."""
         return [*self.cross_attention.blocks, *self.adaln.blocks]
 
-    def forward(self, z, actions):
-        """Condition latents on one window of actions.
-
-        Args:
-            z: latents (b, n, d).
-            actions: of ticks t-24 .. t, (b, ticks, 28).
-
-        Returns:
-            Conditioned tokens (b, n, d), and the condition (b, 1, d).
-        """
-        return self.cross_attention(z, actions)[0], self.adaln(z, actions)[1]
-
     def embed_actions(self, actions):
-        """Compute what `condition` needs of all ticks of a rollout.
-
-        Args:
-            actions: (b, T, 28).
-
-        Returns:
-            What both parts need.
-        """
+        """Compute what both parts need of all ticks of a rollout, (b, T, 28)."""
         return self.cross_attention.embed_actions(actions), self.adaln.embed_actions(actions)
 
     def condition(self, z, context, k):
-        """Condition latents on the window that begins at tick `k`.
-
-        Args:
-            z: latents (b, n, d).
-            context: what `embed_actions` returned.
-            k: first tick of the window.
-
-        Returns:
-            Conditioned tokens (b, n, d), and the condition (b, 1, d).
-        """
+        """The conditioned tokens of one part and the condition of the other."""
         tokens, _ = self.cross_attention.condition(z, context[0], k)
         return tokens, self.adaln.condition(z, context[1], k)[1]
 

@@ -394,6 +394,27 @@ def test_agent_that_turns_around_finds_what_is_out_of_view():
     assert count_successes("turn", Known, None) < 6
 
 
+class TrueTurn:
+    """A guess that knows the turn, and says how sure it is."""
+
+    def __init__(self, expected_error):
+        self.expected_error = expected_error
+
+    def guess(self, z, goal, horizon):
+        gap = (goal - z + 180) % 360 - 180
+        return gap / horizon, np.full(2, self.expected_error / horizon)
+
+
+@pytest.mark.parametrize(("expected_error", "stops"), [(1.0, True), (30.0, False)])
+def test_agent_ends_where_the_view_is_the_goals_and_the_guess_is_sure(expected_error, stops):
+    world, planner = StandIn(), Sighted()
+    planner.guess = TrueTurn(expected_error)
+    goal = make_goal(world, "turn", 321, "desert", 0, FRAME)
+    result = Episode(world, goal, FRAME).run(Known(world, goal, planner), "a")
+    assert result["success"]
+    assert (result["ticks"] <= 80) == stops == result["stopped"]
+
+
 @pytest.mark.parametrize("name", ["walk", "turn and walk", "tool"])
 def test_agent_that_tries_walks_and_changes_the_slot(name):
     assert count_successes(name, Known, Sighted(), 4) == 4

@@ -9,6 +9,7 @@ import torch
 
 from minecraft_jepa.config import preset
 from minecraft_jepa.data.actions import CAMERA, NOOP
+from minecraft_jepa.data.clip_store import ClipStore
 from minecraft_jepa.model.world_model import WorldModel
 from minecraft_jepa.planning.action_prior import ActionPrior
 from minecraft_jepa.planning.costs import COSTS, squared_distance
@@ -19,7 +20,8 @@ from minecraft_jepa.planning.search import CountingModel, imagine_plans, toy_pro
 from minecraft_jepa.planning.swm import SwmPlanner, import_solvers
 from minecraft_jepa.planning.temporal_distance import RemainingMotionCost, TemporalDistance
 
-WEIGHTS = Path(__file__).parent.parent / "data/weights/tiny"
+DATA = Path(__file__).parent.parent / "data"
+WEIGHTS = DATA / "weights/tiny"
 PRIOR = ActionPrior.load(WEIGHTS / "action_prior.json")
 
 
@@ -155,6 +157,18 @@ def test_swapped_frames_give_the_opposite_motion():
         back, back_ticks, _ = network(b, a)
     assert torch.allclose(motion, -back, atol=1e-3) and motion.abs().max() > 1e-2
     assert torch.allclose(ticks, back_ticks, atol=1e-3)
+
+
+def test_expected_error_is_larger_where_frames_do_not_overlap():
+    inverse, model = InverseModel.from_pretrained(WEIGHTS), WorldModel.from_pretrained(WEIGHTS)
+    names = ["world-319_1320", "world-320_1060", "world-343_1320", "world-344_0000"]
+    store = ClipStore.build(DATA, model.config.frame, names=names, progress=False)
+    frames = torch.stack([torch.from_numpy(np.array(store[n].frames[[40, 41]])) for n in names])
+    with torch.inference_mode():
+        latents = model.encode(frames.flatten(0, 1)).unflatten(0, (4, 2))
+    near = [inverse.guess(now[None], goal[None], 1)[1][0] for now, goal in latents]
+    far = [inverse.guess(latents[i, :1], latents[i - 1, :1], 1)[1][0] for i in range(4)]
+    assert max(near) < min(far)  # one tick apart, or in two worlds
 
 
 def test_shipped_networks_load_and_plan():

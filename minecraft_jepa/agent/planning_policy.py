@@ -51,11 +51,12 @@ class RecedingHorizon:
         return float((self.now - self.goal).square().mean())
 
     @torch.inference_mode()
-    def plan(self):
+    def plan(self, horizon=None):
         """Actions (horizon, 28), or None where no plan lowers the cost clearly."""
         if self.planner is None:
             return None
-        plan = self.planner.plan(self.model, self.now, self.goal, self.history, self.horizon)
+        horizon = horizon or self.horizon
+        plan = self.planner.plan(self.model, self.now, self.goal, self.history, horizon)
         if plan.cost >= self.max_cost_ratio * self.distance():
             return None
         if self.head is not None:
@@ -72,34 +73,85 @@ class PlanningPolicy(RecedingHorizon):
     """Plans the camera; turns around, walks and changes the slot by trying.
 
     Arguments are those of `RecedingHorizon`. The planner must press no key: use a planner with
-    `groups=("camera",)`.
+    `groups=("camera",)`. A turn of less than `short_plan_degrees` is planned over half the horizon.
 
     Args:
         look_every_degrees: degrees between two looks while it turns around.
         look_every_ticks: ticks between two looks while it walks.
+        arrival_distance: latent distance below which the view may be the goal's.
+        likely_distance: below it the direction may be the goal's.
+        arrival_degrees: yaw and pitch that the planner's guess may still see there.
+        arrival_error: expected error of that guess, in degrees, that it may have.
     """
 
-    def __init__(self, *args, look_every_degrees=36, look_every_ticks=5, **options):
+    short_plan_degrees = 20.0
+
+    def __init__(
+        self,
+        *args,
+        look_every_degrees=36,
+        look_every_ticks=5,
+        arrival_distance=0.08,
+        likely_distance=0.2,
+        arrival_degrees=4.0,
+        arrival_error=8.0,
+        **options,
+    ):
         super().__init__(*args, **options)
         self.look_every_degrees, self.look_every_ticks = look_every_degrees, look_every_ticks
+        self.arrival_distance, self.likely_distance = arrival_distance, likely_distance
+        self.arrival_degrees, self.arrival_error = arrival_degrees, arrival_error
 
     def episode_steps(self):
-        """All steps of an episode."""
+        """All steps of an episode; it ends where the view is the goal's."""
+        if self.is_within(self.arrival_distance):  # at the start: only the slot can be wrong
+            yield from self.try_slots()
+            return
         yield from self.aim_camera(3)
-        yield from self.turn_around()
-        yield from self.aim_camera(2)
-        yield from self.walk()
-        yield from self.aim_camera(1)
-        yield from self.try_slots()
+        if self.is_within(self.arrival_distance):
+            return
+        if not self.is_within(self.likely_distance):
+            yield from self.turn_around()
+            yield from self.aim_camera(3)
+            if self.is_within(self.arrival_distance):
+                return
+        has_come_nearer = yield from self.walk()
+        if has_come_nearer:
+            yield from self.aim_camera(1)
+        if not self.is_within(self.arrival_distance):
+            yield from self.try_slots()
+
+    def degrees_left(self):
+        """Yaw or pitch to the goal, whichever is larger, and the expected error of that.
+
+        As the planner's guess sees it; (None, None) for a planner without a guess.
+        """
+        guess = getattr(self.planner, "guess", None)
+        if guess is None:
+            return None, None
+        turn, error = guess.guess(self.now, self.goal, self.horizon)
+        return float(np.abs(turn).max()) * self.horizon, float(np.max(error)) * self.horizon
+
+    def is_within(self, distance):
+        """Whether the goal is nearer than a latent distance, and no turn is left."""
+        if self.distance() > distance:
+            return False
+        left, error = self.degrees_left()
+        return left is None or (left <= self.arrival_degrees and error <= self.arrival_error)
 
     def aim_camera(self, max_plans):
-        """Plan the camera and carry it out, while it really brings the goal nearer."""
+        """Plan the camera and carry it out, until it has arrived or a plan leads away."""
         for _ in range(max_plans):
-            before, actions = self.distance(), self.plan()
+            distance, (left, _) = self.distance(), self.degrees_left()
+            if self.is_within(self.arrival_distance):
+                return
+            is_small = left is not None and left < self.short_plan_degrees
+            actions = self.plan(self.horizon // 2 if is_small else self.horizon)
             if actions is None:
                 return
             yield actions
-            if self.distance() > before:
+            is_nearer = self.distance() <= distance
+            if not is_nearer and (left is None or self.degrees_left()[0] >= left):
                 yield turn_by(*-actions[:, CAMERA].sum(0))
                 return
 
@@ -114,13 +166,15 @@ class PlanningPolicy(RecedingHorizon):
             yield turn_by(signed_degrees(self.look_every_degrees * back), 0)
 
     def walk(self, patience=2):
-        """Walk ahead, and back to where the goal was nearest."""
-        best, beyond = self.distance(), 0
+        """Walk ahead, and back to where the goal was nearest; whether that was not the start."""
+        start = best = self.distance()
+        beyond = 0
         while beyond < patience:
             yield hold_keys(self.look_every_ticks, "w")
             beyond = 0 if self.distance() < best else beyond + 1
             best = min(best, self.distance())
         yield hold_keys(beyond * self.look_every_ticks, "s")
+        return best < start
 
     def try_slots(self):
         """Take each slot of the hotbar in hand, and then the one that was nearest to the goal."""

@@ -26,10 +26,13 @@ class RelativeMotionNet(nn.Module):
         heads: feature vectors at each column, compared apart.
         head_width: their size.
         fine: columns within a patch.
+        channels: of the convolutions over shifts.
         hidden: width of the perceptron.
     """
 
-    def __init__(self, grid, width, extra=0, heads=8, head_width=8, fine=2, hidden=64):
+    def __init__(
+        self, grid, width, extra=0, heads=8, head_width=8, fine=4, channels=32, hidden=128
+    ):
         super().__init__()
         self.grid, self.shape, self.extra = grid, (fine, heads, head_width), extra
         self.size = rows, columns = grid[0], grid[1] * fine
@@ -37,17 +40,20 @@ class RelativeMotionNet(nn.Module):
         ones = torch.ones(1, 1, 1, rows, columns)
         self.register_buffer("overlap", self._correlate(ones, ones).clamp_min(3), persistent=False)
         self.conv = nn.Sequential(
-            nn.Conv2d(heads, 16, 3, padding=1),
+            nn.Conv2d(heads, channels, 3, padding=1),
             nn.GELU(),
-            nn.Conv2d(16, 16, 3, padding=1),
+            nn.Conv2d(channels, channels, 3, padding=1),
             nn.GELU(),
         )
-        self.score = nn.Conv2d(16, len(MOTIONS), 1)
+        self.score = nn.Conv2d(channels, len(MOTIONS), 1)
         self.amount = nn.Parameter(torch.zeros(len(MOTIONS), (2 * rows - 1) * (2 * columns - 1)))
         self.per_token = nn.Linear(2 * width, 32)
         outputs = len(MOTIONS) + 1 + len(MOTION_KEYS)
         self.mlp = nn.Sequential(
-            nn.Linear(96 + extra, hidden), nn.GELU(), nn.Dropout(0.2), nn.Linear(hidden, outputs)
+            nn.Linear(64 + 2 * channels + extra, hidden),
+            nn.GELU(),
+            nn.Dropout(0.2),
+            nn.Linear(hidden, outputs),
         )
 
     def forward(self, now, goal, extra_inputs=None):
@@ -71,6 +77,25 @@ class RelativeMotionNet(nn.Module):
         motion = forward[:, :count] - backward[:, :count]
         ticks = F.softplus(forward[:, count] + backward[:, count])
         return motion, ticks, forward[:, count + 1 :]
+
+    def match_quality(self, now, goal):
+        """How clearly the two latents match at one shift: what the error of the yaw depends on.
+
+        Args:
+            now: latents (b, N, D).
+            goal: latents (b, N, D).
+
+        Returns:
+            (b, 3): entropy of the distribution over shifts, log of its largest probability, and
+            standard deviation of the yaw under it in `MOTION_UNITS`.
+        """
+        scores = self.score(self.conv(4 * self._volume(now, goal)))
+        shifts = scores[:, 0].flatten(1).softmax(-1)  # (b, shifts)
+        entropy = -(shifts * (shifts + 1e-9).log()).sum(-1)
+        mean = (shifts * self.amount[0]).sum(-1)
+        variance = (shifts * self.amount[0] ** 2).sum(-1) - mean**2
+        peak = shifts.amax(-1).log()
+        return torch.stack([entropy, peak, variance.clamp_min(0).sqrt()], 1)
 
     def _volume(self, now, goal):
         """Mean cosine by head and shift, (b, heads, 2 rows - 1, 2 columns - 1)."""

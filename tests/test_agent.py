@@ -395,14 +395,15 @@ def test_agent_that_turns_around_finds_what_is_out_of_view():
 
 
 class TrueTurn:
-    """A guess that knows the turn, and says how sure it is."""
+    """A guess that knows the turn, and says how sure it is where the goal is in view."""
 
     def __init__(self, expected_error):
         self.expected_error = expected_error
 
     def guess(self, z, goal, horizon):
         gap = (goal - z + 180) % 360 - 180
-        return gap / horizon, np.full(2, self.expected_error / horizon)
+        error = self.expected_error if abs(gap[0]) < 50 else 90.0
+        return gap / horizon, np.full(2, error / horizon)
 
 
 @pytest.mark.parametrize(("expected_error", "stops"), [(1.0, True), (30.0, False)])

@@ -51,13 +51,13 @@ class RecedingHorizon:
         return float((self.now - self.goal).square().mean())
 
     @torch.inference_mode()
-    def plan(self, horizon=None):
+    def plan(self, horizon=None, max_cost_ratio=None):
         """Actions (horizon, 28), or None where no plan lowers the cost clearly."""
         if self.planner is None:
             return None
         horizon = horizon or self.horizon
         plan = self.planner.plan(self.model, self.now, self.goal, self.history, horizon)
-        if plan.cost >= self.max_cost_ratio * self.distance():
+        if plan.cost >= (max_cost_ratio or self.max_cost_ratio) * self.distance():
             return None
         if self.head is not None:
             self.imagined = self.head.decode(plan.latents).cpu().numpy()  # (H, 3, h, w)
@@ -78,10 +78,9 @@ class PlanningPolicy(RecedingHorizon):
     Args:
         look_every_degrees: degrees between two looks while it turns around.
         look_every_ticks: ticks between two looks while it walks.
-        arrival_distance: latent distance below which the view may be the goal's.
-        likely_distance: below it the direction may be the goal's.
+        arrival_distance: latent distance below which the place may be the goal's.
         arrival_degrees: yaw and pitch that the planner's guess may still see there.
-        arrival_error: expected error of that guess, in degrees, that it may have.
+        sure_degrees: expected error of the guess up to which the goal counts as in view.
     """
 
     short_plan_degrees = 20.0
@@ -92,78 +91,88 @@ class PlanningPolicy(RecedingHorizon):
         look_every_degrees=36,
         look_every_ticks=5,
         arrival_distance=0.08,
-        likely_distance=0.2,
         arrival_degrees=4.0,
-        arrival_error=8.0,
+        sure_degrees=10.0,
         **options,
     ):
         super().__init__(*args, **options)
         self.look_every_degrees, self.look_every_ticks = look_every_degrees, look_every_ticks
-        self.arrival_distance, self.likely_distance = arrival_distance, likely_distance
-        self.arrival_degrees, self.arrival_error = arrival_degrees, arrival_error
+        self.arrival_distance, self.arrival_degrees = arrival_distance, arrival_degrees
+        self.sure_degrees = sure_degrees
 
     def episode_steps(self):
-        """All steps of an episode; it ends where the view is the goal's."""
-        if self.is_within(self.arrival_distance):  # at the start: only the slot can be wrong
+        """All steps of an episode; it ends where place and direction are the goal's."""
+        if self.has_arrived():  # at the start: only the slot can be wrong
             yield from self.try_slots()
             return
         yield from self.aim_camera(3)
-        if self.is_within(self.arrival_distance):
-            return
-        if not self.is_within(self.likely_distance):
+        if not self.faces_goal():
             yield from self.turn_around()
             yield from self.aim_camera(3)
-            if self.is_within(self.arrival_distance):
-                return
+        if self.has_arrived():
+            return
         has_come_nearer = yield from self.walk()
         if has_come_nearer:
             yield from self.aim_camera(1)
-        if not self.is_within(self.arrival_distance):
+        if not self.has_arrived():
             yield from self.try_slots()
 
-    def degrees_left(self):
-        """Yaw or pitch to the goal, whichever is larger, and the expected error of that.
+    def guess_turn(self):
+        """Yaw or pitch to the goal, whichever is larger, and the expected error, in degrees.
 
-        As the planner's guess sees it; (None, None) for a planner without a guess.
+        As the planner's guess sees it; (0, 0) for a planner without a guess.
         """
         guess = getattr(self.planner, "guess", None)
         if guess is None:
-            return None, None
+            return 0.0, 0.0
         turn, error = guess.guess(self.now, self.goal, self.horizon)
         return float(np.abs(turn).max()) * self.horizon, float(np.max(error)) * self.horizon
 
-    def is_within(self, distance):
-        """Whether the goal is nearer than a latent distance, and no turn is left."""
-        if self.distance() > distance:
-            return False
-        left, error = self.degrees_left()
-        return left is None or (left <= self.arrival_degrees and error <= self.arrival_error)
+    def faces_goal(self):
+        """Whether the direction is the goal's, by a guess that is sure of it."""
+        turn, error = self.guess_turn()
+        has_guess = error > 0
+        return has_guess and error <= self.sure_degrees and turn <= self.arrival_degrees
+
+    def has_arrived(self):
+        """Whether the goal is near in latent distance, and nothing is known against it."""
+        turn, error = self.guess_turn()
+        is_right = turn <= self.arrival_degrees and error <= self.sure_degrees
+        return self.distance() <= self.arrival_distance and is_right
 
     def aim_camera(self, max_plans):
-        """Plan the camera and carry it out, until it has arrived or a plan leads away."""
+        """Plan the camera and carry it out, until it faces the goal or a plan leads away."""
         for _ in range(max_plans):
-            distance, (left, _) = self.distance(), self.degrees_left()
-            if self.is_within(self.arrival_distance):
+            distance, (turn, error) = self.distance(), self.guess_turn()
+            if self.faces_goal():
                 return
-            is_small = left is not None and left < self.short_plan_degrees
-            actions = self.plan(self.horizon // 2 if is_small else self.horizon)
+            is_small = 0 < turn < self.short_plan_degrees
+            horizon = self.horizon // 2 if is_small else self.horizon
+            is_sure = 0 < error <= self.sure_degrees
+            actions = self.plan(horizon, np.inf if is_sure else None)
             if actions is None:
                 return
             yield actions
-            is_nearer = self.distance() <= distance
-            if not is_nearer and (left is None or self.degrees_left()[0] >= left):
+            is_farther = self.distance() > distance
+            if is_farther and (error == 0 or self.guess_turn()[0] >= turn):
                 yield turn_by(*-actions[:, CAMERA].sum(0))
                 return
 
     def turn_around(self):
-        """Turn full circle, and back to the view that was nearest to the goal."""
-        distances = [self.distance()]
+        """Turn until the goal is surely in view, else back to the likeliest view."""
+        doubts = [self.doubt()]
         for _ in range(round(360 / self.look_every_degrees) - 1):
             yield turn_by(self.look_every_degrees, 0)
-            distances.append(self.distance())
-        back = int(np.argmin(distances)) - len(distances) + 1
+            if 0 < self.guess_turn()[1] <= self.sure_degrees:
+                return
+            doubts.append(self.doubt())
+        back = int(np.argmin(doubts)) - len(doubts) + 1
         if back:
             yield turn_by(signed_degrees(self.look_every_degrees * back), 0)
+
+    def doubt(self):
+        """How unlikely it is that the goal is in view: the expected error, or else the distance."""
+        return self.guess_turn()[1] or self.distance()
 
     def walk(self, patience=2):
         """Walk ahead, and back to where the goal was nearest; whether that was not the start."""

@@ -71,6 +71,11 @@ def list_test_worlds(split, count=4) -> list[tuple[int, str]]:
     return [(seed, _biome_of(seed)) for seed in seeds[:count]]
 
 
+def _biome_of(seed):
+    """The biome where the recorder begins in a world."""
+    return RECORDED_BIOMES[seed % len(RECORDED_BIOMES)]
+
+# %% ../../nbs/agent/02_goal_pictures.ipynb #22662845
 def list_fresh_worlds(split, seeds) -> list[tuple[int, str]]:
     """List worlds that no recording of a split is from.
 
@@ -91,11 +96,6 @@ def list_fresh_worlds(split, seeds) -> list[tuple[int, str]]:
         if f"world-{seed}" in recorded:
             raise ValueError(f"world {seed} has been recorded; choose another random seed")
     return [(seed, _biome_of(seed)) for seed in fresh]
-
-
-def _biome_of(seed):
-    """The biome where the recorder begins in a world."""
-    return RECORDED_BIOMES[seed % len(RECORDED_BIOMES)]
 
 # %% ../../nbs/agent/02_goal_pictures.ipynb #63faa41e
 @dataclass(frozen=True)

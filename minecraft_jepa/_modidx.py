@@ -111,6 +111,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                                           'minecraft_jepa/agent/planning_policy.py'),
                                                       'minecraft_jepa.agent.planning_policy.PlanningPolicy.has_arrived': ( 'agent/planning_policy.html#planningpolicy.has_arrived',
                                                                                                                            'minecraft_jepa/agent/planning_policy.py'),
+                                                      'minecraft_jepa.agent.planning_policy.PlanningPolicy.is_sure': ( 'agent/planning_policy.html#planningpolicy.is_sure',
+                                                                                                                       'minecraft_jepa/agent/planning_policy.py'),
                                                       'minecraft_jepa.agent.planning_policy.PlanningPolicy.try_slots': ( 'agent/planning_policy.html#planningpolicy.try_slots',
                                                                                                                          'minecraft_jepa/agent/planning_policy.py'),
                                                       'minecraft_jepa.agent.planning_policy.PlanningPolicy.turn_around': ( 'agent/planning_policy.html#planningpolicy.turn_around',

@@ -128,28 +128,31 @@ class PlanningPolicy(RecedingHorizon):
         turn, error = guess.guess(self.now, self.goal, self.horizon)
         return float(np.abs(turn).max()) * self.horizon, float(np.max(error)) * self.horizon
 
+    def is_sure(self, error):
+        """Whether there is a guess, and its expected error is small."""
+        return 0 < error <= self.sure_degrees
+
     def faces_goal(self):
         """Whether the direction is the goal's, by a guess that is sure of it."""
         turn, error = self.guess_turn()
-        has_guess = error > 0
-        return has_guess and error <= self.sure_degrees and turn <= self.arrival_degrees
+        return self.is_sure(error) and turn <= self.arrival_degrees
 
     def has_arrived(self):
         """Whether the goal is near in latent distance, and nothing is known against it."""
+        if self.distance() > self.arrival_distance:
+            return False
         turn, error = self.guess_turn()
-        is_right = turn <= self.arrival_degrees and error <= self.sure_degrees
-        return self.distance() <= self.arrival_distance and is_right
+        return turn <= self.arrival_degrees and error <= self.sure_degrees
 
     def aim_camera(self, max_plans):
         """Plan the camera and carry it out, until it faces the goal or a plan leads away."""
         for _ in range(max_plans):
             distance, (turn, error) = self.distance(), self.guess_turn()
-            if self.faces_goal():
+            if self.is_sure(error) and turn <= self.arrival_degrees:
                 return
             is_small = 0 < turn < self.short_plan_degrees
             horizon = self.horizon // 2 if is_small else self.horizon
-            is_sure = 0 < error <= self.sure_degrees
-            actions = self.plan(horizon, np.inf if is_sure else None)
+            actions = self.plan(horizon, np.inf if self.is_sure(error) else None)
             if actions is None:
                 return
             yield actions
@@ -163,7 +166,7 @@ class PlanningPolicy(RecedingHorizon):
         doubts = [self.doubt()]
         for _ in range(round(360 / self.look_every_degrees) - 1):
             yield turn_by(self.look_every_degrees, 0)
-            if 0 < self.guess_turn()[1] <= self.sure_degrees:
+            if self.is_sure(self.guess_turn()[1]):
                 return
             doubts.append(self.doubt())
         back = int(np.argmin(doubts)) - len(doubts) + 1

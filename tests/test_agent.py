@@ -1,5 +1,6 @@
 """The agent's tasks, in a stand-in world and, where it is installed, in the game."""
 
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from game_here import needs_game
 
+from minecraft_jepa.agent import films
 from minecraft_jepa.agent.benchmark import ClosedLoop, ResultFile, summarize, wilson_interval
 from minecraft_jepa.agent.closed_loop import Episode
 from minecraft_jepa.agent.films import draw_film, load_film, stack_films
@@ -295,6 +297,33 @@ def test_game_that_dies_is_started_again(tmp_path):
         run(tmp_path / "b", lambda: StandIn(dies_at=5))
 
 
+def test_start_that_the_game_gives_no_second_time_is_left_out_for_all_methods(tmp_path):
+    resets = itertools.count()
+
+    class Moving(StandIn):
+        def reset(self, seed, options):
+            super().reset(seed, options)
+            if seed == 321_050:  # start 1
+                self.yaw += 5 * next(resets)
+
+    lines = run(tmp_path, Moving)
+    assert sum("left out for all methods" in line for line in lines) == 2  # of turn and tool
+    file = ResultFile(tmp_path / "world-321.json", {"weights": "a"})
+    assert {r["start"] for r in file.results} == {0}
+    assert sorted(file.skipped) == [["tool", 1], ["turn", 1]]
+    assert run(tmp_path, Moving) == []  # it is not tried again
+
+
+def test_start_left_out_takes_its_results_with_it(tmp_path):
+    file = ResultFile(tmp_path / "world-1.json", {"weights": "a"})
+    for number in range(2):
+        file.add({"task": "turn", "start": number, "method": "a"})
+    file.skip("turn", 1)
+    again = ResultFile(tmp_path / "world-1.json", {"weights": "a"})
+    assert [r["start"] for r in again.results] == [0]
+    assert again.skipped == [["turn", 1]]
+
+
 def test_results_of_other_weights_are_not_mixed(tmp_path):
     run(tmp_path, starts=range(1))
     with pytest.raises(ValueError, match="another weights"):
@@ -319,6 +348,19 @@ def test_films_are_drawn(tmp_path):
     assert len(film["actions"]) == len(film["reality"]) - 1
     pictures = stack_films({"reached": draw_film(film), "again": draw_film(film)})
     assert len({p.tobytes() for p in pictures}) > 3
+
+
+def test_film_says_where_nothing_was_imagined_and_counts_ticks(monkeypatch):
+    calls = {}
+    monkeypatch.setattr(films, "comparison_frames", lambda *a, **k: calls.update(k, panels=a[0]))
+    frames = np.full((8, 3, 48, 80), 90, np.uint8)
+    imagined = frames.copy()
+    imagined[4] = 0
+    film = {"reality": frames, "imagined": imagined, "goal": frames[0]}
+    draw_film(film | {"actions": hold_keys(7)}, every=4)
+    assert list(calls["ticks"]) == [0, 4, 7]
+    shown = calls["panels"]["imagined"]
+    assert (shown[0] == 90).all() and len(np.unique(shown[1])) > 2
 
 
 def test_intervals_and_counts():
@@ -356,16 +398,24 @@ class Sighted:
 class Known(PlanningPolicy):
     """The agent with an exact sense of place in place of the encoder, blind beyond 50 degrees."""
 
-    def __init__(self, world, goal, planner, **options):
-        super().__init__(None, planner, **options)
+    def __init__(self, world, goal, planner):
+        groups = {"turn": ("camera",), "tool": ("hotbar",)}.get(goal.task, ("camera", "move"))
+        super().__init__(None, planner, groups=groups)
         self.world, self.state = world, goal.state
 
     def encode(self, frame, goal_frame):
         self.now = np.array([self.world.yaw, self.world.pitch])
         self.goal = np.array([self.state["yaw"], self.state["pitch"]])
         self.errors = measure_errors(read_info(self.world.info()), self.state)
+        self.views = [self.now]
         if self.planner:
             self.planner.other = self.errors["blocks"] ** 2 + self.errors["slot"]
+
+    def mismatch(self, views):
+        return self.distance()
+
+    def change_since(self, before):
+        return 1.0  # it always thinks that it has moved
 
     def distance(self):
         angle = max(abs(self.errors["yaw"]), abs(self.errors["pitch"]))
@@ -406,14 +456,24 @@ class TrueTurn:
         return gap / horizon, np.full(2, error / horizon)
 
 
-@pytest.mark.parametrize(("expected_error", "stops"), [(1.0, True), (30.0, False)])
-def test_agent_ends_where_the_view_is_the_goals_and_the_guess_is_sure(expected_error, stops):
+@pytest.mark.parametrize(("expected_error", "is_sure"), [(1.0, True), (30.0, False)])
+def test_agent_that_may_only_turn_ends_where_the_guess_is_sure(expected_error, is_sure):
     world, planner = StandIn(), Sighted()
     planner.guess = TrueTurn(expected_error)
     goal = make_goal(world, "turn", 321, "desert", 0, FRAME)
     result = Episode(world, goal, FRAME).run(Known(world, goal, planner), "a")
-    assert result["success"]
-    assert (result["ticks"] <= 80) == stops == result["stopped"]
+    assert result["success"] and result["stopped"]
+    assert result["errors"]["blocks"] == 0
+    assert (result["ticks"] < 36) == is_sure  # full circle takes 36
+
+
+def test_agent_that_a_wall_has_stopped_comes_back_to_where_the_goal_fitted_best():
+    world = StandIn(wall_at=4.6)
+    goal = make_goal(world, "walk", 321, "desert", 0, FRAME)
+    blocks = math.dist(goal.state["position"], goal.start_state["position"])
+    assert blocks < 4.4  # so the wall lies behind the goal
+    result = Episode(world, goal, FRAME).run(Known(world, goal, Sighted()), "a")
+    assert result["success"], result
 
 
 @pytest.mark.parametrize("name", ["walk", "turn and walk", "tool"])

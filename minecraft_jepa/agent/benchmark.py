@@ -13,7 +13,12 @@ import numpy as np
 from scipy import stats
 
 from .closed_loop import Episode
-from .goal_pictures import load_goal, make_goal, save_goal
+from minecraft_jepa.agent.goal_pictures import (
+    StartChangedError,
+    load_goal,
+    make_goal,
+    save_goal,
+)
 from .tasks import TASKS
 from ..folders import lock_folder
 from ..game.luanti import LuantiError
@@ -77,7 +82,8 @@ class ResultFile:
     """
 
     def __init__(self, path, settings):
-        self.path, self.settings, self.results = Path(path), settings, []
+        self.path, self.settings = Path(path), settings
+        self.results, self.skipped = [], []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._read()
 
@@ -87,7 +93,7 @@ class ResultFile:
             return
         try:
             kept = json.loads(self.path.read_text())
-            self.results = list(kept["results"])
+            self.results, self.skipped = list(kept["results"]), list(kept.get("skipped", []))
             names = {*self.settings, *kept["settings"]}
             other = [k for k in names if kept["settings"].get(k) != self.settings.get(k)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
@@ -108,7 +114,20 @@ class ResultFile:
         with lock_folder(self.path.parent, wait=True):
             self._read()
             self.results.append(result)
-            write_json(self.path, {"settings": self.settings, "results": self.results})
+            self._write()
+
+    def skip(self, task, number):
+        """Leave out a start of a task, with the results that are there: the same for all."""
+        with lock_folder(self.path.parent, wait=True):
+            self._read()
+            self.skipped.append([task, number])
+            self.results = [r for r in self.results if [r["task"], r["start"]] != [task, number]]
+            self._write()
+
+    def _write(self):
+        """Write what is there."""
+        kept = {"settings": self.settings, "skipped": self.skipped, "results": self.results}
+        write_json(self.path, kept)
 
 # %% ../../nbs/agent/04_benchmark.ipynb #b1991740
 def save_film(film, goal, path) -> Path:
@@ -166,12 +185,16 @@ class ClosedLoop:
         try:
             for number in starts:
                 for name in tasks:
-                    self._run_start(file, (name, world, biome, number), policies, tell)
+                    if [name, number] not in file.skipped:
+                        self._run_start(file, (name, world, biome, number), policies, tell)
         finally:
             self._close()
 
     def _run_start(self, file, start, policies, tell):
-        """Run all methods from one start; a game that fails is started again, twice."""
+        """Run all methods from one start; a game that fails is started again, twice.
+
+        A start that the game does not give a third time either is left out for all methods.
+        """
         for attempt in range(3):
             try:
                 self.env = self.env or self.make_env()
@@ -184,8 +207,10 @@ class ClosedLoop:
             except LuantiError as error:
                 self._close()
                 tell(f"{start}: {str(error).splitlines()[0]}")
-                if attempt == 2:
+                if attempt == 2 and not isinstance(error, StartChangedError):
                     raise
+        file.skip(start[0], start[3])
+        tell(f"{start}: left out for all methods")
 
     def _run(self, goal, method, policy):
         """One episode."""

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..viz.action_panel import PALETTE, load_font
-from ..viz.video import comparison_frames
+from ..viz.video import comparison_frames, upscale
 
 # %% ../../nbs/agent/07_films.ipynb #fa8fcade
 def load_film(path) -> dict:
@@ -31,9 +31,9 @@ def load_film(path) -> dict:
     except (OSError, ValueError, KeyError, EOFError) as e:
         raise ValueError(f"{path} can't be read ({e}): run the episode again") from None
 
-
+# %% ../../nbs/agent/07_films.ipynb #e69bae53
 def draw_film(film, every=2, scale=2) -> list:
-    """Draw one picture for some of the ticks.
+    """Draw one picture for some of the ticks. Where nothing was imagined, the picture says so.
 
     Args:
         film: of `load_film`.
@@ -47,10 +47,22 @@ def draw_film(film, every=2, scale=2) -> list:
     ticks = np.unique([*range(0, last, every), last])
     goal = np.broadcast_to(film["goal"], film["reality"].shape)
     panels = {"reality": film["reality"], "imagined": film["imagined"], "goal": goal}
-    panels = {name: frames[ticks] for name, frames in panels.items()}
-    return comparison_frames(panels, film["actions"][ticks[:-1]], scale=scale)
+    panels = {name: upscale(frames[ticks], scale) for name, frames in panels.items()}
+    panels["imagined"] = np.stack([_say_if_blank(frame) for frame in panels["imagined"]])
+    return comparison_frames(panels, film["actions"][ticks[:-1]], scale=1, ticks=ticks)
 
 
+def _say_if_blank(frame):
+    """A frame (3, h, w), or where it is black a picture that says why."""
+    if frame.any():
+        return frame
+    _, height, width = frame.shape
+    image = Image.new("RGB", (width, height), PALETTE["idle"])
+    center, font = (width / 2, height / 2), load_font(13)
+    ImageDraw.Draw(image).text(center, "tried, not planned", PALETTE["light"], font, anchor="mm")
+    return np.array(image).transpose(2, 0, 1)
+
+# %% ../../nbs/agent/07_films.ipynb #0a69343b
 def stack_films(films) -> list:
     """Put films below each other, each with its title; a shorter one waits in its last picture.
 

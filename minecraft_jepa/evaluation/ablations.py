@@ -8,7 +8,7 @@ __all__ = ['BETTER', 'QUANTITIES', 'factors_of', 'select_factors', 'quantity_of'
 # %% ../../nbs/evaluation/20_ablations.ipynb #160f8001
 import numpy as np
 
-from ..utils import did_you_mean
+from ..utils import select_named
 
 # %% ../../nbs/evaluation/20_ablations.ipynb #9d21c01e
 def factors_of(config) -> dict[str, dict[str, dict]]:
@@ -81,11 +81,7 @@ def select_factors(factors, names) -> dict[str, dict[str, dict]]:
     Raises:
         ValueError: a name is unknown; the message names the nearest.
     """
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
-        if name not in factors:
-            raise ValueError(did_you_mean("factor", name, list(factors)))
-    return {name: factors[name] for name in wanted or factors}
+    return select_named("factor", factors, names)
 
 # %% ../../nbs/evaluation/20_ablations.ipynb #fae94652
 def _rollout_variants(rollout):

@@ -77,7 +77,9 @@ def check_panels(panels):
 _GAP, _CAPTION_HEIGHT, _BAR_HEIGHT = 12, 28, 3  # pixels
 
 
-def comparison_frames(panels, actions, first: int = 0, columns=None, scale=None) -> list:
+def comparison_frames(
+    panels, actions, first: int = 0, columns=None, scale=None, ticks=None
+) -> list:
     """Draw one picture a tick: panels, captions, progress, and the action that acts next.
 
     Args:
@@ -86,6 +88,7 @@ def comparison_frames(panels, actions, first: int = 0, columns=None, scale=None)
         first: tick of the first frame; 1 if the given frame is not among them.
         columns: panels in a row; None: all of up to three, else two.
         scale: how many times a frame is enlarged; None: to about 250 pixels.
+        ticks: tick of each frame, for its caption; None: one after the other from `first` on.
 
     Returns:
         Pictures, uint8 (h, w, 3).
@@ -120,7 +123,7 @@ def comparison_frames(panels, actions, first: int = 0, columns=None, scale=None)
             frame = upscale(frames[i], scale).transpose(1, 2, 0)  # (h, w, 3)
             image.paste(Image.fromarray(frame), (x, y + _CAPTION_HEIGHT))
             caption_box = x, y, x + width * scale, y + _CAPTION_HEIGHT
-            _draw_caption(draw, caption_box, name, first + i)
+            _draw_caption(draw, caption_box, name, first + i if ticks is None else int(ticks[i]))
         _draw_progress(draw, bar, i, num_ticks)
         if i < len(actions):
             keys = draw_action(actions[i], keys_height, total_width)

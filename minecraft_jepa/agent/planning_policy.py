@@ -96,31 +96,11 @@ def enlarge_middle(frame, factor) -> np.ndarray:
     enlarged = F.interpolate(middle.float(), size, mode="bilinear", align_corners=False)
     return enlarged[0].round().clamp(0, 255).to(torch.uint8).numpy()
 
-# %% ../../nbs/agent/06_planning_policy.ipynb #b20e879c
-_SAME_VIEW = 0.1  # mismatch: views of one place differ by so much
-_CLEARLY_FARTHER = 1.5  # times the smallest distance on the way
-_ALMOST_SURE = 1.5  # times `sure_degrees`: while it walks, the goal is known to lie ahead
-_STOOD_STILL = 0.002  # latent distance of two views of one place
-
-
-class PlanningPolicy(RecedingHorizon):
-    """Plans the camera; turns around, walks and changes the slot by trying.
-
-    Arguments are those of `RecedingHorizon`. The planner must press no key: use a planner with
-    `groups=("camera",)`. A turn of less than `short_plan_degrees` is planned over half the horizon.
-
-    Args:
-        groups: what it may use: "camera", "move", "hotbar".
-        look_every_degrees: degrees between two looks while it turns around.
-        look_every_ticks: ticks between two looks while it walks.
-        arrival_degrees: yaw and pitch that the planner's guess may still see at the goal.
-        sure_degrees: expected error of the guess up to which the goal counts as in view.
-        patience: looks in a row without a better fit after which it stops walking: as long as no
-            look was better than the first, and afterwards.
-    """
+# %% ../../nbs/agent/06_planning_policy.ipynb #cdbaabb3
+class _Looking(RecedingHorizon):
+    """Compares what it sees with the goal; see `PlanningPolicy`."""
 
     short_plan_degrees = 20.0
-    max_walk_ticks = 50
 
     def __init__(
         self,
@@ -146,25 +126,6 @@ class PlanningPolicy(RecedingHorizon):
         *self.views, self.goal = self.encode_frames([*views, goal_frame]).split(1)
         self.now = self.views[0]
 
-    def episode_steps(self):
-        """All steps of an episode; it ends where the view fits the goal best."""
-        if "camera" in self.groups:
-            yield from self.find_direction()
-        if "move" in self.groups:
-            has_come_nearer = yield from self.walk()
-            if has_come_nearer and "camera" in self.groups:
-                yield from self.aim_camera(1)
-        if "hotbar" in self.groups:
-            yield from self.try_slots()
-
-    def find_direction(self):
-        """Turn to the goal. Where it may walk, the goal is far, and no guess is sure enough."""
-        may_walk = "move" in self.groups
-        yield from self.aim_camera(1 if may_walk else 3)  # the pitch is seen from anywhere
-        if may_walk or not self.faces_goal():
-            yield from self.turn_around(stops_when_sure=not may_walk)
-            yield from self.aim_camera(3)
-
     def guess_turn(self):
         """Yaw or pitch to the goal, whichever is larger, and the expected error, in degrees.
 
@@ -185,6 +146,16 @@ class PlanningPolicy(RecedingHorizon):
         turn, error = self.guess_turn()
         return self.is_sure(error) and turn <= self.arrival_degrees
 
+    def mismatch(self, views):
+        """How little some views fit the goal: log of their distances and of the expected error."""
+        distances = [float((view - self.goal).square().mean()) for view in views]
+        error = self.guess_turn()[1]
+        return float(np.log(np.maximum(distances, 1e-6)).sum() + np.log(error or 1.0))
+
+    def change_since(self, before):
+        """Mean square difference of the latents of now and of before."""
+        return float((self.now - before).square().mean())
+
     def aim_camera(self, max_plans):
         """Plan the camera and carry it out, until it faces the goal or a plan leads away."""
         for _ in range(max_plans):
@@ -202,11 +173,49 @@ class PlanningPolicy(RecedingHorizon):
                 yield turn_by(*-actions[:, CAMERA].sum(0))
                 return
 
-    def mismatch(self, views):
-        """How little some views fit the goal: log of their distances and of the expected error."""
-        distances = [float((view - self.goal).square().mean()) for view in views]
-        error = self.guess_turn()[1]
-        return float(np.log(np.maximum(distances, 1e-6)).sum() + np.log(error or 1.0))
+# %% ../../nbs/agent/06_planning_policy.ipynb #b20e879c
+_SAME_VIEW = 0.1  # mismatch: views of one place differ by so much
+_CLEARLY_FARTHER = 1.5  # times the smallest distance on the way
+_ALMOST_SURE = 1.5  # times `sure_degrees`: while it walks, the goal is known to lie ahead
+_STOOD_STILL = 0.002  # latent distance of two views of one place
+
+
+class PlanningPolicy(_Looking):
+    """Plans the camera; turns around, walks and changes the slot by trying.
+
+    Arguments are those of `RecedingHorizon`. The planner must press no key: use a planner with
+    `groups=("camera",)`. A turn of less than `short_plan_degrees` is planned over half the horizon.
+
+    Args:
+        groups: what it may use: "camera", "move", "hotbar".
+        look_every_degrees: degrees between two looks while it turns around.
+        look_every_ticks: ticks between two looks while it walks.
+        arrival_degrees: yaw and pitch that the planner's guess may still see at the goal.
+        sure_degrees: expected error of the guess up to which the goal counts as in view.
+        patience: looks in a row without a better fit after which it stops walking: as long as no
+            look was better than the first, and afterwards.
+    """
+
+    max_walk_ticks = 50
+
+    def episode_steps(self):
+        """All steps of an episode; it ends where the view fits the goal best."""
+        if "camera" in self.groups:
+            yield from self.find_direction()
+        if "move" in self.groups:
+            has_come_nearer = yield from self.walk()
+            if has_come_nearer and "camera" in self.groups:
+                yield from self.aim_camera(1)
+        if "hotbar" in self.groups:
+            yield from self.try_slots()
+
+    def find_direction(self):
+        """Turn to the goal. Where it may walk, the goal is far, and no guess is sure enough."""
+        may_walk = "move" in self.groups
+        yield from self.aim_camera(1 if may_walk else 3)  # the pitch is seen from anywhere
+        if may_walk or not self.faces_goal():
+            yield from self.turn_around(stops_when_sure=not may_walk)
+            yield from self.aim_camera(3)
 
     def turn_around(self, stops_when_sure):
         """Turn full circle, then back to the likeliest view; or until the goal is in view."""
@@ -263,10 +272,6 @@ class PlanningPolicy(RecedingHorizon):
         too_far = len(passed) - 1 - int(np.argmin(passed))
         if too_far:
             yield hold_keys(too_far * self.look_every_ticks, "w")
-
-    def change_since(self, before):
-        """Mean square difference of the latents of now and of before."""
-        return float((self.now - before).square().mean())
 
     def try_slots(self):
         """Take each slot of the hotbar in hand, and then the one that was nearest to the goal."""

@@ -151,6 +151,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                                  'minecraft_jepa/agent/planning_policy.py'),
                                                       'minecraft_jepa.agent.planning_policy._Looking.mismatch': ( 'agent/planning_policy.html#_looking.mismatch',
                                                                                                                   'minecraft_jepa/agent/planning_policy.py'),
+                                                      'minecraft_jepa.agent.planning_policy._mean_square': ( 'agent/planning_policy.html#_mean_square',
+                                                                                                             'minecraft_jepa/agent/planning_policy.py'),
                                                       'minecraft_jepa.agent.planning_policy.enlarge_middle': ( 'agent/planning_policy.html#enlarge_middle',
                                                                                                                'minecraft_jepa/agent/planning_policy.py')},
             'minecraft_jepa.agent.policies': { 'minecraft_jepa.agent.policies.FixedActions': ( 'agent/policies.html#fixedactions',

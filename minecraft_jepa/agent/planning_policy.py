@@ -15,6 +15,11 @@ from .tasks import hold_keys, signed_degrees
 from ..data.actions import CAMERA
 
 # %% ../../nbs/agent/06_planning_policy.ipynb #3bb0db52
+def _mean_square(difference) -> float:
+    """Mean square of a difference of latents, of any shape."""
+    return float(difference.square().mean())
+
+# %% ../../nbs/agent/06_planning_policy.ipynb #6d5b8485
 class RecedingHorizon:
     """Plans towards the goal, carries the plan out, and plans again.
 
@@ -55,7 +60,7 @@ class RecedingHorizon:
 
     def distance(self):
         """Mean square difference of the latents of now and of the goal."""
-        return float((self.now - self.goal).square().mean())
+        return _mean_square(self.now - self.goal)
 
     @torch.inference_mode()
     def plan(self, horizon=None, max_cost_ratio=None):
@@ -148,13 +153,13 @@ class _Looking(RecedingHorizon):
 
     def mismatch(self, views):
         """How little some views fit the goal: log of their distances and of the expected error."""
-        distances = [float((view - self.goal).square().mean()) for view in views]
+        distances = [_mean_square(view - self.goal) for view in views]
         error = self.guess_turn()[1]
         return float(np.log(np.maximum(distances, 1e-6)).sum() + np.log(error or 1.0))
 
     def change_since(self, before):
         """Mean square difference of the latents of now and of before."""
-        return float((self.now - before).square().mean())
+        return _mean_square(self.now - before)
 
     def aim_camera(self, max_plans):
         """Plan the camera and carry it out, until it faces the goal or a plan leads away."""

@@ -162,7 +162,7 @@ class StuckDetector:
     def __init__(self):
         self.trail = []  # positions of the last ticks
         self.dark, self.plain, self.wet = 0, 0, 0  # ticks in a row
-        self.slow = False  # whether it has hardly moved for 1.5 s
+        self.is_stuck = False  # whether it has hardly moved for 1.5 s
         self.lost = False  # whether it had better be elsewhere
 
     def watch(self, state, picture):
@@ -180,7 +180,7 @@ class StuckDetector:
         # a swimmer at the surface is out of the water every other tick
         self.wet = self.wet + 1 if state["liquid"] else max(self.wet - 0.3, 0)
         self.trail = [*self.trail, state["position"]][-260:]
-        self.slow = self._distance(30) < 0.7
+        self.is_stuck = self._distance(30) < 0.7
         self.lost = self.dark > 15 or self.wet > 110 or self._distance(260) < 3
 
     def _distance(self, ticks):
@@ -283,7 +283,7 @@ class ScriptedPlayer:
             self.handle_screen(action, free, np.array(cursor))
             return action
         walks = self.keys.get("w", (False,))[0]
-        if self.senses.slow and walks and not self.gaze.plan:  # against a wall
+        if self.senses.is_stuck and walks and not self.gaze.plan:  # against a wall
             right = self.random.choice((-1, 1)) * self.random.uniform(70, 170)
             self.gaze.plan = smooth_turn(right, 0, self.between((35, 45)))
             self.senses.trail = self.senses.trail[-1:]

@@ -26,12 +26,12 @@ from ..utils import seed_everything, whole_number
 
 # %% ../../nbs/training/13_train_decoders.ipynb #11ee5c37
 class DecoderPair(nn.Module):
-    """Both decoders, and an EMA copy of the diffusion transformer: `slow`, as in checkpoints."""
+    """Both decoders, and the EMA copy of the diffusion transformer."""
 
     def __init__(self, config):
         super().__init__()
         self.dit, self.head = DiT(config), RegressionHead(config)
-        self.slow = frozen_copy(self.dit)
+        self.dit_ema = frozen_copy(self.dit)
 
     def forward(self, z, frames, seed=0):
         """Losses of both decoders.
@@ -75,7 +75,7 @@ class _DecoderTraining:
     def after_step(self, decoders, position, steps):
         """Update the EMA copy of the diffusion transformer."""
         momentum = min(self.model.config.dit.ema_momentum, (1 + position) / (10 + position))
-        ema_update(decoders.slow, decoders.dit, momentum)
+        ema_update(decoders.dit_ema, decoders.dit, momentum)
 
     def evaluate(self, decoders, step, log, batch):
         """Picture of some frames and what the decoders make of their latents; no numbers."""
@@ -89,7 +89,7 @@ class _DecoderTraining:
     def reconstruction_strip(self, decoders):
         """Rows of frames, of the diffusion transformer's decodings and of the head's."""
         z, frames = self.encode(self.shown_frames)
-        rows = [frames, decoders.slow.decode(z, 4), decoders.head.decode(z)]
+        rows = [frames, decoders.dit_ema.decode(z, 4), decoders.head.decode(z)]
         picture = torch.cat([torch.cat(list(row), -1) for row in rows], -2)  # (3, 3H, 6W)
         return picture.permute(1, 2, 0).cpu().numpy()
 
@@ -151,6 +151,6 @@ def train_decoders_and_keep_checkpoint(model, data, names, steps, seed, device, 
     )
     with exclusive_run(folder, accelerator):
         decoders, history = fit(task, train, seed, device, folder, minutes)
-        for network in (decoders.slow, decoders.head):
+        for network in (decoders.dit_ema, decoders.head):
             save_on_main_process(network, folder)
-    return decoders.slow.eval(), decoders.head.eval(), history
+    return decoders.dit_ema.eval(), decoders.head.eval(), history

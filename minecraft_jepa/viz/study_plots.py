@@ -268,7 +268,7 @@ def loader_figure(reading, building, formats, peak_bytes, size):
     times = reading["ours"] / reading["original_way"]
     drawn.set_title(f"The store is read {times:,.0f} times as fast as the video")
 
-    workers = {f"store, {w} process(es)": v for w, v in building["by_workers"].items()}
+    workers = {f"store, processes: {n}": v for n, v in building["by_workers"].items()}
     speeds = workers | {"decode only": building["decode"]}
     _labelled_bars(decoded, speeds, [blue] * len(workers) + [GREY], "frames a second")
     fastest = max(building["by_workers"].values()) / building["decode"]
@@ -338,5 +338,5 @@ def step_figure(step_seconds, peak_bytes, growth, setting):
     scaling.set_ylabel("times the seconds")
     scaling.legend(fontsize=9)
     largest = max(row["exponent"] for row in growth.values())
-    scaling.set_title(f"Cost grows with an exponent of {largest:.2f} at most (tiny)")
+    scaling.set_title(f"Cost grows by work^{largest:.2f} at most (tiny)")
     return fig

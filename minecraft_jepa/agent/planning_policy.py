@@ -42,7 +42,7 @@ class RecedingHorizon:
     def act(self, frame, goal_frame, history, ticks_left):
         """The next actions; none where the agent judges that it has arrived."""
         self.encode(frame, goal_frame)
-        self.history, self.imagined = history[-24:], None
+        self.history, self.imagined, self.ticks_left = history[-24:], None, ticks_left
         self.steps = self.steps or self.episode_steps()
         actions = next(self.steps, hold_keys(0))
         self.turned = self.turned + actions[:, CAMERA].sum(0)
@@ -63,12 +63,16 @@ class RecedingHorizon:
         return _mean_square(self.now - self.goal)
 
     @torch.inference_mode()
+    def search(self, horizon):
+        """The planner's best plan, with `actions` (horizon, 28), `cost` and `latents`."""
+        return self.planner.plan(self.model, self.now, self.goal, self.history, horizon)
+
+    @torch.inference_mode()
     def plan(self, horizon=None, max_cost_ratio=None):
         """Actions (horizon, 28), or None where no plan lowers the cost clearly."""
         if self.planner is None:
             return None
-        horizon = horizon or self.horizon
-        plan = self.planner.plan(self.model, self.now, self.goal, self.history, horizon)
+        plan = self.search(horizon or self.horizon)
         if plan.cost >= (max_cost_ratio or self.max_cost_ratio) * self.distance():
             return None
         if self.head is not None:
@@ -105,22 +109,23 @@ def enlarge_middle(frame, factor) -> np.ndarray:
 class _Looking(RecedingHorizon):
     """Compares what it sees with the goal; see `PlanningPolicy`."""
 
-    short_plan_degrees = 20.0
-
     def __init__(
         self,
         *args,
         groups=("camera", "move", "hotbar"),
-        look_every_degrees=36,
+        degrees_between_views=18,
+        degrees_between_plans=36,
         look_every_ticks=3,
-        arrival_degrees=4.0,
+        arrival_degrees=2.0,
         sure_degrees=10.0,
         patience=(5, 8),
         **options,
     ):
         super().__init__(*args, **options)
         self.groups = groups
-        self.look_every_degrees, self.look_every_ticks = look_every_degrees, look_every_ticks
+        self.degrees_between_views = degrees_between_views
+        self.degrees_between_plans = degrees_between_plans
+        self.look_every_ticks = look_every_ticks
         self.arrival_degrees, self.sure_degrees = arrival_degrees, sure_degrees
         self.patience = patience
 
@@ -146,20 +151,33 @@ class _Looking(RecedingHorizon):
         """Whether there is a guess, and its expected error is small."""
         return 0 < error <= self.sure_degrees
 
-    def faces_goal(self):
-        """Whether the direction is the goal's, by a guess that is sure of it."""
-        turn, error = self.guess_turn()
-        return self.is_sure(error) and turn <= self.arrival_degrees
+    def mismatch(self):
+        """How little the enlargements fit the goal: log of their distances, summed."""
+        distances = [_mean_square(view - self.goal) for view in self.views]
+        return float(np.log(np.maximum(distances, 1e-6)).sum())
 
-    def mismatch(self, views):
-        """How little some views fit the goal: log of their distances and of the expected error."""
-        distances = [_mean_square(view - self.goal) for view in views]
+    def imagined_mismatch(self, horizon=None):
+        """How little the end of the best plan from here fits the goal: a plan is only imagined.
+
+        Log of its cost, and half the log of the expected error.
+        """
+        cost = self.search(horizon or self.horizon).cost if self.planner else self.distance()
         error = self.guess_turn()[1]
-        return float(np.log(np.maximum(distances, 1e-6)).sum() + np.log(error or 1.0))
+        return float(np.log(max(cost, 1e-6)) + np.log(error or 1.0) / 2)
 
     def change_since(self, before):
         """Mean square difference of the latents of now and of before."""
         return _mean_square(self.now - before)
+
+# %% ../../nbs/agent/06_planning_policy.ipynb #d66439ea
+_TICKS_AROUND = 10  # of a look to each side
+
+
+class _Turning(_Looking):
+    """Turns to the goal; see `PlanningPolicy`."""
+
+    short_plan_degrees = 20.0
+    steps_around = (18, 0), (0, 6), (9, 0), (0, 3), (4.5, 0)  # degrees right and down
 
     def aim_camera(self, max_plans):
         """Plan the camera and carry it out, until it faces the goal or a plan leads away."""
@@ -178,6 +196,37 @@ class _Looking(RecedingHorizon):
                 yield turn_by(*-actions[:, CAMERA].sum(0))
                 return
 
+    def turn_around(self, mismatch, degrees):
+        """Turn full circle, with a look after so many degrees, then to the look that fits best.
+
+        By `mismatch`, a function without arguments.
+        """
+        mismatches, directions = [mismatch()], [self.turned]
+        for _ in range(round(360 / degrees) - 1):
+            yield turn_by(degrees, 0)
+            mismatches.append(mismatch())
+            directions.append(self.turned)
+        yield from self.turn_to(directions[int(np.argmin(mismatches))])
+
+    def compare_around(self):
+        """Turn by ever smaller steps, as long as the view comes nearer to the goal."""
+        for step in map(np.array, self.steps_around):
+            if self.ticks_left < _TICKS_AROUND:
+                return
+            nearest, direction = self.distance(), self.turned
+            for turn in (step, -step):
+                yield from self.turn_to(direction + turn)
+                while self.distance() < nearest:
+                    nearest, direction = self.distance(), self.turned
+                    yield from self.turn_to(direction + turn)
+            yield from self.turn_to(direction)
+
+    def turn_to(self, direction):
+        """Turn the shorter way to a direction that it has had, degrees right and down (2,)."""
+        right, down = signed_degrees(direction[0] - self.turned[0]), direction[1] - self.turned[1]
+        if max(abs(right), abs(down)) > 0.5:
+            yield turn_by(right, down)
+
 # %% ../../nbs/agent/06_planning_policy.ipynb #b20e879c
 _SAME_VIEW = 0.1  # mismatch: views of one place differ by so much
 _CLEARLY_FARTHER = 1.5  # times the smallest distance on the way
@@ -185,7 +234,7 @@ _ALMOST_SURE = 1.5  # times `sure_degrees`: while it walks, the goal is known to
 _STOOD_STILL = 0.002  # latent distance of two views of one place
 
 
-class PlanningPolicy(_Looking):
+class PlanningPolicy(_Turning):
     """Plans the camera; turns around, walks and changes the slot by trying.
 
     Arguments are those of `RecedingHorizon`. The planner must press no key: use a planner with
@@ -193,10 +242,11 @@ class PlanningPolicy(_Looking):
 
     Args:
         groups: what it may use: "camera", "move", "hotbar".
-        look_every_degrees: degrees between two looks while it turns around.
+        degrees_between_views: between two looks while it turns around and compares views.
+        degrees_between_plans: between two looks while it turns around and imagines plans.
         look_every_ticks: ticks between two looks while it walks.
         arrival_degrees: yaw and pitch that the planner's guess may still see at the goal.
-        sure_degrees: expected error of the guess up to which the goal counts as in view.
+        sure_degrees: expected error of the guess up to which a plan is carried out at any cost.
         patience: looks in a row without a better fit after which it stops walking: as long as no
             look was better than the first, and afterwards.
     """
@@ -215,39 +265,31 @@ class PlanningPolicy(_Looking):
             yield from self.try_slots()
 
     def find_direction(self):
-        """Turn to the goal. Where it may walk, the goal is far, and no guess is sure enough."""
-        may_walk = "move" in self.groups
-        yield from self.aim_camera(1 if may_walk else 3)  # the pitch is seen from anywhere
-        if may_walk or not self.faces_goal():
-            yield from self.turn_around(stops_when_sure=not may_walk)
+        """Turn full circle, then to the likeliest view, and aim there."""
+        if "move" in self.groups:
+            yield from self.aim_camera(1)  # the pitch is seen from anywhere
+            yield from self.turn_around(self.mismatch, self.degrees_between_views)
             yield from self.aim_camera(3)
-
-    def turn_around(self, stops_when_sure):
-        """Turn full circle, then back to the likeliest view; or until the goal is in view."""
-        mismatches = [self.mismatch(self.views)]
-        for _ in range(round(360 / self.look_every_degrees) - 1):
-            yield turn_by(self.look_every_degrees, 0)
-            if stops_when_sure and self.is_sure(self.guess_turn()[1]):
-                return
-            mismatches.append(self.mismatch(self.views))
-        back = int(np.argmin(mismatches)) - len(mismatches) + 1
-        if back:
-            yield turn_by(signed_degrees(self.look_every_degrees * back), 0)
+        else:
+            yield from self.turn_around(self.imagined_mismatch, self.degrees_between_plans)
+            yield from self.aim_camera(3)
+            yield from self.compare_around()
 
     def walk(self):
         """Walk ahead, facing the goal, and back to where and as the view fitted it best.
 
         Whether that was not where it began.
         """
-        mismatches, ticks = [self.mismatch(self.views[:1])], self.look_every_ticks
+        mismatches, ticks = [self.mismatch_if_aimed()], self.look_every_ticks
         turned = [self.turned]
         nearest, best, beyond = self.distance(), 0, 0
         while beyond < self.patience[best > 0] and len(mismatches) * ticks <= self.max_walk_ticks:
             yield hold_keys(ticks, "w")
             turn, error = self.guess_turn()
-            if 0 < error <= _ALMOST_SURE * self.sure_degrees and turn < self.short_plan_degrees:
+            is_ahead = 0 < error <= _ALMOST_SURE * self.sure_degrees
+            if "camera" in self.groups and is_ahead and turn < self.short_plan_degrees:
                 yield from self.aim_camera(1)
-            mismatches.append(self.mismatch(self.views[:1]))
+            mismatches.append(self.mismatch_if_aimed())
             turned.append(self.turned)
             best = int(np.argmin(mismatches))
             beyond = len(mismatches) - 1 - best
@@ -255,10 +297,12 @@ class PlanningPolicy(_Looking):
             if best and beyond and self.distance() > _CLEARLY_FARTHER * nearest:
                 break
         yield from self.walk_back(beyond, mismatches[best])
-        right, down = turned[best] - self.turned
-        if max(abs(right), abs(down)) > 0.5:
-            yield turn_by(right, down)
+        yield from self.turn_to(turned[best])
         return best > 0
+
+    def mismatch_if_aimed(self):
+        """The mismatch on a walk, if the camera were aimed at the goal: over half the horizon."""
+        return self.imagined_mismatch(self.horizon // 2)
 
     def walk_back(self, looks, mismatch):
         """Walk back by so many looks at most, until the mismatch is what it was there.
@@ -266,11 +310,11 @@ class PlanningPolicy(_Looking):
         A wall may have stopped it on the way: then it goes back too far, and forward again. Where a
         ledge stops it now, it jumps.
         """
-        keys, passed = ("s",), [self.mismatch(self.views[:1])]
+        keys, passed = ("s",), [self.mismatch_if_aimed()]
         while looks and passed[-1] > mismatch + _SAME_VIEW:
             before = self.now
             yield hold_keys(self.look_every_ticks, *keys)
-            passed.append(self.mismatch(self.views[:1]))
+            passed.append(self.mismatch_if_aimed())
             has_moved = self.change_since(before) > _STOOD_STILL
             looks -= has_moved or len(keys) > 1
             keys = ("s",) if has_moved else ("s", "space")

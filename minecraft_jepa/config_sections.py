@@ -66,6 +66,11 @@ class Frame(Section):
     patch_size: int = _within(8, 1, 1024)  # side of a patch; both sides of a frame are multiples
 
     @property
+    def shape(self):
+        """Shape of a frame: (3, height, width)."""
+        return 3, self.height, self.width
+
+    @property
     def grid(self):
         """Rows and columns of patches."""
         return self.height // self.patch_size, self.width // self.patch_size

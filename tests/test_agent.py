@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from game_here import needs_game
 
 from minecraft_jepa.agent import films
@@ -407,12 +408,13 @@ class Known(PlanningPolicy):
         self.now = np.array([self.world.yaw, self.world.pitch])
         self.goal = np.array([self.state["yaw"], self.state["pitch"]])
         self.errors = measure_errors(read_info(self.world.info()), self.state)
-        self.views = [self.now]
+        self.views = [torch.from_numpy(self.now)]
         if self.planner:
             self.planner.other = self.errors["blocks"] ** 2 + self.errors["slot"]
 
-    def mismatch(self):
-        return self.distance()
+    def compare_looks(self, looks):
+        yaw = self.goal[0] - torch.stack(looks)[:, 0].numpy()
+        return np.abs((yaw + 180) % 360 - 180)
 
     def change_since(self, before):
         return 1.0  # it always thinks that it has moved

@@ -57,7 +57,8 @@ from minecraft_jepa.model.collapse import collapse_alarm, collapse_metrics
 from minecraft_jepa.model.inverse_dynamics import row_correlation
 from minecraft_jepa.viz.plots import plot_comparison
 
-CONFIG, GRID, HORIZONS, DEGREES = preset("tiny"), (6, 10), [1, 2, 4, 8, 15], 5.0
+CONFIG = preset("tiny", height=48, frame_width=80, patch_size=8)
+GRID, HORIZONS, DEGREES = (6, 10), [1, 2, 4, 8, 15], 5.0
 
 
 class Panoramas:

@@ -23,6 +23,7 @@ from minecraft_jepa.planning.temporal_distance import RemainingMotionCost, Tempo
 DATA = Path(__file__).parent.parent / "data"
 WEIGHTS = DATA / "weights/tiny"
 PRIOR = ActionPrior.load(WEIGHTS / "action_prior.json")
+TOKENS = preset("tiny").frame.patches
 
 
 def make(name, **options):
@@ -122,7 +123,7 @@ def test_habit_follows_the_last_ticks():
 
 
 def test_costs_are_lowest_at_the_goal():
-    path = torch.randn(3, 8, 60, 128)
+    path = torch.randn(3, 8, TOKENS, 128)
     distance = TemporalDistance(preset("tiny")).eval()
     distance.network.amount.data.normal_()
     for name, cost in (COSTS | {"left": RemainingMotionCost(distance)}).items():
@@ -132,7 +133,7 @@ def test_costs_are_lowest_at_the_goal():
 
 def test_history_computed_once_changes_nothing():
     model = WorldModel(preset("tiny")).eval()
-    z, history, plans = torch.randn(1, 60, 128), torch.randn(24, 28), torch.randn(3, 4, 28)
+    z, history, plans = torch.randn(1, TOKENS, 128), torch.randn(24, 28), torch.randn(3, 4, 28)
     with torch.inference_mode():
         together = torch.cat([history.expand(3, -1, -1), plans], 1)
         slow = model.imagine(z, together)
@@ -143,7 +144,7 @@ def test_history_computed_once_changes_nothing():
 def test_latents_of_inference_mode_will_do(name):
     model = WorldModel(preset("tiny")).eval()
     with torch.inference_mode():
-        z, goal = torch.randn(2, 60, 128)
+        z, goal = torch.randn(2, TOKENS, 128)
     plan = make(name, samples=4, rounds=1).plan(model, z, goal, None, 2)
     assert plan.actions.shape == (2, 28) and np.isfinite(plan.cost)
 
@@ -176,9 +177,10 @@ def test_shipped_networks_load_and_plan():
     assert isinstance(planner.guess, InverseModel)
     TemporalDistance.from_pretrained(WEIGHTS)
     model = WorldModel.from_pretrained(WEIGHTS)
-    z, goal = torch.randn(2, 60, 128)
+    tokens = model.config.frame.patches
+    z, goal = torch.randn(2, tokens, 128)
     plan = replace(planner, num_initial_plans=8, rounds=0).plan(model, z, goal, None, 3)
-    assert plan.actions.shape == (3, 28) and plan.latents.shape == (3, 60, 128)
+    assert plan.actions.shape == (3, 28) and plan.latents.shape == (3, tokens, 128)
 
 
 def test_a_missing_prior_says_how_to_make_it(tmp_path):

@@ -258,14 +258,18 @@ def drawn(mode, size=(160, 90), kind="PNG", **options):
 )
 def test_pictures_of_every_kind_become_frames(assets, mode, kind):
     frame, note = read_image(drawn(mode, kind=kind), assets.model.config.frame)
-    assert frame.shape == (3, 48, 80) and frame.dtype == np.uint8 and "160 x 90" in note
+    assert (
+        frame.shape == assets.model.config.frame.shape
+        and frame.dtype == np.uint8
+        and "160 x 90" in note
+    )
     assert frame[:, 40].mean() > frame[:, 5].mean() + 40, "it grows brighter downwards"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (81, 48), (4000, 30)])
 def test_pictures_of_every_size_become_frames(assets, size):
     frame, note = read_image(drawn("RGB", size), assets.model.config.frame)
-    assert frame.shape == (3, 48, 80) and note
+    assert frame.shape == assets.model.config.frame.shape and note
 
 
 def test_a_picture_of_the_models_size_is_taken_as_it_is(assets):
@@ -893,9 +897,11 @@ def test_the_game_beside_the_dream_has_the_same_start_and_the_same_keys(assets, 
     session = begun(assets, tmp_path)
     header = did(session, "reality")[-1]
     (fake,) = game
-    assert header["sizes"] == [[48, 80], [144, 256]] and header["given"] and header["tick"] == 0
+    _, height, width = assets.model.config.frame.shape
+    assert header["sizes"] == [[height, width], [144, 256]]
+    assert header["given"] and header["tick"] == 0
     shown = session.dream.frame.transpose(1, 2, 0).astype(int)
-    small = Image.fromarray(fake.recording[0]).resize((80, 48), Image.BOX)
+    small = Image.fromarray(fake.recording[0]).resize((width, height), Image.BOX)
     assert np.array_equal(shown, np.array(small))
     did(session, "play")
     headers = played(session, FORWARD, 10)
@@ -915,7 +921,7 @@ def test_after_reality_the_dream_goes_on_alone(assets, tmp_path, game):
     did(session, "reality")
     assert did(session, "rewind", ticks=3)[0]["type"] == "refused"
     header = did(session, "leave")[-1]
-    assert header["sizes"] == [[48, 80]] and not game[0].open
+    assert header["sizes"] == [list(assets.model.config.frame.shape[1:])] and not game[0].open
     assert did(session, "step")[-1]["tick"] == 1
     assert did(session, "look")[0]["type"] == "refused"
     did(session, "reality")

@@ -229,7 +229,7 @@ def test_small_validation_set_is_had_whole_on_every_rank(written, store, monkeyp
     assert draw(128, 0) == draw(128, 15)
     assert len(draw(128, 3)) == 128
     frames, _ = some_windows(written, 8, 1, 1, names=[NAMES[1]], far=9)
-    assert frames.shape == (8, 3, 3, 48, 80)
+    assert frames.shape == (8, 3, *FRAME.shape)
 
 
 # What shards hold
@@ -272,7 +272,7 @@ def test_webdataset_reads_them(written):
     assert len(samples) == len(segments)
     for sample, segment in zip(samples, segments):
         assert sample["json"]["name"] == segment["name"]
-        assert sample["0000.jpg"].shape == (48, 80, 3)
+        assert sample["0000.jpg"].shape == (FRAME.height, FRAME.width, 3)
         end = segment["first"] + segment["frames"]
         assert len(sample["actions.npy"]) == end - 1 - segment["actions"]
         assert f"{segment['frames'] - 1:04d}.jpg" in sample
@@ -493,7 +493,7 @@ STRANGE_NAMES = {
 def test_recordings_of_any_name_go_into_shards(tmp_path, name):
     _, folder = write_toy_shards(tmp_path, name)
     frames, actions = next(iter(ShardWindows(folder, 5, 2, 2, names=[name])))
-    assert frames.shape == (2, 3, 3, 48, 80)
+    assert frames.shape == (2, 3, *FRAME.shape)
     assert actions.shape == (2, 6, 28)
     samples = read_webdataset(folder.glob("*.tar"))
     assert len(samples) == 4

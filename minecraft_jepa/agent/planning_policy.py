@@ -151,10 +151,21 @@ class _Looking(RecedingHorizon):
         """Whether there is a guess, and its expected error is small."""
         return 0 < error <= self.sure_degrees
 
-    def mismatch(self):
-        """How little the enlargements fit the goal: log of their distances, summed."""
-        distances = [_mean_square(view - self.goal) for view in self.views]
-        return float(np.log(np.maximum(distances, 1e-6)).sum())
+    def compare_looks(self, looks):
+        """How little looks fit the goal: a negative cosine, summed over the enlargements.
+
+        What the looks share (sky, ground, hand) says nothing: their mean is subtracted first.
+
+        Args:
+            looks: latents of the enlargements, (4, N, D) each.
+
+        Returns:
+            (k,).
+        """
+        looks = torch.stack(looks)  # (k, 4, N, D)
+        shared = looks[:, 0].mean(0)  # (N, D)
+        goal = (self.goal - shared).flatten()  # (N * D,)
+        return -F.cosine_similarity((looks - shared).flatten(2), goal, dim=-1).sum(1).cpu().numpy()
 
     def imagined_mismatch(self, horizon=None):
         """How little the end of the best plan from here fits the goal: a plan is only imagined.
@@ -196,21 +207,24 @@ class _Turning(_Looking):
                 yield turn_by(*-actions[:, CAMERA].sum(0))
                 return
 
-    def turn_around(self, mismatch, degrees):
-        """Turn full circle, with a look after so many degrees, then to the look that fits best.
+    def turn_around(self, degrees, look, mismatches=np.array):
+        """Turn full circle, then to the look that fits best.
 
-        By `mismatch`, a function without arguments.
+        Args:
+            degrees: between two looks.
+            look: a function without arguments: what is kept of a look.
+            mismatches: a function of k looks, (k,).
         """
-        mismatches, directions = [mismatch()], [self.turned]
+        looks, directions = [look()], [self.turned]
         for _ in range(round(360 / degrees) - 1):
             yield turn_by(degrees, 0)
-            mismatches.append(mismatch())
+            looks.append(look())
             directions.append(self.turned)
-        yield from self.turn_to(directions[int(np.argmin(mismatches))])
+        yield from self.turn_to(directions[int(np.argmin(mismatches(looks)))])
 
-    def compare_around(self):
+    def compare_around(self, steps):
         """Turn by ever smaller steps, as long as the view comes nearer to the goal."""
-        for step in map(np.array, self.steps_around):
+        for step in map(np.array, steps):
             if self.ticks_left < _TICKS_AROUND:
                 return
             nearest, direction = self.distance(), self.turned
@@ -261,6 +275,7 @@ class PlanningPolicy(_Turning):
             has_come_nearer = yield from self.walk()
             if has_come_nearer and "camera" in self.groups:
                 yield from self.aim_camera(1)
+                yield from self.compare_around(self.steps_around[2:])
         if "hotbar" in self.groups:
             yield from self.try_slots()
 
@@ -268,12 +283,13 @@ class PlanningPolicy(_Turning):
         """Turn full circle, then to the likeliest view, and aim there."""
         if "move" in self.groups:
             yield from self.aim_camera(1)  # the pitch is seen from anywhere
-            yield from self.turn_around(self.mismatch, self.degrees_between_views)
+            degrees, views = self.degrees_between_views, lambda: torch.cat(self.views)
+            yield from self.turn_around(degrees, views, self.compare_looks)
             yield from self.aim_camera(3)
         else:
-            yield from self.turn_around(self.imagined_mismatch, self.degrees_between_plans)
+            yield from self.turn_around(self.degrees_between_plans, self.imagined_mismatch)
             yield from self.aim_camera(3)
-            yield from self.compare_around()
+            yield from self.compare_around(self.steps_around)
 
     def walk(self):
         """Walk ahead, facing the goal, and back to where and as the view fitted it best.

@@ -188,7 +188,7 @@ def test_touched_source_is_the_same(folder, tmp_path):
 def test_store_of_another_size_or_format_is_refused(folder, tmp_path):
     store_dir = tmp_path / "store"
     build(folder, store_dir)
-    small = preset("tiny", height=24, frame_width=40).frame
+    small = preset("tiny", height=24, frame_width=40, patch_size=8).frame
     with pytest.raises(StaleStoreError, match="other settings"):
         ClipStore.build(folder, small, store_dir, progress=False)
     with pytest.raises(StaleStoreError, match="--height 24 --width 40"):

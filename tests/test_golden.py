@@ -32,6 +32,7 @@ GREY_LEVELS = 2  # decoded video differs this much between versions of libav
 SMALL = {
     "height": 24,
     "frame_width": 40,
+    "patch_size": 8,
     "encoder_embed_dim": 32,
     "encoder_depth": 2,
     "encoder_num_heads": 2,

@@ -36,6 +36,7 @@ from minecraft_jepa.utils import count_parameters
 SMALLEST = {
     "height": 16,
     "width": 24,
+    "patch_size": 8,
     "encoder_embed_dim": 32,
     "encoder_depth": 1,
     "conditioner_depth": 1,

@@ -28,7 +28,9 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data"
 SPLIT = load_split(DATA)
 TRAIN, HELD_OUT = SPLIT["train"][:2], SPLIT["validation"][:1]
+FRAME = {"height": 48, "frame_width": 80, "patch_size": 8}
 SMALL = {
+    **FRAME,
     "encoder_depth": 1,
     "conditioner_depth": 1,
     "predictor_depth": 1,
@@ -61,7 +63,9 @@ def make_store():
     """A store of two recordings to train on and one to validate on, decoded once a session."""
     names = [*TRAIN, *HELD_OUT]
     store_dir = cache_dir() / "training"
-    return ClipStore.build(DATA, preset("tiny").frame, store_dir, names=names, progress=False)
+    return ClipStore.build(
+        DATA, preset("tiny", **FRAME).frame, store_dir, names=names, progress=False
+    )
 
 
 @pytest.fixture(name="store", scope="module")

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from game_here import needs_game
-from minecraft_jepa.agent.receding_horizon import RecedingHorizon
 
 from minecraft_jepa.agent import films
 from minecraft_jepa.agent.benchmark import ClosedLoop, ResultFile, summarize, wilson_interval
@@ -30,6 +29,7 @@ from minecraft_jepa.agent.goal_pictures import (
 )
 from minecraft_jepa.agent.planning_policy import PlanningPolicy
 from minecraft_jepa.agent.policies import FixedActions, Oracle, draw_random_actions
+from minecraft_jepa.agent.receding_horizon import RecedingHorizon
 from minecraft_jepa.agent.tasks import TASKS, allow_action, hold_keys, measure_errors, read_info
 from minecraft_jepa.data.actions import ACTION_NAMES, NOOP
 from minecraft_jepa.data.splits import load_split

@@ -9,9 +9,9 @@ __all__ = ['ENLARGEMENTS', 'enlarge_middle', 'PlanningPolicy']
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .receding_horizon import RecedingHorizon, mean_square
 
 from .policies import turn_by
+from .receding_horizon import RecedingHorizon, mean_square
 from .tasks import hold_keys, signed_degrees
 from ..data.actions import CAMERA
 

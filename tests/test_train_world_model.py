@@ -101,7 +101,7 @@ def test_a_run_may_start_from_the_weights_of_another(store, tmp_path):
     first, _ = train(store, first_folder, inverse_dynamics_weight=0.0, **changes)
     started, _ = train(store, tmp_path / "started", first_folder, lr=1e-12, **changes)
     random, _ = train(store, tmp_path / "random", seed=1, lr=1e-12, **changes)
-    frames = torch.randint(0, 256, (2, *preset("tiny").frame.shape), dtype=torch.uint8)
+    frames = torch.randint(0, 256, (2, *first.config.frame.shape), dtype=torch.uint8)
     z = first.encode(frames)
     assert torch.allclose(started.encode(frames), z, atol=1e-4)
     assert not torch.allclose(random.encode(frames), z, atol=1e-2)

@@ -18,7 +18,14 @@ from .utils import did_you_mean
 # %% ../nbs/03_config.ipynb #e5d4386b
 _FORMAT = 2  # of config.json; raised when the name of a setting changes
 # settings of the decoders that shape a tensor
-_DECODER_SHAPE = ("embed_dim", "depth", "num_heads", "bottleneck_dim", "regression_depth")
+_DECODER_SHAPE = (
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "bottleneck_dim",
+    "regression_depth",
+    "overlap",
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,11 @@ def _check_combinations(config):
                 f"frame.{name}={side} is not a whole number of patches of {patch}: "
                 f"choose a multiple of {patch}"
             )
+    if config.dit.overlap > patch // 2:
+        raise ValueError(
+            f"dit.overlap={config.dit.overlap} is more than half a patch of {patch} pixels: "
+            f"choose {patch // 2} or less"
+        )
     # the conditioner and the predictor have the encoder's width
     for name, width, heads in (
         ("encoder", config.encoder.embed_dim, config.encoder.num_heads),
@@ -91,12 +103,16 @@ def _check_combinations(config):
 # %% ../nbs/03_config.ipynb #ca18195e
 PRESETS = {
     # the two losses of the inverse-dynamics head make it use the actions sooner (LOG.md)
-    "tiny": Config(jepa=Jepa(inverse_dynamics_weight=0.05, pitch_weight=0.1, variance_weight=0.3)),
+    "tiny": Config(
+        conditioner=Conditioner(camera_scale="log"),
+        jepa=Jepa(inverse_dynamics_weight=0.1, pitch_weight=0.15, variance_weight=0.3),
+        dit=Dit(overlap=4),
+    ),
     "small": Config(
         name="small",
         frame=Frame(128, 224, 16),
         encoder=Encoder(256, 5, 8),
-        conditioner=Conditioner(depth=2, num_heads=8),
+        conditioner=Conditioner(depth=2, num_heads=8, camera_scale="log"),
         predictor=Predictor(depth=6, num_heads=8, dropout=0.1),
         jepa=Jepa(
             ema_momentum_start=0.996,
@@ -112,6 +128,7 @@ PRESETS = {
             bottleneck_dim=96,
             ema_momentum=0.9995,
             sampling_steps=20,
+            overlap=4,
         ),
         train=Train(
             steps=20000,

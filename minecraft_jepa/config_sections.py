@@ -61,9 +61,9 @@ _SIZE = 2**16
 class Frame(Section):
     """Size of the frames that the networks see, in pixels."""
 
-    height: int = _within(48, 1, 8192)  # of a frame, in pixels
-    width: int = _within(80, 1, 8192)  # of a frame, in pixels
-    patch_size: int = _within(8, 1, 1024)  # side of a patch; both sides of a frame are multiples
+    height: int = _within(72, 1, 8192)  # of a frame, in pixels
+    width: int = _within(132, 1, 8192)  # of a frame, in pixels
+    patch_size: int = _within(12, 1, 1024)  # side of a patch; both sides of a frame are multiples
 
     @property
     def shape(self):
@@ -176,6 +176,8 @@ class Dit(Section):
     guidance_scale: float = _within(1.0, 0, 1000)  # scale of classifier-free guidance; 1: none
     sampling_steps: int = _within(10, 1, 10_000)  # Heun steps
     regression_depth: int = _within(2, 1, 1000)  # blocks of the regression head, the fast decoder
+    # pixels by which a decoded patch reaches into its neighbours, in both decoders
+    overlap: int = _within(0, 0, 512)
 
 
 @dataclass(frozen=True)

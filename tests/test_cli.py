@@ -101,7 +101,7 @@ def test_the_version_is_told(capsys):
         ([*FEW, "--steps", "4"], "--train.steps"),
         ([*FEW, "--preset", "tinny"], "tinny.*tiny"),
         ([*FEW, "--jepa.anti-collapse", "sigrge"], "jepa.anti_collapse='sigrge'.*'sigreg'"),
-        ([*FEW, "--frame.height", "50"], "multiple of 8"),
+        ([*FEW, "--frame.height", "50"], "multiple of 12"),
         (["train", "--data", "d"], "--out"),
         ([*FEW, "--minutes", "soon"], "--minutes"),
         ([*FEW, "--device", "tpu"], "--device"),
@@ -266,13 +266,13 @@ def test_errors_of_the_store_are_a_line(tmp_path, monkeypatch, capsys, words, sa
 def test_from_recordings_to_a_store_to_shards(tmp_path, monkeypatch, capsys):
     pairs.make_pair(tmp_path / "v", "toy", 60)
     monkeypatch.chdir(tmp_path)
-    sides = ["--height", "16", "--width", "24", "--workers", "1", "--no-progress"]
+    sides = ["--height", "24", "--width", "36", "--workers", "1", "--no-progress"]
     assert main(["store", "v", "s", *sides]) == 0
     assert "1 clips" in capsys.readouterr().out
     words = ["shards", "s", "tars", "--length", "10", "--history", "5", "--reach", "2"]
     assert main([*words, "--no-progress", "--workers", "1"]) == 0
     about = json.loads((tmp_path / "tars/shards.json").read_text())
-    assert (about["height"], about["history"], about["quality"]) == (16, 5, 95)
+    assert (about["height"], about["history"], about["quality"]) == (24, 5, 95)
     assert f"{len(about['shards'])} tars" in capsys.readouterr().out
     refused(capsys, ["shards", "v", "more"], "not a clip store")
 

@@ -288,9 +288,10 @@ def test_architecture_is_what_shapes_a_tensor():
         {"encoder_depth": 1},
         {"history_ticks": 5},
         {"kind": "adaln"},
+        {"overlap": 0},
     ):
         assert preset("tiny", **change).architecture() != shape
-    assert shape["frame.height"] == 48 and shape["dit.bottleneck_dim"] == 64
+    assert shape["frame.height"] == 72 and shape["dit.bottleneck_dim"] == 64
 
 
 @pytest.mark.parametrize(

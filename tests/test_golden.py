@@ -163,7 +163,9 @@ def decoders_losses():
     rng = np.random.default_rng(1)
     shape = 3, dit.config.frame.patches, dit.config.encoder.embed_dim
     z = torch.from_numpy(rng.normal(0, 1, shape).astype(np.float32))
-    x = torch.from_numpy(rng.normal(0, 1, (*shape[:2], dit.out.out_features)).astype(np.float32))
+    x = torch.from_numpy(
+        rng.normal(0, 1, (*shape[:2], dit.embed[0].in_features)).astype(np.float32)
+    )
     denoised = dit.denoise(x, torch.tensor([0.1, 0.5, 0.9]), z)
     drawn = head._predict_patches(z)
     (denoised.square().mean() + drawn.square().mean()).backward()

@@ -153,7 +153,7 @@ def test_rewind_keeps_so_many_latents_and_no_more(assets):
 
 
 def test_a_trajectory_that_is_full_keeps_its_beginning(assets, tmp_path):
-    record = 3 * 48 * 80 + 4 * 28
+    record = math.prod(assets.model.config.frame.shape) + 4 * 28
     dream = Dream(assets.model, assets.head, limit=4 * record)
     dream.reset(*assets.start(NAMES[2], 100))
     seen = [dream.frame] + [dream.step(LEFT) for _ in range(6)]
@@ -273,10 +273,12 @@ def test_pictures_of_every_size_become_frames(assets, size):
 
 
 def test_a_picture_of_the_models_size_is_taken_as_it_is(assets):
-    pixels = np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8)
+    frame = assets.model.config.frame
+    size = frame.height, frame.width, 3
+    pixels = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
-    frame, note = read_image(file.getvalue(), assets.model.config.frame)
+    frame, note = read_image(file.getvalue(), frame)
     assert note == "" and np.array_equal(frame.transpose(1, 2, 0), pixels)
 
 

@@ -264,6 +264,7 @@ def needed(paths):
     pip_name = {
         "PIL": "pillow",
         "skimage": "scikit-image",
+        "sklearn": "scikit-learn",
         "IPython": "ipykernel",
         "Xlib": "python-xlib",
         "nbclient": "papermill",

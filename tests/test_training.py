@@ -71,6 +71,10 @@ def test_command_line_trains_and_goes_on(few, tmp_path, capsys):
     refused(capsys, [*words, "--train.stpes", "4"], "stpes.*meant: --train.steps", 2)
 
 
+# of the store
+FRAME_OPTIONS = ["--frame.height", "48", "--frame.width", "80", "--frame.patch-size", "8"]
+
+
 @pytest.mark.parametrize(
     ("options", "message", "status"),
     [
@@ -84,7 +88,7 @@ def test_command_line_trains_and_goes_on(few, tmp_path, capsys):
             "multiple of 2",
             2,
         ),
-        (["--start", "/nonexistent"], "/nonexistent: no such folder", 1),
+        (["--start", "/nonexistent", *FRAME_OPTIONS], "/nonexistent: no such folder", 1),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(few, tmp_path, capsys, options, message, status):

@@ -141,7 +141,7 @@ def _write_frames(path, recording, frame, threads):
 
     They are written and not mapped: a full disk is then an error and no crash.
     """
-    shape = len(recording), 3, frame.height, frame.width
+    shape = len(recording), *frame.shape
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     frames = recording.frames(frame.height, frame.width, threads)  # each (H, W, 3)
     with open(path, "wb") as file:

@@ -22,7 +22,7 @@ def factors_of(config) -> dict[str, dict[str, dict]]:
     """
     depth, jepa, frame = config.predictor.depth, config.jepa, config.frame
     half_depth = max(depth // 2, 1)
-    large_height, large_width = frame.height * 3 // 2, frame.width * 3 // 2
+    large_height, large_width = (n * 3 // 2 * frame.patch_size for n in frame.grid)
     large_frame = {"height": large_height, "frame_width": large_width}
     return {
         "conditioning": {
@@ -30,11 +30,7 @@ def factors_of(config) -> dict[str, dict[str, dict]]:
             "adaLN": {"kind": "adaln"},
             "both": {"kind": "both"},
         },
-        "camera scale": {
-            "linear": {},
-            "log": {"camera_scale": "log"},
-            "fourier": {"camera_scale": "fourier"},
-        },
+        "camera scale": _choices("camera_scale", config.conditioner.camera_scale, _CAMERA_SCALES),
         "against collapse": {
             "EMA": {},
             "SIGReg": {"anti_collapse": "sigreg"},
@@ -84,6 +80,14 @@ def select_factors(factors, names) -> dict[str, dict[str, dict]]:
     return select_named("factor", factors, names)
 
 # %% ../../nbs/evaluation/20_ablations.ipynb #fae94652
+_CAMERA_SCALES = "linear", "log", "fourier"
+
+
+def _choices(field, own, names):
+    """The preset's own choice and the others."""
+    return {own: {}} | {name: {field: name} for name in names if name != own}
+
+
 def _rollout_variants(rollout):
     """Rollout steps in the loss."""
     if rollout == 2:

@@ -89,7 +89,7 @@ def _answer_numbers(names, ways, labels, validation):
     answers = {}
     for i, name in enumerate(names):
         best = min(range(len(ways)), key=lambda way: fits[way][i].error)
-        answers[name] = fits[best][i](ways[best][1])[:, 0].numpy()
+        answers[name] = fits[best][i](ways[best][1])[:, 0]
     return answers
 
 
@@ -102,7 +102,7 @@ def _answer_kinds(names, latents, labels, validation):
     one_hot = [(labels[k][subset, None] == v).astype(float) for k, v in values.items()]
     fits = fit_ridges(latents[0][subset], one_hot, validation[subset])
     unseen_latents = latents[1]
-    return {k: v[f(unseen_latents).argmax(1).numpy()] for (k, v), f in zip(values.items(), fits)}
+    return {k: v[f(unseen_latents).argmax(1)] for (k, v), f in zip(values.items(), fits)}
 
 # %% ../../nbs/evaluation/12_probes.ipynb #63586934
 def probe_scores(answers) -> dict[str, float]:
@@ -138,7 +138,7 @@ def _probe_score(label, answers, truth):
     """R2, or kappa of a label without an order."""
     if label in CATEGORICAL_LABELS:
         return kappa(answers, truth)
-    return r2(torch.as_tensor(answers)[:, None], truth[:, None])[0]
+    return r2(answers[:, None], truth[:, None])[0]
 
 # %% ../../nbs/evaluation/12_probes.ipynb #79b0842c
 def probe_by_world(answers, worlds, resamples=2000, seed=0) -> dict[str, dict]:

@@ -211,7 +211,8 @@ HEADLINES = {  # section -> {what: path in the report}
     },
 }
 
-# `make study` with `tiny`, 600 steps, on the sample in data/, seed 0
+# `make study` with `tiny` as of 2026-11-26 (frames of 48 x 80), 600 steps, on the sample in
+# data/, seed 0
 STUDY_NUMBERS = {
     "error relative to copying at 8 ticks": 0.68,
     "R2 of pitch": 0.66,

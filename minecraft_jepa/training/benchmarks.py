@@ -128,7 +128,7 @@ class _Step:
             for group in self.optimizer.param_groups:
                 group.update(fused=False, foreach=False)
         frame, batch, rollout = config.frame, config.train.batch_size, config.jepa.rollout_steps
-        shape = (batch, 1 + rollout, 3, frame.height, frame.width)
+        shape = (batch, 1 + rollout, *frame.shape)
         self.frames = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
         self.actions = torch.randn(batch, 24 + rollout, 28).to(device)
         self.num_chunks = config.train.gradient_accumulation_steps

@@ -50,7 +50,7 @@ def _fake_batch(config, batch_size):
     num_frames = 1 + jepa.max_rollout_steps + (jepa.extra_frame_offset > jepa.max_rollout_steps)
     num_ticks = max(jepa.max_rollout_steps, jepa.extra_frame_offset)
     num_actions = config.conditioner.history_ticks - 1 + num_ticks
-    frames_shape = batch_size, num_frames, 3, frame.height, frame.width
+    frames_shape = batch_size, num_frames, *frame.shape
     frames = torch.empty(frames_shape, dtype=torch.uint8)
     return frames, torch.empty(batch_size, num_actions, ACTION_DIM)
 

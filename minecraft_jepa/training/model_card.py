@@ -55,7 +55,7 @@ def _describe_training(summary, config):
     train, frame = config["train"], config["frame"]
     return [
         f"- trained on {len(train_names)} recordings: {_first_names(train_names)}",
-        "- chosen by the error at 2 ticks relative to copying the last latent, on "
+        "- chosen by the mean error at 1 to 8 ticks relative to copying the last latent, on "
         f"{len(validation_names)} recordings: {_first_names(validation_names)}",
         f"- {summary['steps']} steps of {train['batch_size']} windows, "
         f"{minutes['world_model']:.0f} minutes; "

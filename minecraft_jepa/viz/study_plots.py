@@ -255,7 +255,7 @@ def loader_figure(reading, building, formats, peak_bytes, size):
         building: frames a second: "decode", and "by_workers" {processes: speed}.
         formats: {format: {"gigabytes_per_hour", "windows_per_second", "psnr"}}; "raw" is ours.
         peak_bytes: {number of recordings: bytes at the peak}.
-        size: of a frame as text, for example "48 x 80".
+        size: of a frame as text, for example "72 x 132".
     """
     blue, orange = COLORS["model"], COLORS["dit"]
     fig, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")

@@ -1447,6 +1447,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                         'minecraft_jepa/model/decoders.py'),
                                                'minecraft_jepa.model.decoders.RegressionHead.forward': ( 'model/decoders.html#regressionhead.forward',
                                                                                                          'minecraft_jepa/model/decoders.py'),
+                                               'minecraft_jepa.model.decoders._cut': ( 'model/decoders.html#_cut',
+                                                                                       'minecraft_jepa/model/decoders.py'),
                                                'minecraft_jepa.model.decoders._integrate': ( 'model/decoders.html#_integrate',
                                                                                              'minecraft_jepa/model/decoders.py'),
                                                'minecraft_jepa.model.decoders._velocity': ( 'model/decoders.html#_velocity',

@@ -38,8 +38,12 @@ def patchify(frames, patch):
     Returns:
         Patches in -1..1, (b, n, p).
     """
-    pattern = "b c (row y) (col x) -> b (row col) (y x c)"
-    return rearrange(normalize_frames(frames), pattern, y=patch, x=patch)
+    return _cut(normalize_frames(frames), patch)
+
+
+def _cut(frames, patch):
+    """Frames (b, 3, H, W) -> patches (b, n, p), values as they are."""
+    return rearrange(frames, "b c (row y) (col x) -> b (row col) (y x c)", y=patch, x=patch)
 
 
 def unpatchify(patches, grid, patch):
@@ -103,8 +107,7 @@ class PatchProjection(nn.Linear):
             return pieces
         pieces = rearrange(pieces, "b n (y x c) -> b (c y x) n", y=self.side, x=self.side)
         frames = self._add_up(pieces * self.window[:, None]) / self.total
-        pattern, patch = "b c (row y) (col x) -> b (row col) (y x c)", self.frame.patch_size
-        return rearrange(frames, pattern, y=patch, x=patch)
+        return _cut(frames, self.frame.patch_size)
 
     def _add_up(self, pieces):
         """Pieces (b, c x side x side, n) -> their sum in every pixel (b, c, H, W)."""

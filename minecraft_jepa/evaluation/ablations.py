@@ -6,6 +6,8 @@
 __all__ = ['BETTER', 'QUANTITIES', 'factors_of', 'select_factors', 'quantity_of', 'describe_factor']
 
 # %% ../../nbs/evaluation/20_ablations.ipynb #160f8001
+from dataclasses import fields
+
 import numpy as np
 
 from ..utils import select_named
@@ -30,7 +32,7 @@ def factors_of(config) -> dict[str, dict[str, dict]]:
             "adaLN": {"kind": "adaln"},
             "both": {"kind": "both"},
         },
-        "camera scale": _choices("camera_scale", config.conditioner.camera_scale, _CAMERA_SCALES),
+        "camera scale": _choices(config.conditioner, "camera_scale"),
         "against collapse": {
             "EMA": {},
             "SIGReg": {"anti_collapse": "sigreg"},
@@ -80,12 +82,11 @@ def select_factors(factors, names) -> dict[str, dict[str, dict]]:
     return select_named("factor", factors, names)
 
 # %% ../../nbs/evaluation/20_ablations.ipynb #fae94652
-_CAMERA_SCALES = "linear", "log", "fourier"
-
-
-def _choices(field, own, names):
-    """The preset's own choice and the others."""
-    return {own: {}} | {name: {field: name} for name in names if name != own}
+def _choices(section, setting):
+    """The preset's own choice of a setting, and the others that its section allows."""
+    own = getattr(section, setting)
+    (known,) = (f.metadata["known"] for f in fields(section) if f.name == setting)
+    return {own: {}} | {choice: {setting: choice} for choice in known if choice != own}
 
 
 def _rollout_variants(rollout):

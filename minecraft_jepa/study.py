@@ -125,7 +125,8 @@ def study_parameters(names: dict, also=()) -> StudyParameters:
     return StudyParameters(config, data_dir, out_dir, weights, steps, seed, device)
 
 # %% ../nbs/80_study.ipynb #2a20a185
-LONG_NOTEBOOKS = ("8_ablations", "10_agent")  # run by a command of their own
+# run by a command of their own
+LONG_NOTEBOOKS = ("8_ablations", "10_agent", "11_appearance")
 
 
 def study_notebooks(folder) -> list[Path]:

@@ -504,11 +504,13 @@ def test_agent_that_tries_walks_and_changes_the_slot(name):
     assert count_successes(name, Alone, Sighted(), 4) == 0
 
 
-def test_without_the_game_the_notebook_names_the_line_that_installs_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["10_agent", "11_appearance"])
+def test_without_the_game_the_notebook_names_the_line_that_installs_it(name, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     parameters = {"data_dir": ROOT / "data", "out_dir": tmp_path / "out"}
-    run_notebook(ROOT / "nbs/study/10_agent.ipynb", tmp_path / "10_agent.ipynb", parameters)
-    assert "sudo apt-get install" in (tmp_path / "10_agent.ipynb").read_text().split("skipped,")[1]
+    executed = tmp_path / f"{name}.ipynb"
+    run_notebook(ROOT / f"nbs/study/{name}.ipynb", executed, parameters)
+    assert "sudo apt-get install" in executed.read_text().split("skipped,")[1]
     assert not [*(tmp_path / "out").iterdir()]
 
 

@@ -23,7 +23,7 @@ from minecraft_jepa.cli import main
 from minecraft_jepa.data.actions import CAMERA, KEYS, NOOP, encode_actions
 from minecraft_jepa.data.checks import check_recording, find_recordings
 from minecraft_jepa.data.recordings import open_recording
-from minecraft_jepa.game import client, luanti, recorder
+from minecraft_jepa.game import appearance, client, luanti, recorder
 from minecraft_jepa.game.client import read_state
 from minecraft_jepa.game.display import frames_ahead, read_frame_id
 from minecraft_jepa.game.env import LuantiEnv, action_to_input
@@ -250,6 +250,32 @@ def test_game_is_found_under_either_name(monkeypatch, tmp_path, name):
         shutil, "which", lambda n, path: which(n, path=path.removesuffix(":/usr/games"))
     )
     assert find_programs() == {"minetest": str(tmp_path / name), "Xvfb": str(tmp_path / "Xvfb")}
+
+
+def test_settings_override_ours_and_are_written_once(tmp_path):
+    luanti.write_home(tmp_path, settings={"fov": 90, "texture_path": "/a/pack"})
+    lines = (tmp_path / ".minetest/minetest.conf").read_text().splitlines()
+    settings = dict(line.split(" = ") for line in lines)
+    assert len(settings) == len(lines)
+    assert (settings["fov"], settings["texture_path"]) == ("90", "/a/pack")
+    assert settings["time_speed"] == "0"
+
+
+@needs_game
+def test_other_look_is_seen_and_is_the_same_place(tmp_path):
+    pictures, places = {}, []
+    for name in ("standard", "all"):
+        settings = appearance.appearance_settings(name, tmp_path)
+        game = client.Game(world=12, settings=settings)
+        try:
+            game.spawn(3, "savanna")
+            state = game.wait(game.latest + 1)
+            pictures[name] = game.grab(state["frame"])[1].astype(float)
+            places.append([*state["position"], state["yaw"], state["pitch"]])
+        finally:
+            game.close()
+    np.testing.assert_allclose(*places, atol=0.1)
+    assert np.abs(pictures["standard"] - pictures["all"]).mean() > 10  # grey levels
 
 
 @needs_game

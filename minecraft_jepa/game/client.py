@@ -88,7 +88,7 @@ def _lower_worker_priority(pid):
 class _GameProcess:
     """The game's processes, its log, and the state of each frame that it draws."""
 
-    def __init__(self, world, mode, width, height, frames_per_tick, slow_motion):
+    def __init__(self, world, mode, width, height, frames_per_tick, slow_motion, settings):
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
         if not (64 <= width <= 1280 and 36 <= height <= 720):
@@ -101,7 +101,7 @@ class _GameProcess:
         self.pids = {}
         self.asked = itertools.count()  # ids of requests
         self.home = tempfile.mkdtemp(prefix="luanti-")
-        write_home(self.home, world, mode, width, height, frames_per_tick, slow_motion)
+        write_home(self.home, world, mode, width, height, frames_per_tick, slow_motion, settings)
         command = [sys.executable, "-I", "-S", GUARD, self.home]
         command += [programs["Xvfb"], f"{width}x{height + FRAME_ID_ROWS}x24"]
         command += [programs["minetest"], str(find_free_port())]
@@ -186,12 +186,20 @@ class Game(_GameProcess):
             frame of the next tick: the game reads keys half a tick before it draws.
         slow_motion: how many times as long a tick takes, from 1: all that the player does is
             slower, so a busy machine is late less often. What moves by itself is not slowed down.
+        settings: {name: value} of minetest.conf that override ours.
     """
 
     def __init__(
-        self, world=0, mode="survival", width=256, height=144, frames_per_tick=2, slow_motion=1
+        self,
+        world=0,
+        mode="survival",
+        width=256,
+        height=144,
+        frames_per_tick=2,
+        slow_motion=1,
+        settings=None,
     ):
-        super().__init__(world, mode, width, height, frames_per_tick, slow_motion)
+        super().__init__(world, mode, width, height, frames_per_tick, slow_motion, settings)
         self.screen, self.frames_per_tick = None, frames_per_tick
         try:
             self.wait(1, 90)

@@ -232,7 +232,14 @@ def _to_lines(settings):
 
 # %% ../../nbs/game/01_luanti.ipynb #3ab18d39
 def write_home(
-    home, world=0, mode="survival", width=256, height=144, frames_per_tick=2, slow_motion=1
+    home,
+    world=0,
+    mode="survival",
+    width=256,
+    height=144,
+    frames_per_tick=2,
+    slow_motion=1,
+    settings=None,
 ):
     """Write what the game needs into a folder: settings, an empty world, the two mods.
 
@@ -244,14 +251,15 @@ def write_home(
         height: of the picture in pixels.
         frames_per_tick: frames that the game draws in a tick.
         slow_motion: how many times as long a tick takes, from 1.
+        settings: {name: value} of minetest.conf that override ours.
     """
     rows = FRAME_ID_ROWS / (height + FRAME_ID_ROWS)
     items = ", ".join(f'"{item}"' for item in STARTING_ITEMS)
-    settings = _game_settings(world, mode, width, height, frames_per_tick, slow_motion)
+    ours = _game_settings(world, mode, width, height, frames_per_tick, slow_motion)
     world_dir = "worlds/world"
     server_dir, client_dir = f"{world_dir}/worldmods/vpt_server", "clientmods/vpt_client"
     files = {
-        "minetest.conf": _to_lines(settings),
+        "minetest.conf": _to_lines(ours | (settings or {})),
         f"{world_dir}/world.mt": _to_lines(_world_settings(mode)),
         f"{server_dir}/init.lua": f"local KIT, REACH = {{{items}}}, {SPAWN_RADIUS}\n{SERVER_MOD}",
         f"{server_dir}/mod.conf": "name = vpt_server\n",

@@ -235,7 +235,15 @@ class _Recording:
 
 # %% ../../nbs/game/06_recorder.ipynb #e3ea153b
 def record(
-    out_dir, minutes=3, seed=0, biome=None, mode="survival", width=256, height=144, name=None
+    out_dir,
+    minutes=3,
+    seed=0,
+    biome=None,
+    mode="survival",
+    width=256,
+    height=144,
+    name=None,
+    settings=None,
 ) -> dict:
     """Play and record in real time; NAME.mp4 and NAME.jsonl are written.
 
@@ -248,6 +256,7 @@ def record(
         width: of the picture in pixels.
         height: of the picture in pixels.
         name: of the recording; None: world-SEED.
+        settings: as of `Game`; see `appearance`.
 
     Returns:
         Dict of `name`, `biome` and counts: `frames`, `gaps`, `late` actions, `places`,
@@ -257,7 +266,7 @@ def record(
     num_frames = round(minutes * 60 * TICKS_PER_SECOND)
     player, recording = ScriptedPlayer(seed), _Recording(name, biome)
     counts, previous = recording.counts, None
-    game = Game(seed, mode, width, height, frames_per_tick=1)
+    game = Game(seed, mode, width, height, frames_per_tick=1, settings=settings)
     try:
         with RecordingWriter(out_dir, name, width, height) as pair:
             while counts["frames"] < num_frames:

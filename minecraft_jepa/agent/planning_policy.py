@@ -75,7 +75,9 @@ class _Looking(RecedingHorizon):
         guess = getattr(self.planner, "guess", None)
         if guess is None:
             return 0.0, 0.0
-        turn, error = guess.guess(self.now, self.goal, self.horizon)
+        if "guess" not in self.of_look:
+            self.of_look["guess"] = guess.guess(self.now, self.goal, self.horizon)
+        turn, error = self.of_look["guess"]
         return float(np.abs(turn).max()) * self.horizon, float(np.max(error)) * self.horizon
 
     def is_sure(self, error):

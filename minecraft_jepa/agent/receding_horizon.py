@@ -35,11 +35,13 @@ class RecedingHorizon:
         self.model, self.planner, self.head = model, planner, head
         self.horizon, self.max_cost_ratio = horizon, max_cost_ratio
         self.imagined, self.steps = None, None
+        self.of_look = {}  # what was computed at this look, plans by their horizon
         self.turned = np.zeros(2)  # degrees right and down since the start
 
     def act(self, frame, goal_frame, history, ticks_left):
         """The next actions; none where the agent judges that it has arrived."""
         self.encode(frame, goal_frame)
+        self.of_look = {}
         self.history, self.imagined, self.ticks_left = history[-24:], None, ticks_left
         self.steps = self.steps or self.episode_steps()
         actions = next(self.steps, hold_keys(0))
@@ -62,8 +64,15 @@ class RecedingHorizon:
 
     @torch.inference_mode()
     def search(self, horizon):
-        """The planner's best plan, with `actions` (horizon, 28), `cost` and `latents`."""
-        return self.planner.plan(self.model, self.now, self.goal, self.history, horizon)
+        """The planner's best plan, with `actions` (horizon, 28), `cost` and `latents`.
+
+        Asked again at the same look, it is not searched again.
+        """
+        if horizon not in self.of_look:
+            self.of_look[horizon] = self.planner.plan(
+                self.model, self.now, self.goal, self.history, horizon
+            )
+        return self.of_look[horizon]
 
     @torch.inference_mode()
     def plan(self, horizon=None, max_cost_ratio=None):

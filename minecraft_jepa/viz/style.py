@@ -165,15 +165,18 @@ def method_label(name):
 
 # %% ../../nbs/viz/01_style.ipynb #274565b0
 def _to_jsonable(value):
-    """Convert arrays to lists, and nan and inf, which JSON does not have, to None."""
+    """Convert arrays to lists, and nan and inf, which JSON does not have, to None.
+
+    Numbers keep six significant digits.
+    """
     if isinstance(value, dict):
         return {str(k): _to_jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_to_jsonable(v) for v in value]
     if hasattr(value, "tolist"):
         return _to_jsonable(value.tolist())  # arrays, tensors and their scalars
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
 
 

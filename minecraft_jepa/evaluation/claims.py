@@ -202,7 +202,7 @@ def _turns_better(agent):
     """Whether the planner reaches more goals of `turn` than random actions, and the numbers."""
     rows = (agent or {}).get("tasks", {}).get("turn", {})
     if not {"planner", "random"} <= set(rows):
-        return False, "nothing was planned in the game: `make agent` does"
+        return False, "nothing was planned in the game with these weights: `make agent` does"
     counts = [
         f"{name.replace('_', ' ')} {rows[name]['successes']} of {rows[name]['episodes']}"
         for name in ("planner", "random", "inverse_model")

@@ -87,7 +87,7 @@ def plot_decoded_keys(ax, decoded):
         decoded: `action_decoding` of the report, {decoder: {"real" | "imagined": {ticks: scores}}};
             the decoder of latents 4 ticks apart is drawn. May be empty.
     """
-    ax.set_xlabel("F1, ticks 4 to 8")
+    ax.set_xlabel("F1 at tick 8, from latents 4 ticks apart")
     if not decoded:
         ax.set_title("No decoder: no recording to learn from")
         return ax

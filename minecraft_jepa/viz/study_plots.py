@@ -94,7 +94,8 @@ def cost_figure(world_models, flops):
         cost.text(x, value + max(teraflops) * 0.01, text, ha="center", va="bottom", fontsize=9)
     cost.set_ylabel("TFLOP for one second (20 ticks), paper")
     cost.set_ylim(top=max(teraflops) * 1.15)
-    cost.set_title(f"Drawing by diffusion costs {teraflops[2] / teraflops[0]:.0f} times imagining")
+    times = teraflops[2] / teraflops[0]
+    cost.set_title(f"Drawing by diffusion costs\n{times:.0f} times imagining")
     cost.grid(axis="x", visible=False)
     return fig
 

@@ -118,6 +118,7 @@ def test_headline_of_the_readme_is_that_of_the_shipped_weights():
     imagined = [f"{pixels[ticks]['dit']['mean']:.1f}" for ticks in ("1", "8", "15")]
     copied = [f"{pixels[ticks]['copy_last']['mean']:.1f}" for ticks in ("1", "8", "15")]
     decoded = report["action_decoding"]["decoder_4_ticks"]
+    mean_f1 = {kind: decoded[kind]["8"]["mean_f1"] for kind in ("real", "imagined")}
     gradients = report["encoder_gradients"]
     inverse, pitch = (
         f"{gradients[part] / gradients['prediction']:.1f}" for part in ("inverse_dynamics", "pitch")
@@ -136,7 +137,8 @@ def test_headline_of_the_readme_is_that_of_the_shipped_weights():
         f"(R2 {probes['model']['speed']:.2f})",
         f"{imagined[0]}, {imagined[1]} and {imagined[2]} dB after 1, 8 and 15 ticks",
         f"{copied[0]}, {copied[1]} and {copied[2]}",
-        f"F1 {decoded['imagined']['8']['mean_f1']:.2f}; always yes",
+        f"latents 4 ticks apart {mean_f1['imagined']:.2f}, of real ones {mean_f1['real']:.2f}, ",
+        f"*Attack* is decoded ({decoded['imagined']['8']['f1']['attack']:.2f}; always on",
         f"are {inverse} and {pitch} times as large as the prediction's",
     ):
         assert words in readme, words

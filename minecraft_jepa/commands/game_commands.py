@@ -52,7 +52,9 @@ Biome = Literal[
     "tundra",
     "cold_desert",
 ]
-Appearance = Literal["standard", "wide_view", "large_hud", "near_fog", "other_textures", "all"]
+Appearance = Literal[
+    "standard", "wide_view", "large_hud", "near_fog", "other_textures", "all", "varied"
+]
 
 # %% ../../nbs/commands/06_game_commands.ipynb #530c3f55
 @dataclass
@@ -70,7 +72,7 @@ class RecordCommand:
     mode: Literal["survival", "creative"] = "survival"  # of the game
     width: int = 256  # of the video, in pixels
     height: int = 144  # of the video, in pixels
-    appearance: Appearance = "standard"  # look of the game: to test on, not to train on
+    appearance: Appearance = "standard"  # look of the game; varied: drawn by each seed
 
     def run(self):
         """Record each world that is not there yet; 1 when one could not be recorded."""
@@ -84,15 +86,14 @@ class RecordCommand:
         if not wanted:
             return 0
         find_programs()
-        with tempfile.TemporaryDirectory() as texture_dir:
-            settings = self._game_settings(texture_dir)
-            failed = [seed for seed in wanted if not self._record(seed, settings)]
-        return int(bool(failed))
-
-    def _game_settings(self, texture_dir):
         from minecraft_jepa.game.appearance import appearance_settings
 
-        return appearance_settings(self.appearance, texture_dir)
+        failed = 0
+        with tempfile.TemporaryDirectory() as texture_dir:
+            for seed in wanted:
+                settings = appearance_settings(self.appearance, texture_dir, seed)
+                failed += not self._record(seed, settings)
+        return int(failed > 0)
 
     def _is_there(self, seed):
         return all((self.out / f"world-{seed}{kind}").is_file() for kind in (".mp4", ".jsonl"))

@@ -265,26 +265,32 @@ def record(
     biome, name = biome or RECORDED_BIOMES[seed % len(RECORDED_BIOMES)], name or f"world-{seed}"
     num_frames = round(minutes * 60 * TICKS_PER_SECOND)
     player, recording = ScriptedPlayer(seed), _Recording(name, biome)
-    counts, previous = recording.counts, None
     game = Game(seed, mode, width, height, frames_per_tick=1, settings=settings)
     try:
         with RecordingWriter(out_dir, name, width, height) as pair:
-            while counts["frames"] < num_frames:
-                if previous is None or player.senses.lost:
-                    counts["biome"] = _spawn(game, 1000 * seed + counts["places"], biome)
-                    shot = game.grab(game.wait(game.latest + 1)["frame"])
-                    player.arrive()
-                    counts["places"] += 1
-                tick = _play_tick(game, player, shot, width)
-                shot = tick.shot
-                if previous:
-                    next_state = game.states[previous.state["frame"] + 1]
-                    line = recording.make_line(previous, tick, next_state)
-                    pair.write(previous.shot[1], line)
-                previous = tick
+            _play(game, player, recording, pair, num_frames, seed)
     finally:
         game.close()
-    return counts | {"frames_a_second": round(counts["frames"] / recording.seconds, 2)}
+    frames_a_second = round(recording.counts["frames"] / recording.seconds, 2)
+    return recording.counts | {"frames_a_second": frames_a_second}
+
+
+def _play(game, player, recording, pair, num_frames, seed):
+    """Let the player play, and write so many frames; where it is lost it gets another place."""
+    counts, biome, previous = recording.counts, recording.counts["biome"], None
+    while counts["frames"] < num_frames:
+        if previous is None or player.senses.lost:
+            counts["biome"] = _spawn(game, 1000 * seed + counts["places"], biome)
+            shot = game.grab(game.wait(game.latest + 1)["frame"])
+            player.arrive()
+            counts["places"] += 1
+        tick = _play_tick(game, player, shot, pair.stream.width)
+        shot = tick.shot
+        if previous:
+            next_state = game.states[previous.state["frame"] + 1]
+            line = recording.make_line(previous, tick, next_state)
+            pair.write(previous.shot[1], line)
+        previous = tick
 
 
 def _play_tick(game, player, shot, width):

@@ -274,7 +274,7 @@ def record(
     frames_a_second = round(recording.counts["frames"] / recording.seconds, 2)
     return recording.counts | {"frames_a_second": frames_a_second}
 
-
+# %% ../../nbs/game/06_recorder.ipynb #d847ae5b
 def _play(game, player, recording, pair, num_frames, seed):
     """Let the player play, and write so many frames; where it is lost it gets another place."""
     counts, biome, previous = recording.counts, recording.counts["biome"], None

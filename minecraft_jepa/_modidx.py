@@ -2243,6 +2243,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'minecraft_jepa.study._refuse_misspelt': ('study.html#_refuse_misspelt', 'minecraft_jepa/study.py'),
                                       'minecraft_jepa.study._shipped': ('study.html#_shipped', 'minecraft_jepa/study.py'),
                                       'minecraft_jepa.study._text': ('study.html#_text', 'minecraft_jepa/study.py'),
+                                      'minecraft_jepa.study.find_missing_game': ('study.html#find_missing_game', 'minecraft_jepa/study.py'),
                                       'minecraft_jepa.study.format_seconds': ('study.html#format_seconds', 'minecraft_jepa/study.py'),
                                       'minecraft_jepa.study.previous_durations': ( 'study.html#previous_durations',
                                                                                    'minecraft_jepa/study.py'),

@@ -80,14 +80,13 @@ class RecordCommand:
             seeds = read_seeds(self.seeds)
         except ValueError as e:
             raise WrongUse(str(e)) from None
+        from minecraft_jepa.game.appearance import appearance_settings
         from minecraft_jepa.game.luanti import find_programs
 
         wanted = [seed for seed in seeds if not self._is_there(seed)]
         if not wanted:
             return 0
         find_programs()
-        from minecraft_jepa.game.appearance import appearance_settings
-
         failed = 0
         with tempfile.TemporaryDirectory() as texture_dir:
             for seed in wanted:

@@ -188,7 +188,8 @@ class Train(Section):
     batch_size: int = _within(16, 1, 2**24)  # windows a step, over all processes
     lr: float = _within(8e-4, **_RATE)  # peak learning rate
     # learning rate of the encoder as a fraction of lr: targets that move slowly can be learned,
-    # and keep detail (LOG.md)
+    # and keep detail (LOG.md); 0: the encoder of the weights that training starts from is frozen,
+    # and the prediction loss alone trains conditioner and predictor
     encoder_lr_scale: float = _within(0.5, 0, 1000)
     warmup_fraction: float = _within(0.05, **_FRACTION)  # fraction of the steps
     weight_decay: float = _within(0.05, 0, 100)  # of matrices only

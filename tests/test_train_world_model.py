@@ -1,5 +1,6 @@
 """The world model's training: collapse is stopped, the best model is kept, the log says why."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from training_runs import (
+    DATA,
     HELD_OUT,
     SMALL,
     TINY,
@@ -28,6 +31,7 @@ from minecraft_jepa.model.world_model import WorldModel
 from minecraft_jepa.training import train_decoders as decoder_training
 from minecraft_jepa.training import train_world_model as world_model_training
 from minecraft_jepa.training.checkpoints import find_checkpoint
+from minecraft_jepa.training.pipeline import run_training
 from minecraft_jepa.training.train_decoders import train_decoders
 from minecraft_jepa.training.train_world_model import train_world_model
 from minecraft_jepa.training.trainer import CollapseError
@@ -107,6 +111,45 @@ def test_a_run_may_start_from_the_weights_of_another(store, tmp_path):
     assert not torch.allclose(random.encode(frames), z, atol=1e-2)
     with pytest.raises(ValueError, match="no such folder"):
         train(store, start=tmp_path / "nowhere", **changes)
+
+
+def test_a_frozen_encoder_keeps_its_latents_while_the_prediction_improves(store, tmp_path):
+    start = tmp_path / "start"
+    changes = {"evaluate_every": 20, "min_rank_fraction": 0.0}
+    first, _ = train(store, start, steps=20, **changes)
+    frozen, history = train(store, start=start, steps=60, encoder_lr_scale=0, **changes)
+    before = first.state_dict()
+    for name, tensor in frozen.state_dict().items():
+        if name.startswith(("encoder.", "target_encoder.", "inverse_dynamics.")):
+            assert torch.equal(tensor, before[name]), name
+    assert not torch.equal(frozen.predictor.out.weight, first.predictor.out.weight)
+    ratios = [error_ratio_to_copy(row) for row in history if "model" in row]
+    assert min(ratios[1:]) < ratios[0]
+    copy_errors = {tuple(row["copy_last"]) for row in history if "model" in row}
+    assert len(copy_errors) == 1  # the latents stay what they are
+    with pytest.raises(ValueError, match="freezes the encoder, and its weights are random"):
+        train(store, steps=2, encoder_lr_scale=0)
+
+
+def test_with_a_frozen_encoder_the_decoders_are_taken_over(tmp_path):
+    recordings = tmp_path / "recordings"
+    recordings.mkdir()
+    for path in itertools.chain.from_iterable(DATA.glob(f"{n}.*") for n in [*TRAIN, *HELD_OUT]):
+        (recordings / path.name).symlink_to(path)
+    split = {"train": TRAIN, "validation": HELD_OUT, "test": []}
+    (recordings / "split.json").write_text(json.dumps(split))
+    config = preset("tiny", **TINY | {"steps": 2, "evaluate_every": 2, "decoder_steps": 2})
+    frozen = replace(config, train=replace(config.train, encoder_lr_scale=0.0, lr=1e-3))
+    run_training(config, recordings, tmp_path / "first")
+    report = run_training(frozen, recordings, tmp_path / "second", init_from=tmp_path / "first")
+    assert report["decoder_steps"] == 0
+    for file in ("head.safetensors", "dit.safetensors"):
+        tensors = [load_file(tmp_path / run / file) for run in ("first", "second")]
+        assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
+    assert WorldModel.from_pretrained(tmp_path / "second").config == frozen
+    (tmp_path / "first" / "dit.safetensors").unlink()
+    report = run_training(frozen, recordings, tmp_path / "third", init_from=tmp_path / "first")
+    assert report["decoder_steps"] == 2
 
 
 def test_trains_from_shards(shards):

@@ -63,6 +63,9 @@ def _encode_window(model, frames):
     settings, last = model.config.jepa, frames.shape[1] - 1
     use_ema = ANTI_COLLAPSE[settings.anti_collapse].uses_ema
     rollout = range(min(model.rollout, last) + 1)  # frame t, then the predicted ones
+    if model.encoder_is_frozen:
+        targets = model.target(torch.cat([frames[:, k] for k in rollout])).chunk(len(rollout))
+        return {0: targets[0]}, targets
 
     needed = {0} if use_ema else set(rollout)
     if settings.inverse_dynamics_weight:
@@ -93,12 +96,13 @@ def _rollout_losses(model, frames, actions, seed):
         losses.append(F.smooth_l1_loss(z.float(), target.float()))
         step_errors.append(F.mse_loss(z.detach().float(), target.detach().float()))
 
+    parts = {"prediction": torch.stack(losses).mean()}
+    if model.encoder_is_frozen:
+        return parts, torch.stack(step_errors), targets[-1]
+
     use_ema = ANTI_COLLAPSE[settings.anti_collapse].uses_ema
     with_gradient = [latents[0]] if use_ema else targets
-    parts = {
-        "prediction": torch.stack(losses).mean(),
-        "anti_collapse": anti_collapse_loss(settings, with_gradient, seed),
-    }
+    parts["anti_collapse"] = anti_collapse_loss(settings, with_gradient, seed)
     if settings.inverse_dynamics_weight:
         first_latents = [latents[0], latents[1], *targets[2:3]]  # two pairs, one of t and t+1
         last_latent = latents[frames.shape[1] - 1] if settings.pitch_weight else None
@@ -118,12 +122,23 @@ class WorldModel(TargetEncoderMixin):
         super().__init__()
         self.config = config
         self.rollout = config.jepa.max_rollout_steps  # K; training sets it by its schedule
+        self.encoder_is_frozen = False
         self.encoder = Encoder(config)
         self.target_encoder = frozen_copy(self.encoder)
         self.conditioner = build_conditioner(config)
         self.predictor = Predictor(config)
         if config.jepa.inverse_dynamics_weight:
             self.inverse_dynamics = InverseDynamicsHead(config.frame.grid, config.encoder.embed_dim)
+
+    def freeze_encoder(self):
+        """Train conditioner and predictor alone from now on, by the prediction loss.
+
+        As in DINO-WM (arXiv 2411.04983, sec. 3) and V-JEPA 2-AC (arXiv 2506.09985, sec. 3).
+        """
+        self.encoder_is_frozen = True
+        for network in (self.encoder, getattr(self, "inverse_dynamics", None)):
+            if network is not None:
+                network.requires_grad_(False)
 
     def encode(self, frames):
         """Encode frames.
@@ -204,7 +219,7 @@ class WorldModel(TargetEncoderMixin):
         """
         parts, step_errors, last_target = _rollout_losses(self, frames, actions, seed)
         others = [parts[name] for name in parts if name not in ("prediction", "anti_collapse")]
-        loss = parts["prediction"] + parts["anti_collapse"] + sum(others)
+        loss = parts["prediction"] + parts.get("anti_collapse", 0) + sum(others)
         return {"loss": loss, "errors": step_errors, "z": last_target.detach()}
 
     def loss_parts(self, frames, actions, seed=0):
@@ -212,7 +227,8 @@ class WorldModel(TargetEncoderMixin):
 
         Returns:
             Dict of `prediction`, `anti_collapse` (0 where the EMA target alone prevents one),
-            `inverse_dynamics` and `pitch`, the last two only where they have a weight.
+            `inverse_dynamics` and `pitch`, the last two only where they have a weight. With a
+            frozen encoder, of `prediction` alone.
         """
         return _rollout_losses(self, frames, actions, seed)[0]
 
@@ -233,10 +249,13 @@ def encoder_gradients(model, frames, actions, seed=0) -> dict[str, float]:
         seed: random seed of SIGReg's directions.
 
     Returns:
-        {part of `loss_parts`: norm}; parts that are switched off are left out.
+        {part of `loss_parts`: norm}; parts that are switched off are left out. {} where the
+        encoder is frozen.
     """
     weights = [p for p in model.encoder.parameters() if p.requires_grad]
     norms = {}
+    if not weights:
+        return norms
     with torch.enable_grad():
         for name, part in model.loss_parts(frames, actions, seed).items():
             if not torch.is_tensor(part):

@@ -18,9 +18,10 @@ from ..data.clip_store import ClipStore
 from ..data.loader import read_shards_metadata
 from ..data.shards import ShardError
 from ..data.splits import load_split
+from ..model.decoders import DiT, RegressionHead
 from ..model.world_model import WorldModel
 from .checkpoints import describe_differences
-from .distributed import make_accelerator
+from .distributed import make_accelerator, save_on_main_process
 from .learner import check_batch_size
 from .run_identity import result_settings
 from .run_lock import exclusive_run
@@ -41,7 +42,8 @@ def run_training(
     """Train world model and decoders. A run that was killed resumes with its recordings.
 
     Args:
-        config: a `Config`.
+        config: a `Config`. Where its encoder is frozen (`encoder_lr_scale` of 0), the decoders in
+            `init_from` stay what they are.
         data: folder of recordings, clip store, or URL of shards.
         out: folder for weights, logs and checkpoints.
         seed: a whole number; decides every random number.
@@ -97,9 +99,12 @@ def _train_both(config, data, split, out, seed, device, minutes, start, ignore_c
     )
     minutes_spent = rows[-1].get("elapsed", 0.0) / 60
     remaining = minutes and max(minutes - minutes_spent, 0.1 * minutes)
-    _, _, decoder_rows = train_decoders_and_keep_checkpoint(
-        model, data, split["train"], None, seed, device, out, remaining
-    )
+    if config.train.encoder_lr_scale == 0 and _copy_decoders(config, start, out):
+        decoder_rows = [{"step": 0, "seconds": 0.0}]
+    else:
+        _, _, decoder_rows = train_decoders_and_keep_checkpoint(
+            model, data, split["train"], None, seed, device, out, remaining
+        )
     summary = {
         "preset": config.name,
         "steps": rows[-1]["step"],
@@ -117,6 +122,17 @@ def _train_both(config, data, split, out, seed, device, minutes, start, ignore_c
         write_json(out / "training.json", summary)
     forget_checkpoints(out, "decoders")
     return summary
+
+
+def _copy_decoders(config, start, out):
+    """Take over the decoders of a frozen encoder's latents; False where there are none."""
+    if not all((Path(start) / network.file).is_file() for network in (DiT, RegressionHead)):
+        return False
+    for network in (DiT, RegressionHead):
+        decoder = network.from_pretrained(start, config)
+        decoder.config = config
+        save_on_main_process(decoder, out)
+    return True
 
 
 def _load_or_train_world_model(

@@ -62,6 +62,15 @@ def _check_accumulate(config):
     )
 
 
+def _check_start(config, init_from):
+    """ValueError for an encoder that is frozen and has random weights."""
+    if config.train.encoder_lr_scale == 0 and init_from is None:
+        raise ValueError(
+            "encoder_lr_scale=0 freezes the encoder, and its weights are random here: start from "
+            "trained weights (train --start FOLDER, or init_from=), or give a larger number"
+        )
+
+
 def _check_frames_differ(frames, val_names):
     """ValueError where all validation windows begin with the same picture."""
     first_frames = frames[:, 0]
@@ -121,11 +130,16 @@ class _WorldModelTraining:
 
     def make_batches(self, step, rank, num_processes):
         """Endless batches of windows from `step` on."""
-        jepa, ticks = self.config.jepa, self.config.conditioner.history_ticks
-        window, batch_size = (ticks, jepa.max_rollout_steps), self.config.train.batch_size
-        process = step, rank, num_processes
+        jepa, train, ticks = (
+            self.config.jepa,
+            self.config.train,
+            self.config.conditioner.history_ticks,
+        )
+        window, process = (ticks, jepa.max_rollout_steps), (step, rank, num_processes)
+        # The pitch loss alone reads the extra frame, and trains the encoder alone.
+        extra_frame = jepa.extra_frame_offset if train.encoder_lr_scale else 0
         return window_batches(
-            self.data, self.names, *window, batch_size, self.seed, *process, jepa.extra_frame_offset
+            self.data, self.names, *window, train.batch_size, self.seed, *process, extra_frame
         )
 
     def before_step(self, model, position, steps):
@@ -136,6 +150,8 @@ class _WorldModelTraining:
 
     def after_step(self, model, position, steps):
         """Update the EMA target encoder; without one it is the encoder itself."""
+        if model.encoder_is_frozen:
+            return
         jepa, momentum = self.config.jepa, 0.0
         if ANTI_COLLAPSE[jepa.anti_collapse].uses_ema:
             momentum = ema_momentum(position, steps, jepa.ema_momentum_start, jepa.ema_momentum_end)
@@ -175,6 +191,9 @@ def _make_model(config, start):
         model.inverse_dynamics.pitch_proj.requires_grad_(False)  # the pitch loss alone trains it
     if start:
         model.init_from_pretrained(start)
+    if config.train.encoder_lr_scale == 0:
+        model.copy_target_to_encoder()
+        model.freeze_encoder()
     return model
 
 
@@ -223,6 +242,7 @@ def train_world_model(
         ValueError: settings or recordings that can't be trained on.
     """
     _check_recordings(train_names, val_names)
+    _check_start(config, init_from)
     train = config.train
     steps = train.steps if steps is None else whole_number(steps, "steps", 1, 10**8 - 1)
     seed, max_minutes = whole_number(seed, "seed", 0), check_minutes(max_minutes)

@@ -478,6 +478,26 @@ def test_agent_that_may_only_turn_goes_by_what_it_imagines():
         assert not alone["success"]
 
 
+def test_agent_that_went_the_wrong_way_comes_back_and_tries_another():
+    """A wrong direction looks likelier than the goal's, and nothing comes nearer there."""
+
+    class Misled(Known):
+        def compare_looks(self, looks):
+            yaw = self.goal[0] - torch.stack(looks)[:, 0].numpy()
+            apart = [np.abs((yaw + degrees + 180) % 360 - 180) for degrees in (0, 150)]
+            return np.minimum(apart[0], apart[1] - 30)
+
+    world, sure = StandIn(), Sighted()
+    sure.guess = TrueTurn(1.0)
+    for number in range(4):
+        goal = make_goal(world, "turn and walk", 321, "desert", number, FRAME)
+        result = Episode(world, goal, FRAME).run(Misled(world, goal, sure), "a")
+        assert result["success"], result
+        # Without a guess it never doubts, and stays where it went first.
+        alone = Episode(world, goal, FRAME).run(Misled(world, goal, Sighted()), "a")
+        assert not alone["success"]
+
+
 def test_agent_that_may_only_walk_does_not_turn():
     world, planner = StandIn(), Sighted()
     planner.guess = TrueTurn(1.0)

@@ -26,11 +26,13 @@ from training_runs import (
 from minecraft_jepa.config import preset
 from minecraft_jepa.data import loader
 from minecraft_jepa.data.clip_store import ClipStore
+from minecraft_jepa.evaluation.unseen import seen_recordings
 from minecraft_jepa.model.collapse import ANTI_COLLAPSE
 from minecraft_jepa.model.world_model import WorldModel
 from minecraft_jepa.training import train_decoders as decoder_training
 from minecraft_jepa.training import train_world_model as world_model_training
 from minecraft_jepa.training.checkpoints import find_checkpoint
+from minecraft_jepa.training.model_card import write_model_card
 from minecraft_jepa.training.pipeline import run_training
 from minecraft_jepa.training.train_decoders import train_decoders
 from minecraft_jepa.training.train_world_model import train_world_model
@@ -143,6 +145,11 @@ def test_with_a_frozen_encoder_the_decoders_are_taken_over(tmp_path):
     run_training(config, recordings, tmp_path / "first")
     report = run_training(frozen, recordings, tmp_path / "second", init_from=tmp_path / "first")
     assert report["decoder_steps"] == 0
+    assert report["start"] == json.loads((tmp_path / "first" / "training.json").read_text())
+    assert set(seen_recordings(report)) == {*TRAIN, *HELD_OUT}
+    write_model_card(tmp_path / "second")
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert f"started from weights of 2 steps on {len(TRAIN)} recordings" in card
     for file in ("head.safetensors", "dit.safetensors"):
         tensors = [load_file(tmp_path / run / file) for run in ("first", "second")]
         assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())

@@ -37,6 +37,9 @@ def enlarge_middle(frame, factor) -> np.ndarray:
     return enlarged[0].round().clamp(0, 255).to(torch.uint8).numpy()
 
 # %% ../../nbs/agent/07_planning_policy.ipynb #cdbaabb3
+_WEIGHT_OF_DOUBT = 0.3  # of the log of the expected error, beside cosines
+
+
 class _Looking(RecedingHorizon):
     """Compares what it sees with the goal; see `PlanningPolicy`."""
 
@@ -49,6 +52,7 @@ class _Looking(RecedingHorizon):
         look_every_ticks=3,
         arrival_degrees=2.0,
         sure_degrees=10.0,
+        same_place_degrees=2.2,
         patience=(5, 8),
         **options,
     ):
@@ -58,7 +62,9 @@ class _Looking(RecedingHorizon):
         self.degrees_between_plans = degrees_between_plans
         self.look_every_ticks = look_every_ticks
         self.arrival_degrees, self.sure_degrees = arrival_degrees, sure_degrees
+        self.same_place_degrees = same_place_degrees
         self.patience = patience
+        self.heading, self.looks_walked = np.zeros(2), 0  # of the walk that it has made
 
     @torch.inference_mode()
     def encode(self, frame, goal_frame):
@@ -67,18 +73,34 @@ class _Looking(RecedingHorizon):
         *self.views, self.goal = self.encode_frames([*views, goal_frame]).split(1)
         self.now = self.views[0]
 
-    def guess_turn(self):
-        """Yaw or pitch to the goal, whichever is larger, and the expected error, in degrees.
+    def guess_at(self, z):
+        """Turn from latents z (1, N, D) to the goal, and its expected error, (2,) in degrees.
 
-        As the planner's guess sees it; (0, 0) for a planner without a guess.
+        As the planner's guess sees it; zeros for a planner without a guess.
         """
         guess = getattr(self.planner, "guess", None)
         if guess is None:
-            return 0.0, 0.0
+            return np.zeros(2), np.zeros(2)
+        return [degrees * self.horizon for degrees in guess.guess(z, self.goal, self.horizon)]
+
+    def guess_here(self):
+        """`guess_at` what is seen now; asked again at the same look, it is not computed again."""
         if "guess" not in self.of_look:
-            self.of_look["guess"] = guess.guess(self.now, self.goal, self.horizon)
-        turn, error = self.of_look["guess"]
-        return float(np.abs(turn).max()) * self.horizon, float(np.max(error)) * self.horizon
+            self.of_look["guess"] = self.guess_at(self.now)
+        return self.of_look["guess"]
+
+    def guess_turn(self):
+        """Yaw or pitch to the goal, whichever is larger, and the expected error, in degrees."""
+        turn, error = self.guess_here()
+        return float(np.abs(turn).max()), float(np.max(error))
+
+    def has_arrived(self):
+        """Whether the guess sees the goal's view here; of a planner without a guess True.
+
+        Where two views are of different places, the guess of the pitch is not sure.
+        """
+        turn, error = self.guess_here()
+        return np.abs(turn).max() <= self.short_plan_degrees and error[1] <= self.same_place_degrees
 
     def is_sure(self, error):
         """Whether there is a guess, and its expected error is small."""
@@ -87,7 +109,8 @@ class _Looking(RecedingHorizon):
     def compare_looks(self, looks):
         """How little looks fit the goal: a negative cosine, summed over the enlargements.
 
-        What the looks share (sky, ground, hand) says nothing: their mean is subtracted first.
+        What the looks share (sky, ground, hand) says nothing: their mean is subtracted first. What
+        the guess is not sure of counts a little less.
 
         Args:
             looks: latents of the enlargements, (4, N, D) each.
@@ -98,7 +121,9 @@ class _Looking(RecedingHorizon):
         looks = torch.stack(looks)  # (k, 4, N, D)
         shared = looks[:, 0].mean(0)  # (N, D)
         goal = (self.goal - shared).flatten()  # (N * D,)
-        return -F.cosine_similarity((looks - shared).flatten(2), goal, dim=-1).sum(1).cpu().numpy()
+        cosines = F.cosine_similarity((looks - shared).flatten(2), goal, dim=-1).cpu().numpy()
+        errors = np.array([self.guess_at(look[:1])[1][0] for look in looks])
+        return _WEIGHT_OF_DOUBT * np.log(np.maximum(errors, 1.0)) - cosines.sum(1)
 
     def imagined_mismatch(self, horizon=None):
         """How little the end of the best plan from here fits the goal: a plan is only imagined.
@@ -147,13 +172,22 @@ class _Turning(_Looking):
             degrees: between two looks.
             look: a function without arguments: what is kept of a look.
             mismatches: a function of k looks, (k,).
+
+        Returns:
+            Directions, the likeliest first; what lies beside a likelier one is left out.
         """
         looks, directions = [look()], [self.turned]
         for _ in range(round(360 / degrees) - 1):
             yield turn_by(degrees, 0)
             looks.append(look())
             directions.append(self.turned)
-        yield from self.turn_to(directions[int(np.argmin(mismatches(looks)))])
+        ranking = []
+        for i in np.argsort(mismatches(looks)):
+            gaps = [abs(signed_degrees(directions[i][0] - other[0])) for other in ranking]
+            if min(gaps, default=360) > 1.5 * degrees:
+                ranking.append(directions[i])
+        yield from self.turn_to(ranking[0])
+        return ranking
 
     def compare_around(self, steps):
         """Turn by ever smaller steps, as long as the view comes nearer to the goal."""
@@ -194,41 +228,62 @@ class PlanningPolicy(_Turning):
         look_every_ticks: ticks between two looks while it walks.
         arrival_degrees: yaw and pitch that the planner's guess may still see at the goal.
         sure_degrees: expected error of the guess up to which a plan is carried out at any cost.
+        same_place_degrees: expected error of the pitch up to which a view may be the goal's.
         patience: looks in a row without a better fit after which it stops walking: as long as no
             look was better than the first, and afterwards.
     """
 
     max_walk_ticks = 50
+    ticks_of_a_try = 60  # that have to be left for another direction
 
     def episode_steps(self):
         """All steps of an episode; it ends where the view fits the goal best."""
+        directions = []
         if "camera" in self.groups:
-            yield from self.find_direction()
+            directions = yield from self.find_direction()
         if "move" in self.groups:
-            has_come_nearer = yield from self.walk()
-            if has_come_nearer and "camera" in self.groups:
-                yield from self.aim_camera(1)
-                yield from self.compare_around(self.steps_around[2:])
+            yield from self.walk_and_aim()
+            yield from self.try_directions(directions[1:])
         if "hotbar" in self.groups:
             yield from self.try_slots()
 
     def find_direction(self):
-        """Turn full circle, then to the likeliest view, and aim there."""
+        """Turn full circle, then to the likeliest view, and aim there; the directions, ranked."""
         if "move" in self.groups:
             yield from self.aim_camera(1)  # the pitch is seen from anywhere
             degrees, views = self.degrees_between_views, lambda: torch.cat(self.views)
-            yield from self.turn_around(degrees, views, self.compare_looks)
+            directions = yield from self.turn_around(degrees, views, self.compare_looks)
             yield from self.aim_camera(3)
-        else:
-            yield from self.turn_around(self.degrees_between_plans, self.imagined_mismatch)
-            yield from self.aim_camera(3)
-            yield from self.compare_around(self.steps_around)
+            return directions
+        degrees = self.degrees_between_plans
+        directions = yield from self.turn_around(degrees, self.imagined_mismatch)
+        yield from self.aim_camera(3)
+        yield from self.compare_around(self.steps_around)
+        return directions
+
+    def try_directions(self, directions):
+        """As long as the view is not the goal's: back to the start, and in another direction."""
+        for direction in directions:
+            way_back = self.looks_walked * self.look_every_ticks
+            if self.has_arrived() or self.ticks_left < way_back + self.ticks_of_a_try:
+                return
+            yield from self.turn_to(self.heading)
+            if way_back:
+                yield hold_keys(way_back, "s")
+            yield from self.turn_to(direction)
+            yield from self.aim_camera(2)
+            yield from self.walk_and_aim()
+
+    def walk_and_aim(self):
+        """Walk ahead and back to the best place, and look about there if it is not the first."""
+        yield from self.walk()
+        if self.looks_walked and "camera" in self.groups:
+            if self.is_sure(self.guess_turn()[1]):
+                yield from self.aim_camera(1)
+            yield from self.compare_around(self.steps_around[2:])
 
     def walk(self):
-        """Walk ahead, facing the goal, and back to where and as the view fitted it best.
-
-        Whether that was not where it began.
-        """
+        """Walk ahead, facing the goal, and back to where and as the view fitted it best."""
         mismatches, ticks = [self.mismatch_if_aimed()], self.look_every_ticks
         turned = [self.turned]
         nearest, best, beyond = self.distance(), 0, 0
@@ -247,7 +302,7 @@ class PlanningPolicy(_Turning):
                 break
         yield from self.walk_back(beyond, mismatches[best])
         yield from self.turn_to(turned[best])
-        return best > 0
+        self.heading, self.looks_walked = turned[best], best
 
     def mismatch_if_aimed(self):
         """The mismatch on a walk, if the camera were aimed at the goal: over half the horizon."""
@@ -259,15 +314,16 @@ class PlanningPolicy(_Turning):
         A wall may have stopped it on the way: then it goes back too far, and forward again. Where a
         ledge stops it now, it jumps.
         """
-        keys, passed = ("s",), [self.mismatch_if_aimed()]
+        keys, passed, moved = ("s",), [self.mismatch_if_aimed()], []
         while looks and passed[-1] > mismatch + _SAME_VIEW:
             before = self.now
             yield hold_keys(self.look_every_ticks, *keys)
             passed.append(self.mismatch_if_aimed())
             has_moved = self.change_since(before) > _STOOD_STILL
+            moved.append(has_moved)
             looks -= has_moved or len(keys) > 1
             keys = ("s",) if has_moved else ("s", "space")
-        too_far = len(passed) - 1 - int(np.argmin(passed))
+        too_far = sum(moved[int(np.argmin(passed)) :])
         if too_far:
             yield hold_keys(too_far * self.look_every_ticks, "w")
 

@@ -39,6 +39,8 @@ def write_model_card(folder, command=None, data=None):
     if data:
         lines += [data, ""]
     lines += [*_describe_training(summary, config), "", "```", command, "```", ""]
+    if "command" in summary.get("start") or {}:
+        lines += ["Those were made by", "", "```", summary["start"]["command"], "```", ""]
     report = _read_own_report(folder)
     if report:
         lines += [*_error_table(report), ""]
@@ -53,7 +55,12 @@ def _describe_training(summary, config):
     train_names, validation_names = summary["train"], summary["validation"]
     minutes = {name: seconds / 60 for name, seconds in summary["seconds"].items()}
     train, frame = config["train"], config["frame"]
+    start, started = summary.get("start"), []
+    if start:
+        count = f"{start['steps']} steps on {len(start['train'])} recordings"
+        started = [f"- started from weights of {count}: {_first_names(start['train'])}"]
     return [
+        *started,
         f"- trained on {len(train_names)} recordings: {_first_names(train_names)}",
         "- chosen by the mean error at 1 to 8 ticks relative to copying the last latent, on "
         f"{len(validation_names)} recordings: {_first_names(validation_names)}",

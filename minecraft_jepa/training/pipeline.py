@@ -53,7 +53,8 @@ def run_training(
         ignore_collapse: do not stop for a collapse alarm.
 
     Returns:
-        What `training.json` holds: how long, and on which recordings, both were trained.
+        What `training.json` holds: how long, and on which recordings, both were trained, and as
+        `start` the same of the weights that the run started from.
 
     Raises:
         ValueError: `out` holds another run, or the recordings can't be trained on.
@@ -118,6 +119,8 @@ def _train_both(config, data, split, out, seed, device, minutes, start, ignore_c
         "train": split["train"],
         "validation": split["validation"],
     }
+    if start and (Path(start) / "training.json").is_file():
+        summary["start"] = json.loads((Path(start) / "training.json").read_text())
     if PartialState().is_main_process:
         write_json(out / "training.json", summary)
     forget_checkpoints(out, "decoders")

@@ -276,14 +276,17 @@ class PlanningPolicy(_Turning):
 
     def walk_and_aim(self):
         """Walk ahead and back to the best place, and look about there if it is not the first."""
-        yield from self.walk()
-        if self.looks_walked and "camera" in self.groups:
+        has_come_nearer = yield from self.walk()
+        if has_come_nearer and "camera" in self.groups:
             if self.is_sure(self.guess_turn()[1]):
                 yield from self.aim_camera(1)
             yield from self.compare_around(self.steps_around[2:])
 
     def walk(self):
-        """Walk ahead, facing the goal, and back to where and as the view fitted it best."""
+        """Walk ahead, facing the goal, and back to where and as the view fitted it best.
+
+        Whether that was not where it began.
+        """
         mismatches, ticks = [self.mismatch_if_aimed()], self.look_every_ticks
         turned = [self.turned]
         nearest, best, beyond = self.distance(), 0, 0
@@ -300,9 +303,10 @@ class PlanningPolicy(_Turning):
             nearest = min(nearest, self.distance())
             if best and beyond and self.distance() > _CLEARLY_FARTHER * nearest:
                 break
-        yield from self.walk_back(beyond, mismatches[best])
+        looks_back = yield from self.walk_back(beyond, mismatches[best])
+        self.heading, self.looks_walked = self.turned, len(mismatches) - 1 - looks_back
         yield from self.turn_to(turned[best])
-        self.heading, self.looks_walked = turned[best], best
+        return best > 0
 
     def mismatch_if_aimed(self):
         """The mismatch on a walk, if the camera were aimed at the goal: over half the horizon."""
@@ -313,6 +317,9 @@ class PlanningPolicy(_Turning):
 
         A wall may have stopped it on the way: then it goes back too far, and forward again. Where a
         ledge stops it now, it jumps.
+
+        Returns:
+            By how many looks it has gone back.
         """
         keys, passed, moved = ("s",), [self.mismatch_if_aimed()], []
         while looks and passed[-1] > mismatch + _SAME_VIEW:
@@ -326,6 +333,7 @@ class PlanningPolicy(_Turning):
         too_far = sum(moved[int(np.argmin(passed)) :])
         if too_far:
             yield hold_keys(too_far * self.look_every_ticks, "w")
+        return sum(moved) - too_far
 
     def try_slots(self):
         """Take each slot of the hotbar in hand, and then the one that was nearest to the goal."""

@@ -215,64 +215,10 @@ _ALMOST_SURE = 1.5  # times `sure_degrees`: while it walks, the goal is known to
 _STOOD_STILL = 0.002  # latent distance of two views of one place
 
 
-class PlanningPolicy(_Turning):
-    """Plans the camera; turns around, walks and changes the slot by trying.
-
-    Arguments are those of `RecedingHorizon`. The planner must press no key: use a planner with
-    `groups=("camera",)`. A turn of less than `short_plan_degrees` is planned over half the horizon.
-
-    Args:
-        groups: what it may use: "camera", "move", "hotbar".
-        degrees_between_views: between two looks while it turns around and compares views.
-        degrees_between_plans: between two looks while it turns around and imagines plans.
-        look_every_ticks: ticks between two looks while it walks.
-        arrival_degrees: yaw and pitch that the planner's guess may still see at the goal.
-        sure_degrees: expected error of the guess up to which a plan is carried out at any cost.
-        same_place_degrees: expected error of the pitch up to which a view may be the goal's.
-        patience: looks in a row without a better fit after which it stops walking: as long as no
-            look was better than the first, and afterwards.
-    """
+class _Walking(_Turning):
+    """Walks ahead, past the goal and back to it; see `PlanningPolicy`."""
 
     max_walk_ticks = 50
-    ticks_of_a_try = 60  # that have to be left for another direction
-
-    def episode_steps(self):
-        """All steps of an episode; it ends where the view fits the goal best."""
-        directions = []
-        if "camera" in self.groups:
-            directions = yield from self.find_direction()
-        if "move" in self.groups:
-            yield from self.walk_and_aim()
-            yield from self.try_directions(directions[1:])
-        if "hotbar" in self.groups:
-            yield from self.try_slots()
-
-    def find_direction(self):
-        """Turn full circle, then to the likeliest view, and aim there; the directions, ranked."""
-        if "move" in self.groups:
-            yield from self.aim_camera(1)  # the pitch is seen from anywhere
-            degrees, views = self.degrees_between_views, lambda: torch.cat(self.views)
-            directions = yield from self.turn_around(degrees, views, self.compare_looks)
-            yield from self.aim_camera(3)
-            return directions
-        degrees = self.degrees_between_plans
-        directions = yield from self.turn_around(degrees, self.imagined_mismatch)
-        yield from self.aim_camera(3)
-        yield from self.compare_around(self.steps_around)
-        return directions
-
-    def try_directions(self, directions):
-        """As long as the view is not the goal's: back to the start, and in another direction."""
-        for direction in directions:
-            way_back = self.looks_walked * self.look_every_ticks
-            if self.has_arrived() or self.ticks_left < way_back + self.ticks_of_a_try:
-                return
-            yield from self.turn_to(self.heading)
-            if way_back:
-                yield hold_keys(way_back, "s")
-            yield from self.turn_to(direction)
-            yield from self.aim_camera(2)
-            yield from self.walk_and_aim()
 
     def walk_and_aim(self):
         """Walk ahead and back to the best place, and look about there if it is not the first."""
@@ -283,10 +229,7 @@ class PlanningPolicy(_Turning):
             yield from self.compare_around(self.steps_around[2:])
 
     def walk(self):
-        """Walk ahead, facing the goal, and back to where and as the view fitted it best.
-
-        Whether that was not where it began.
-        """
+        """Walk ahead and back to the best view; whether that was not where it began."""
         mismatches, ticks = [self.mismatch_if_aimed()], self.look_every_ticks
         turned = [self.turned]
         nearest, best, beyond = self.distance(), 0, 0
@@ -334,6 +277,64 @@ class PlanningPolicy(_Turning):
         if too_far:
             yield hold_keys(too_far * self.look_every_ticks, "w")
         return sum(moved) - too_far
+
+# %% ../../nbs/agent/07_planning_policy.ipynb #4cfa23ce
+class PlanningPolicy(_Walking):
+    """Plans the camera; turns around, walks and changes the slot by trying.
+
+    Arguments are those of `RecedingHorizon`. The planner must press no key: use a planner with
+    `groups=("camera",)`. A turn of less than `short_plan_degrees` is planned over half the horizon.
+
+    Args:
+        groups: what it may use: "camera", "move", "hotbar".
+        degrees_between_views: between two looks while it turns around and compares views.
+        degrees_between_plans: between two looks while it turns around and imagines plans.
+        look_every_ticks: ticks between two looks while it walks.
+        arrival_degrees: yaw and pitch that the planner's guess may still see at the goal.
+        sure_degrees: expected error of the guess up to which a plan is carried out at any cost.
+        same_place_degrees: expected error of the pitch up to which a view may be the goal's.
+        patience: looks in a row without a better fit after which it stops walking: as long as no
+            look was better than the first, and afterwards.
+    """
+
+    ticks_of_a_try = 60  # that have to be left for another direction
+
+    def episode_steps(self):
+        """All steps of an episode; it ends where the view fits the goal best."""
+        directions = []
+        if "camera" in self.groups:
+            directions = yield from self.find_direction()
+        if "move" in self.groups:
+            yield from self.walk_and_aim()
+            yield from self.try_directions(directions[1:])
+        if "hotbar" in self.groups:
+            yield from self.try_slots()
+
+    def find_direction(self):
+        """Turn full circle, then to the likeliest view, and aim; before a walk all, ranked."""
+        if "move" in self.groups:
+            yield from self.aim_camera(1)  # the pitch is seen from anywhere
+            degrees, views = self.degrees_between_views, lambda: torch.cat(self.views)
+            directions = yield from self.turn_around(degrees, views, self.compare_looks)
+            yield from self.aim_camera(3)
+            return directions
+        yield from self.turn_around(self.degrees_between_plans, self.imagined_mismatch)
+        yield from self.aim_camera(3)
+        yield from self.compare_around(self.steps_around)
+        return []
+
+    def try_directions(self, directions):
+        """As long as the view is not the goal's: back to the start, and in another direction."""
+        for direction in directions:
+            way_back = self.looks_walked * self.look_every_ticks
+            if self.has_arrived() or self.ticks_left < way_back + self.ticks_of_a_try:
+                return
+            yield from self.turn_to(self.heading)
+            if way_back:
+                yield hold_keys(way_back, "s")
+            yield from self.turn_to(direction)
+            yield from self.aim_camera(2)
+            yield from self.walk_and_aim()
 
     def try_slots(self):
         """Take each slot of the hotbar in hand, and then the one that was nearest to the goal."""

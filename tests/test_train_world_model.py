@@ -150,6 +150,11 @@ def test_with_a_frozen_encoder_the_decoders_are_taken_over(tmp_path):
     write_model_card(tmp_path / "second")
     card = (tmp_path / "second" / "README.md").read_text()
     assert f"started from weights of 2 steps on {len(TRAIN)} recordings" in card
+    assert "Those were made by" not in card  # nobody said how
+    report["start"]["command"] = "minecraft-jepa train OPTIONS"
+    (tmp_path / "second" / "training.json").write_text(json.dumps(report))
+    write_model_card(tmp_path / "second")
+    assert "minecraft-jepa train OPTIONS" in (tmp_path / "second" / "README.md").read_text()
     for file in ("head.safetensors", "dit.safetensors"):
         tensors = [load_file(tmp_path / run / file) for run in ("first", "second")]
         assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())

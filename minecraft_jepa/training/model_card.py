@@ -39,7 +39,7 @@ def write_model_card(folder, command=None, data=None):
     if data:
         lines += [data, ""]
     lines += [*_describe_training(summary, config), "", "```", command, "```", ""]
-    if "command" in summary.get("start") or {}:
+    if "command" in (summary.get("start") or {}):
         lines += ["Those were made by", "", "```", summary["start"]["command"], "```", ""]
     report = _read_own_report(folder)
     if report:

@@ -345,6 +345,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                           'minecraft_jepa/config_sections.py'),
                                                 'minecraft_jepa.config_sections.Train': ( 'config_sections.html#train',
                                                                                           'minecraft_jepa/config_sections.py'),
+                                                'minecraft_jepa.config_sections.Train.freezes_encoder': ( 'config_sections.html#train.freezes_encoder',
+                                                                                                          'minecraft_jepa/config_sections.py'),
                                                 'minecraft_jepa.config_sections._check_value': ( 'config_sections.html#_check_value',
                                                                                                  'minecraft_jepa/config_sections.py'),
                                                 'minecraft_jepa.config_sections._one_of': ( 'config_sections.html#_one_of',

@@ -205,3 +205,8 @@ class Train(Section):
     decoder_steps: int = _within(450, **_STEPS)  # of the decoders
     decoder_batch_size: int = _within(16, 1, 2**24)  # frames a step, over all processes
     decoder_lr: float = _within(6e-4, **_RATE)  # peak learning rate
+
+    @property
+    def freezes_encoder(self):
+        """Whether the encoder stays that of the weights that training starts from."""
+        return self.encoder_lr_scale == 0

@@ -100,7 +100,7 @@ def _train_both(config, data, split, out, seed, device, minutes, start, ignore_c
     )
     minutes_spent = rows[-1].get("elapsed", 0.0) / 60
     remaining = minutes and max(minutes - minutes_spent, 0.1 * minutes)
-    if config.train.encoder_lr_scale == 0 and _copy_decoders(config, start, out):
+    if config.train.freezes_encoder and _copy_decoders(config, start, out):
         decoder_rows = [{"step": 0, "seconds": 0.0}]
     else:
         _, _, decoder_rows = train_decoders_and_keep_checkpoint(

@@ -64,7 +64,7 @@ def _check_accumulate(config):
 
 def _check_start(config, init_from):
     """ValueError for an encoder that is frozen and has random weights."""
-    if config.train.encoder_lr_scale == 0 and init_from is None:
+    if config.train.freezes_encoder and init_from is None:
         raise ValueError(
             "encoder_lr_scale=0 freezes the encoder, and its weights are random here: start from "
             "trained weights (train --start FOLDER, or init_from=), or give a larger number"
@@ -130,14 +130,11 @@ class _WorldModelTraining:
 
     def make_batches(self, step, rank, num_processes):
         """Endless batches of windows from `step` on."""
-        jepa, train, ticks = (
-            self.config.jepa,
-            self.config.train,
-            self.config.conditioner.history_ticks,
-        )
-        window, process = (ticks, jepa.max_rollout_steps), (step, rank, num_processes)
-        # The pitch loss alone reads the extra frame, and trains the encoder alone.
-        extra_frame = jepa.extra_frame_offset if train.encoder_lr_scale else 0
+        jepa, train = self.config.jepa, self.config.train
+        window = self.config.conditioner.history_ticks, jepa.max_rollout_steps
+        process = step, rank, num_processes
+        # Only the pitch loss reads the extra frame, and only the encoder learns from it.
+        extra_frame = 0 if train.freezes_encoder else jepa.extra_frame_offset
         return window_batches(
             self.data, self.names, *window, train.batch_size, self.seed, *process, extra_frame
         )
@@ -191,7 +188,7 @@ def _make_model(config, start):
         model.inverse_dynamics.pitch_proj.requires_grad_(False)  # the pitch loss alone trains it
     if start:
         model.init_from_pretrained(start)
-    if config.train.encoder_lr_scale == 0:
+    if config.train.freezes_encoder:
         model.copy_target_to_encoder()
         model.freeze_encoder()
     return model

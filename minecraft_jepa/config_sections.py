@@ -191,6 +191,10 @@ class Train(Section):
     # and keep detail (LOG.md); 0: the encoder of the weights that training starts from is frozen,
     # and the prediction loss alone trains conditioner and predictor
     encoder_lr_scale: float = _within(0.5, 0, 1000)
+    # steps of a second stage of the world model, from the best weights of the first, with the
+    # encoder frozen and the longest rollouts: the prediction improves, latents stay (LOG.md)
+    frozen_steps: int = _within(0, 0, 10**8 - 1)
+    frozen_lr: float = _within(5e-4, **_RATE)  # peak learning rate of the second stage
     warmup_fraction: float = _within(0.05, **_FRACTION)  # fraction of the steps
     weight_decay: float = _within(0.05, 0, 100)  # of matrices only
     # largest norm of the gradient

@@ -359,10 +359,13 @@ def test_film_says_where_nothing_was_imagined_and_counts_ticks(monkeypatch):
     imagined = frames.copy()
     imagined[4] = 0
     film = {"reality": frames, "imagined": imagined, "goal": frames[0]}
-    draw_film(film | {"actions": hold_keys(7)}, every=4)
-    assert list(calls["ticks"]) == [0, 4, 7]
+    draw_film(film | {"actions": hold_keys(7)}, every=4, every_imagined=3)
+    assert list(calls["ticks"]) == [0, 3, 4, 6, 7]
     shown = calls["panels"]["imagined"]
-    assert (shown[0] == 90).all() and len(np.unique(shown[1])) > 2
+    assert (shown[1] == 90).all() and len(np.unique(shown[2])) > 2
+    imagined[:] = 0
+    draw_film(film | {"actions": hold_keys(7)}, every=4, every_imagined=3)
+    assert list(calls["ticks"]) == [0, 4, 7]
 
 
 def test_intervals_and_counts():

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -33,7 +34,7 @@ from minecraft_jepa.training import train_decoders as decoder_training
 from minecraft_jepa.training import train_world_model as world_model_training
 from minecraft_jepa.training.checkpoints import find_checkpoint
 from minecraft_jepa.training.model_card import write_model_card
-from minecraft_jepa.training.pipeline import run_training
+from minecraft_jepa.training.pipeline import run_training, split_stages
 from minecraft_jepa.training.train_decoders import train_decoders
 from minecraft_jepa.training.train_world_model import train_world_model
 from minecraft_jepa.training.trainer import CollapseError
@@ -133,13 +134,18 @@ def test_a_frozen_encoder_keeps_its_latents_while_the_prediction_improves(store,
         train(store, steps=2, encoder_lr_scale=0)
 
 
-def test_with_a_frozen_encoder_the_decoders_are_taken_over(tmp_path):
-    recordings = tmp_path / "recordings"
-    recordings.mkdir()
+@pytest.fixture
+def recordings(tmp_path):
+    folder = tmp_path / "recordings"
+    folder.mkdir()
     for path in itertools.chain.from_iterable(DATA.glob(f"{n}.*") for n in [*TRAIN, *HELD_OUT]):
-        (recordings / path.name).symlink_to(path)
+        (folder / path.name).symlink_to(path)
     split = {"train": TRAIN, "validation": HELD_OUT, "test": []}
-    (recordings / "split.json").write_text(json.dumps(split))
+    (folder / "split.json").write_text(json.dumps(split))
+    return folder
+
+
+def test_with_a_frozen_encoder_the_decoders_are_taken_over(recordings, tmp_path):
     config = preset("tiny", **TINY | {"steps": 2, "evaluate_every": 2, "decoder_steps": 2})
     frozen = replace(config, train=replace(config.train, encoder_lr_scale=0.0, lr=1e-3))
     run_training(config, recordings, tmp_path / "first")
@@ -162,6 +168,30 @@ def test_with_a_frozen_encoder_the_decoders_are_taken_over(tmp_path):
     (tmp_path / "first" / "dit.safetensors").unlink()
     report = run_training(frozen, recordings, tmp_path / "third", init_from=tmp_path / "first")
     assert report["decoder_steps"] == 2
+
+
+def test_two_stages_are_two_runs(recordings, tmp_path, capsys):
+    few = {"steps": 2, "evaluate_every": 1, "decoder_steps": 2, "frozen_steps": 3}
+    config = preset("tiny", **TINY | few)
+    first, second = split_stages(config)
+    assert (first.train.steps, first.train.frozen_steps) == (2, 0)
+    assert (second.train.steps, second.train.lr) == (3, config.train.frozen_lr)
+    assert second.train.freezes_encoder and not first.train.freezes_encoder
+    report = run_training(config, recordings, tmp_path / "both")
+    assert (report["steps"], report["decoder_steps"]) == (3, 0)
+    assert (report["start"]["steps"], report["start"]["decoder_steps"]) == (2, 2)
+    run_training(first, recordings, tmp_path / "one")
+    run_training(second, recordings, tmp_path / "two", init_from=tmp_path / "one")
+    for file in ("world_model.safetensors", "head.safetensors", "dit.safetensors"):
+        tensors = [load_file(tmp_path / run / file) for run in ("both", "two")]
+        assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
+    shutil.rmtree(tmp_path / "both" / "first_stage")  # a finished run does not need it
+    assert run_training(config, recordings, tmp_path / "both") == report
+    assert "trained already" in capsys.readouterr().out
+    assert not (tmp_path / "both" / "first_stage").exists()
+    other = replace(config, train=replace(config.train, frozen_lr=1e-4))
+    with pytest.raises(ValueError, match="holds another run"):  # before a first stage of hours
+        run_training(other, recordings, tmp_path / "both")
 
 
 def test_trains_from_shards(shards):

@@ -32,19 +32,23 @@ def load_film(path) -> dict:
         raise ValueError(f"{path} can't be read ({e}): run the episode again") from None
 
 # %% ../../nbs/agent/08_films.ipynb #e69bae53
-def draw_film(film, every=2, scale=2) -> list:
+def draw_film(film, every=2, every_imagined=2, scale=2) -> list:
     """Draw one picture for some of the ticks. Where nothing was imagined, the picture says so.
 
     Args:
         film: of `load_film`.
-        every: ticks from one picture to the next.
+        every: ticks from one picture to the next, where nothing was imagined.
+        every_imagined: the same, where something was.
         scale: how many times a frame is enlarged.
 
     Returns:
         Pictures (h, w, 3) uint8; in each the action that acts next, and in the last none.
     """
     last = len(film["reality"]) - 1
-    ticks = np.unique([*range(0, last, every), last])
+    imagined = film["imagined"].any(axis=(1, 2, 3))
+    strides = np.where(imagined, every_imagined, every)
+    ticks = np.flatnonzero(np.arange(last + 1) % strides == 0)
+    ticks = np.union1d(ticks, last)
     goal = np.broadcast_to(film["goal"], film["reality"].shape)
     panels = {"reality": film["reality"], "imagined": film["imagined"], "goal": goal}
     panels = {name: upscale(frames[ticks], scale) for name, frames in panels.items()}

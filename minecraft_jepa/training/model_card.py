@@ -59,15 +59,17 @@ def _describe_training(summary, config):
     if start:
         count = f"{start['steps']} steps on {len(start['train'])} recordings"
         started = [f"- started from weights of {count}: {_first_names(start['train'])}"]
+    decoders = "decoders as they were"
+    if summary["decoder_steps"]:
+        decoders = f"decoders {summary['decoder_steps']} steps of {train['decoder_batch_size']}, "
+        decoders += f"{minutes['decoders']:.0f} minutes"
     return [
         *started,
         f"- trained on {len(train_names)} recordings: {_first_names(train_names)}",
         "- chosen by the mean error at 1 to 8 ticks relative to copying the last latent, on "
         f"{len(validation_names)} recordings: {_first_names(validation_names)}",
         f"- {summary['steps']} steps of {train['batch_size']} windows, "
-        f"{minutes['world_model']:.0f} minutes; "
-        f"decoders {summary['decoder_steps']} steps of {train['decoder_batch_size']}, "
-        f"{minutes['decoders']:.0f} minutes; on {summary['device']}",
+        f"{minutes['world_model']:.0f} minutes; {decoders}; on {summary['device']}",
         f"- seed {summary['seed']}, frames {frame['height']}x{frame['width']}, "
         f"anti-collapse {config['jepa']['anti_collapse']}",
     ]

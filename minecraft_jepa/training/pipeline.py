@@ -87,7 +87,7 @@ def run_training(
             config, data, split, out, seed, device, max_minutes, init_from, ignore_collapse
         )
 
-
+# %% ../../nbs/training/14_pipeline.ipynb #07f71fd1
 def _run_settings(config, seed, start):
     """What a run that goes on must agree with, {name: value}."""
     return {"seed": seed, "start": str(start) if start else None} | result_settings(config)

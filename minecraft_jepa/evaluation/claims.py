@@ -227,7 +227,8 @@ def judge_scale(ablations):
     depths = (ablations or {}).get("table", {}).get("predictor blocks")
     if not depths:
         return (
-            "no ablations beside the figures: `make ablations` trains the predictor at half and "
+            "no ablations of this preset and these recordings beside the figures: "
+            "`make ablations` trains the predictor at half and "
             "at twice its depth"
         ), "not shown"
     quantity = "error / copying, 4 ticks"

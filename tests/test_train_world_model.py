@@ -190,6 +190,7 @@ def test_two_stages_are_two_runs(recordings, tmp_path, capsys):
     assert "trained already" in capsys.readouterr().out
     assert not (tmp_path / "both" / "first_stage").exists()
     other = replace(config, train=replace(config.train, frozen_lr=1e-4))
+    assert split_stages(other)[0] == first  # its first stage can be used
     with pytest.raises(ValueError, match="holds another run"):  # before a first stage of hours
         run_training(other, recordings, tmp_path / "both")
 

@@ -114,7 +114,7 @@ def split_stages(config):
         frozen and whose rollouts are as long as the longest of the first.
     """
     train, jepa = config.train, config.jepa
-    first = replace(train, frozen_steps=0)
+    first = replace(train, frozen_steps=0, frozen_lr=type(train).frozen_lr)  # of no effect there
     second = replace(first, steps=train.frozen_steps, lr=train.frozen_lr, encoder_lr_scale=0.0)
     rollouts = replace(jepa, rollout_steps=jepa.max_rollout_steps)
     return replace(config, train=first), replace(config, train=second, jepa=rollouts)

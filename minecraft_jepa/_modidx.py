@@ -2435,6 +2435,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                      'minecraft_jepa/training/packing.py'),
                                                  'minecraft_jepa.training.packing._metadata_files': ( 'training/packing.html#_metadata_files',
                                                                                                       'minecraft_jepa/training/packing.py'),
+                                                 'minecraft_jepa.training.packing._part_name': ( 'training/packing.html#_part_name',
+                                                                                                 'minecraft_jepa/training/packing.py'),
                                                  'minecraft_jepa.training.packing._read_members': ( 'training/packing.html#_read_members',
                                                                                                     'minecraft_jepa/training/packing.py'),
                                                  'minecraft_jepa.training.packing._without_owner': ( 'training/packing.html#_without_owner',

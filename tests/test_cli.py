@@ -119,6 +119,9 @@ def test_the_version_is_told(capsys):
         (["download", "vpt", "--by", "plyer"], "plyer"),
         (["download", "vpt", "--hour", "1"], "--hours"),
         (["download", "vpt", "--again", "everything"], "everything"),
+        (["download", "vpt", "--hours", "1"], "name the index too"),
+        (["download", "vpt", "--by", "session"], "--by chooses from an index"),
+        (["download", "vpt", "--seed", "0"], "--seed chooses from an index"),
     ],
 )
 def test_wrong_command_line_names_what_is_wrong(words, said, capsys, monkeypatch):
@@ -284,7 +287,7 @@ def test_weights_that_do_not_say_what_they_saw_are_told(tmp_path, capsys):
 
 
 def test_faults_of_parts_are_told_in_a_line(tmp_path, capsys):
-    (tmp_path / "part-000.tar").write_bytes(b"no tar")
+    (tmp_path / "part-000-of-001.tar").write_bytes(b"no tar")
     for words in (
         ["pack", tmp_path, tmp_path / "out"],
         ["train", tmp_path, tmp_path / "run"],

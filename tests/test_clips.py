@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -328,16 +329,18 @@ def test_killed_decoding_process_is_told_and_the_build_goes_on(tmp_path, monkeyp
         decode_clip(path, *args)
 
     words = ["store", str(tmp_path / "v"), str(tmp_path / "store"), "--workers", "2"]
+    words += ["--height", "36", "--width", "60"]
+    frame = replace(FRAME, height=36, width=60)
     with monkeypatch.context() as m:
         m.setattr(store_build, "decode_clip", decode_or_die)
         line = refused(capsys, words, "a decoding process was killed")
         assert "memory" in line
         assert "--workers 1" in line
         with pytest.raises(DecodingStopped):
-            build(tmp_path / "v", tmp_path / "store", workers=2)
+            ClipStore.build(tmp_path / "v", frame, tmp_path / "store", progress=False, workers=2)
     assert issubclass(DecodingStopped, OSError)  # the commands tell these in a line
-    assert main(words) == 0
-    assert ClipStore.open(tmp_path / "store").names == list("abcd")
+    assert main(line.strip().rpartition("minecraft-jepa ")[2].split()) == 0  # as it says
+    assert ClipStore.open(tmp_path / "store", frame).names == list("abcd")
 
 
 def test_one_bad_recording_is_named_and_can_be_left_out(folder, tmp_path):

@@ -320,6 +320,20 @@ def test_what_is_missing_and_broken_is_told_and_left_out(server, tmp_path):
     assert len(find_recordings(tmp_path)) == 4
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".jsonl"])
+def test_what_was_missing_is_fetched_when_it_is_asked_for_again(server, tmp_path, suffix):
+    entries = offer(server, 3)
+    contents = server.files.pop(path_of(entries[0], suffix))
+    write_manifest(tmp_path, entries)
+    get(tmp_path)
+    reason = get(tmp_path, again=["missing"])[f"{entries[0].name}{suffix}"]["why"]
+    assert reason == "HTTP 404"  # still the true one
+    server.files[path_of(entries[0], suffix)] = contents
+    assert get(tmp_path)[f"{entries[0].name}{suffix}"]["status"] == "missing"
+    get(tmp_path, again=["missing"])
+    assert_complete(server, tmp_path, entries)
+
+
 def test_second_run_does_only_what_is_left(server, tmp_path):
     entries = offer(server, 4)
     write_manifest(tmp_path, entries)

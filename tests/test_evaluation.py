@@ -456,6 +456,27 @@ def test_latents_that_grow_are_seen_to_leave(store):
     assert measured["imagined"]["spread"][-1] > 10
 
 
+def test_long_rollouts_follow_actions_that_were_recorded(store):
+    class Listens(Deaf):
+        def step(self, z, actions):
+            self.heard.append(actions[:, -1])
+            return z
+
+    model, ticks = Listens(store), 30
+    model.heard = []
+    measured = rollout_drift(model, store, store.names, ticks, 10, windows_per_recording=3)
+    assert (measured["recordings"], measured["repeated"]) == (len(store.names), False)
+    heard = torch.stack(model.heard, 1).numpy()  # (b, ticks, 28)
+    assert len(heard) == 3 * len(store.names)
+    recorded = [store[name].actions for name in store.names]
+    stretches = {a[t : t + ticks].tobytes() for a in recorded for t in range(len(a) - ticks + 1)}
+    assert all(actions.tobytes() in stretches for actions in heard)
+    longest = max(map(len, recorded))
+    model.heard = []
+    measured = rollout_drift(model, store, store.names, longest, 1000, windows_per_recording=1)
+    assert measured["repeated"] and len(model.heard) == longest
+
+
 # Pixels
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pairs
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from minecraft_jepa.planning.action_prior import ActionPrior
 from minecraft_jepa.planning.costs import COSTS, squared_distance
 from minecraft_jepa.planning.goal_motion import RelativeMotionNet
 from minecraft_jepa.planning.inverse_model import InverseModel
+from minecraft_jepa.planning.networks import training_sides
 from minecraft_jepa.planning.planners import PLANNERS, default_planner
 from minecraft_jepa.planning.search import CountingModel, imagine_plans, toy_problem
 from minecraft_jepa.planning.swm import SwmPlanner, import_solvers
@@ -181,6 +183,21 @@ def test_shipped_networks_load_and_plan():
     z, goal = torch.randn(2, tokens, 128)
     plan = replace(planner, num_initial_plans=8, rounds=0).plan(model, z, goal, None, 3)
     assert plan.actions.shape == (3, 28) and plan.latents.shape == (3, tokens, 128)
+
+
+def test_without_a_split_planning_learns_from_none_that_it_is_judged_on(tmp_path):
+    def sides_of(seeds):  # the weights have seen none of these
+        folder = tmp_path / str(len(seeds))
+        for seed in seeds:
+            pairs.make_pair(folder, f"world-{seed}_0000", 40)
+        store = ClipStore.build(folder, preset("tiny").frame, folder / "clips", progress=False)
+        return training_sides(WEIGHTS, folder, store)
+
+    sides = sides_of(range(901, 907))
+    assert len(sides["train"]) == len(sides["validation"]) == 2
+    assert not set(sides["train"]) & set(sides["validation"])
+    with pytest.raises(ValueError, match="at least three worlds or sessions"):
+        sides_of(range(901, 903))
 
 
 def test_a_missing_prior_says_how_to_make_it(tmp_path):

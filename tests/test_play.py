@@ -22,6 +22,7 @@ import aiohttp
 import numpy as np
 import pytest
 import torch
+from gymnasium.error import ResetNeeded
 from PIL import Image
 from served import NAMES, copy_recordings, plan_to_turn, running
 
@@ -108,6 +109,23 @@ def test_a_corrected_dream_plays_back_with_its_correction(dream, assets, tmp_pat
     assert same(list(again), recorded(dream.trajectory))
     with pytest.raises(ValueError, match=f"corrected.jsonl, line 2: .*{name}"):
         list(replay(Dream(assets.model, assets.head), pair[0]))
+
+
+def test_a_rewind_past_a_change_of_correction_plays_back(assets, tmp_path):
+    dream = Dream(assets.model, assets.head)
+    correction = assets.corrections["overshoot"]
+    dream.reset(*assets.start(NAMES[0], 30))
+    for _ in range(6):
+        dream.step(LEFT)
+    dream.correction = correction
+    dream.step(LEFT)
+    dream.rewind(4)  # to where there was none
+    for _ in range(4):
+        dream.step(LEFT)
+    shown = [dream.trajectory.frame(t) for t in range(len(dream.trajectory))]
+    pair = save_pair(dream.trajectory, tmp_path / "dream")
+    again = replay(Dream(assets.model, assets.head), pair[0], assets.corrections)
+    assert all(np.array_equal(a, b) for a, b in zip(shown, again, strict=True))
 
 
 def test_a_dream_that_ends_with_a_look_plays_back_with_it(dream, assets, tmp_path):
@@ -823,7 +841,8 @@ class FakeGame:
     made: ClassVar = []
 
     def __init__(self, **options):
-        self.options, self.t, self.acted, self.open, self.fails = options, 0, [], True, False
+        self.options, self.t, self.acted, self.open = options, 0, [], True
+        self.fails = self.ended = False
         self.recording = list(open_recording(ROOT / "data" / NAMES[3]).frames(144, 256))[:120]
         FakeGame.made.append(self)
 
@@ -831,9 +850,12 @@ class FakeGame:
         return self.recording[0], {}
 
     def step(self, action):
+        if self.ended:
+            raise ResetNeeded("call reset first: no game is running")
         self.acted.append(action)
         self.t += 1
         if self.fails:
+            self.ended = True
             return (
                 self.recording[self.t],
                 0.0,
@@ -981,6 +1003,57 @@ def test_a_key_takes_over_from_a_plan_and_a_search_that_fails_is_told(
 
     planner.plan = fail
     assert "too long" in did(session, "plan", ticks=6)[1]["why"]
+
+
+def planned(assets, folder, monkeypatch):
+    """A session with a plan of six ticks towards a later frame of its recording."""
+    monkeypatch.setattr(assets, "planner", lambda: SimpleNamespace(plan=plan_to_turn))
+    session = begun(assets, folder)
+    did(session, "goal", ticks=6)
+    assert did(session, "plan", ticks=6)[-1]["planned"] == 6
+    return session
+
+
+@pytest.mark.parametrize("kind", ["reset", "rewind", "seek"])
+def test_a_plan_for_another_place_is_dropped(assets, tmp_path, monkeypatch, kind):
+    session = planned(assets, tmp_path, monkeypatch)
+    assert did(session, "step")[-1]["planned"] == 5
+    fields = {"reset": {}, "rewind": {"ticks": 1}, "seek": {"name": NAMES[0], "share": 0.5}}[kind]
+    assert did(session, kind, **fields)[-1]["planned"] == 0
+    assert did(session, "step")[-1]["action"] == NOOP.tolist()
+
+
+def test_beside_the_game_no_plan_of_a_recording_goes_on(assets, tmp_path, monkeypatch, game):
+    session = planned(assets, tmp_path, monkeypatch)
+    assert did(session, "reality")[-1]["planned"] == 0
+    assert "did not begin in a recording" in did(session, "goal", ticks=6)[0]["why"]
+    session.close()
+
+
+@pytest.mark.parametrize("kind", ["pause", "sharpen", "step"])
+def test_where_it_stands_still_the_game_holds_no_key(assets, tmp_path, game, kind):
+    session = begun(assets, tmp_path)
+    did(session, "reality")
+    did(session, "play")
+    played(session, FORWARD, 3)
+    assert np.array_equal(game[0].acted[-1], FORWARD)
+    session.next_tick_time = math.inf
+    did(session, kind)
+    assert np.array_equal(game[0].acted[-1], NOOP)
+    session.close()
+
+
+@pytest.mark.parametrize("kind", ["play", "look", "step"])
+def test_a_game_that_dies_while_it_is_paused_is_told_and_left(assets, tmp_path, game, kind):
+    session = begun(assets, tmp_path)
+    did(session, "reality")
+    game[0].fails = True
+    session.frames_acknowledged = session.frames_sent
+    told = [m["why"] for m in did(session, kind) if m["type"] == "refused"]
+    assert any("the game has died" in why for why in told)
+    session.work()
+    session.run_job()
+    assert session.reality is None and did(session, "step")[-1]["tick"] >= 1
 
 
 def test_there_is_one_game_at_a_time(assets, tmp_path, game):

@@ -13,9 +13,12 @@ from contractor import lines_of, name_of, write_pair
 from minecraft_jepa.data import checks
 from minecraft_jepa.data.checks import CHECKS_FILE, check_folder, find_recordings, read_checks
 from minecraft_jepa.data.splits import load_split
+from minecraft_jepa.planning.inverse_model import InverseModel
+from minecraft_jepa.planning.temporal_distance import TemporalDistance
 from minecraft_jepa.training import remote
 from minecraft_jepa.training.model_card import write_model_card
 from minecraft_jepa.training.packing import MIB, pack, unpack
+from minecraft_jepa.training.run_identity import PLANNING_FILES
 from minecraft_jepa.training.weight_parts import join_weights, split_weights
 
 NAMES = [name_of(player) for player in ("a", "b", "c", "d", "e")]
@@ -173,9 +176,9 @@ def test_parts_are_of_the_size_asked_for(recordings, tmp_path):
 
 
 def write_part(folder, *members):
-    """part-000.tar of (TarInfo, bytes), as `pack` would never write it."""
+    """part-000-of-001.tar of (TarInfo, bytes), as `pack` would never write it."""
     folder.mkdir()
-    with tarfile.open(folder / "part-000.tar", "w") as tar:
+    with tarfile.open(folder / "part-000-of-001.tar", "w") as tar:
         for member, contents in members:
             member.size = len(contents)
             tar.addfile(member, io.BytesIO(contents))
@@ -239,10 +242,16 @@ def test_part_that_is_missing_or_cut_is_named(recordings, tmp_path):
     num_bytes = len(contents)
     for size in (0, 100, 700, num_bytes // 2, num_bytes - 10240, num_bytes - 1):
         parts[1].write_bytes(contents[:size])
-        with pytest.raises(ValueError, match=r"part-001.tar: no whole tar file"):
+        with pytest.raises(ValueError, match=r"part-001-of-\d+.tar: no whole tar file"):
             unpack(out, arrived)
-    parts[1].unlink()
-    with pytest.raises(ValueError, match=r"part-001.tar is missing; bring it too"):
+    parts[1].write_bytes(contents)
+    for part in (parts[1], parts[0], parts[-1]):  # the last one has the split
+        part.rename(tmp_path / part.name)
+        with pytest.raises(ValueError, match=rf"{part.name} is missing; bring it too"):
+            unpack(out, arrived)
+        (tmp_path / part.name).rename(part)
+    (out / "part-000-of-001.tar").write_bytes(contents)
+    with pytest.raises(ValueError, match=r"missing; bring it too|parts of several packings"):
         unpack(out, arrived)
     assert not arrived.exists()
 
@@ -317,6 +326,8 @@ def test_nothing_of_the_old_weights_stays_beside_new_ones(tmp_path):
     target = write_run(tmp_path / "weights", "old", seed=1)
     (target / "world_model.png").write_bytes(b"old picture")
     (target / "mine.txt").write_text("kept")
+    for name in PLANNING_FILES:
+        (target / name).write_bytes(b"learned from the old latents")
     assert "| 1 | 0.125 |" in evaluate(target)
     assert (target / "curves.png").is_file()
     run = write_run(tmp_path / "run", "new", with_log=False, seed=2)
@@ -386,3 +397,8 @@ def test_no_folder_of_something_else_is_emptied_for_parts(tmp_path):
     (run / "parts/parts.json").unlink()  # a kill came before it
     split_weights(run, run / "parts", MIB)
     join_weights(run / "parts", tmp_path / "weights")
+
+
+def test_the_files_of_planning_are_known_by_name():
+    networks = {network.file for network in (InverseModel, TemporalDistance)}
+    assert set(PLANNING_FILES) == networks | {"action_prior.json"}

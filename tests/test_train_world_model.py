@@ -170,7 +170,7 @@ def test_with_a_frozen_encoder_the_decoders_are_taken_over(recordings, tmp_path)
     assert report["decoder_steps"] == 2
 
 
-def test_two_stages_are_two_runs(recordings, tmp_path, capsys):
+def test_two_stages_are_two_runs(recordings, tmp_path, capsys, monkeypatch):
     few = {"steps": 2, "evaluate_every": 1, "decoder_steps": 2, "frozen_steps": 3}
     config = preset("tiny", **TINY | few)
     first, second = split_stages(config)
@@ -188,6 +188,10 @@ def test_two_stages_are_two_runs(recordings, tmp_path, capsys):
     shutil.rmtree(tmp_path / "both" / "first_stage")  # a finished run does not need it
     assert run_training(config, recordings, tmp_path / "both") == report
     assert "trained already" in capsys.readouterr().out
+    (tmp_path / "both").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert run_training(config, recordings, "moved") == report  # moved, and spelt otherwise
+    (tmp_path / "moved").rename(tmp_path / "both")
     assert not (tmp_path / "both" / "first_stage").exists()
     other = replace(config, train=replace(config.train, frozen_lr=1e-4))
     assert split_stages(other)[0] == first  # its first stage can be used

@@ -24,6 +24,7 @@ from training_runs import (
 from minecraft_jepa.cli import main, option_of
 from minecraft_jepa.config import preset
 from minecraft_jepa.training import pipeline, run_lock
+from minecraft_jepa.training.run_identity import PLANNING_FILES
 from minecraft_jepa.training.train_world_model import train_world_model
 
 
@@ -124,12 +125,16 @@ def test_the_same_run_started_twice_is_told(few, tmp_path, capsys):
 
 def test_a_run_goes_on_with_the_recordings_it_began_with(few, tmp_path, monkeypatch, capsys):
     out, words = tmp_path / "out", command(few, tmp_path / "out")
+    out.mkdir()
+    for name in PLANNING_FILES:  # of other weights that were here
+        (out / name).write_bytes(b"learned from other latents")
     with monkeypatch.context() as m:
         interrupt(m, pipeline, "train_decoders_and_keep_checkpoint")
         assert main(words) == 1
         assert "stopped; the same command goes on" in capsys.readouterr().err
     assert (out / "world_model.done").is_file()
     assert not (out / "training.json").exists()
+    assert not any((out / name).exists() for name in PLANNING_FILES)
 
     # A recording is added, and the recordings are split anew.
     shutil.copytree(few / TRAIN[0], few / "later")

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from .options import PresetName, explain_import_error
+from .options import PresetName, WrongUse, explain_import_error
 
 # %% ../../nbs/commands/02_data_commands.ipynb #ad4b250a
 @dataclass
@@ -28,8 +28,9 @@ class DownloadCommand:
     index: UseAppendAction[tuple[str, ...]] = ()
     hours: float | None = None  # at least so many; by default all
     players: int | None = None  # of so many players; by default all
-    by: Literal["player", "session"] = "player"  # what stays on one side of the split
-    seed: int = 0  # of the choice and of the split
+    # what stays on one side of the split; by default player
+    by: Literal["player", "session"] | None = None
+    seed: int | None = None  # of the choice and of the split; by default 0
     workers: int = 8  # connections at a time
     # also try these anew; may be repeated
     again: Annotated[
@@ -47,8 +48,14 @@ class DownloadCommand:
 
         if self.index:
             entries = [entry for index in self.index for entry in read_index(index)]
-            chosen = select_recordings(entries, self.hours, self.players, self.seed)
-            write_manifest(self.folder, chosen, self.by, self.seed)
+            chosen = select_recordings(entries, self.hours, self.players, self.seed or 0)
+            write_manifest(self.folder, chosen, self.by or "player", self.seed or 0)
+        for name in ("hours", "players", "by", "seed"):
+            if getattr(self, name) is not None and not self.index:
+                raise WrongUse(
+                    f"--{name} chooses from an index: name the index too (--index); without one, "
+                    f"all that {self.folder}'s manifest lists is fetched"
+                )
         rows = download_recordings(
             self.folder, self.workers, again=self.again, progress=self.progress
         )

@@ -94,7 +94,7 @@ class _Job:
     client: httpx.Client
     folder: Path
     ledger: Ledger
-    pending: set  # files to be downloaded
+    pending: set  # files to be downloaded that have no row of this call yet
     missing: dict  # {file that the server does not have: why}
     max_attempts: int  # for a file
     backoff: float  # seconds before the second attempt
@@ -124,7 +124,7 @@ def _download_half(job, file, url, on_bytes):
     other_status = job.ledger.rows.get(other, {}).get("status")
     if file in job.missing:
         result = "missing", job.missing[file], None
-    elif other in job.missing or other_status == "missing":
+    elif other in job.missing or (other_status == "missing" and other not in job.pending):
         result = "missing", f"not fetched: its other half {other} is missing", None
     else:
         target = job.folder / file
@@ -135,6 +135,7 @@ def _download_half(job, file, url, on_bytes):
         for part in find_parts(job.folder / file):
             part.unlink()
     job.ledger.add(file, *result)
+    job.pending.discard(file)
 
 # %% ../../nbs/data/14_download.ipynb #a05b0d08
 def download_recordings(

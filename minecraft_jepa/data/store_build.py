@@ -152,8 +152,8 @@ def _decode_all(paths, frame, store_dir, workers, progress):
         folder = next(iter(paths.values())).parent
         raise DecodingStopped(
             f"{store_dir}: a decoding process was killed, most likely because memory was short. "
-            f"What is decoded is kept; run the same again with fewer workers than {workers}: "
-            f"minecraft-jepa store {folder} {store_dir} --workers {workers // 2}"
+            f"What is decoded is kept; with fewer workers than {workers}, "
+            f"{build_command(folder, frame, store_dir)} --workers {workers // 2}"
         ) from None
     finally:
         # On Ctrl-C: those that began are finished, no other begins.

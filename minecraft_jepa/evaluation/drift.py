@@ -59,27 +59,31 @@ def imagined_change(model, store, names, ticks=60, windows_per_recording=8) -> d
 
 # %% ../../nbs/evaluation/15_drift.ipynb #5ddc9ae9
 @torch.no_grad()
-def rollout_drift(model, store, names, ticks=300, every=10, windows_per_recording=4, decode=None):
+def rollout_drift(model, store, names, ticks=300, every=10, windows_per_recording=8, decode=None):
     """Measure how far a long imagined rollout leaves the latents of real frames.
 
     Args:
         model: WorldModel, in eval mode.
         store: ClipStore.
-        names: recordings.
+        names: recordings. Those whose actions do not last so long are left out; where none lasts,
+            all are taken, and their actions begin again where they end.
         ticks: imagined.
         every: ticks between two measurements.
-        windows_per_recording: starts a recording; where its actions end they begin again.
+        windows_per_recording: starts a recording.
         decode: latents -> frames (b, 3, H, W) uint8; None leaves brightness and contrast out.
 
     Returns:
         `ticks`, and for `imagined` (a list each) and `real` (a number each): `spread`, the
         variance over frames; `nearest`, the distance to the nearest real latent of another time;
-        `change`, that in a tick; and of decoded frames `brightness` and `contrast`. Distances are
-        mean squares over the variance of real latents.
+        `change`, that in a tick, the mean since the last measurement; and of decoded frames
+        `brightness` and `contrast`. Distances are mean squares over the variance of real latents.
+        Besides `recordings`, how many were taken, and whether their actions are `repeated`.
     """
     history, device = model.config.conditioner.history_ticks, next(model.parameters()).device
+    lasting = recordings_with_window(store, names, history, ticks)
+    names = lasting or names
     starts, actions, bank_frames, next_frames = _drift_windows(
-        store, names, history, ticks, windows_per_recording
+        store, names, history, ticks, windows_per_recording, repeat=not lasting
     )
     actions = actions.to(device)
     z = model.encode(starts.to(device))  # (b, n, d)
@@ -99,26 +103,31 @@ def rollout_drift(model, store, names, ticks=300, every=10, windows_per_recordin
         pixels = decode(z).float().flatten(1)
         return row | {"brightness": float(pixels.mean()), "contrast": float(pixels.std(1).mean())}
 
-    rows, measured_at = [], []
+    rows, measured_at, changes = [], [], []
     for k in range(ticks):
         previous, z = z, model.step(z, actions[:, k : k + history])
+        changes.append((z - previous).square().mean())
         if (k + 1) % every == 0 or k == 0:
             measured_at.append(k + 1)
-            rows.append(measure(z, (z - previous).square().mean(), 0))
+            rows.append(measure(z, torch.stack(changes).mean(), 0))
+            changes.clear()
     exclude_itself = torch.eye(len(bank), device=device) * 1e9
     return {
+        "recordings": len(names),
+        "repeated": not lasting,
         "ticks": measured_at,
         "imagined": {key: [row[key] for row in rows] for key in rows[0]},
         "real": measure(bank, (next_bank - bank).square().mean(), exclude_itself),
     }
 
 # %% ../../nbs/evaluation/15_drift.ipynb #d3f6927d
-def _drift_windows(store, names, history, ticks, count):
+def _drift_windows(store, names, history, ticks, count, repeat):
     """Frames to start from and their actions; real frames to compare with, and the next ones."""
+    own_ticks = 1 if repeat else ticks
     starts, actions, bank_frames, next_frames = [], [], [], []
     for name in names:
         clip = store[name]
-        for t in window_starts(store, name, history, 1, count):
+        for t in window_starts(store, name, history, own_ticks, count):
             starts.append(clip.frames[t])
             shape = (history - 1 + ticks, clip.actions.shape[1])
             actions.append(np.resize(clip.actions[t - history + 1 :], shape))

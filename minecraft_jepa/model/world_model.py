@@ -256,7 +256,8 @@ def encoder_gradients(model, frames, actions, seed=0) -> dict[str, float]:
     norms = {}
     if not weights:
         return norms
-    with torch.enable_grad():
+    # compiled blocks give their graph up after one gradient
+    with torch.compiler.set_stance("force_eager"), torch.enable_grad():
         for name, part in model.loss_parts(frames, actions, seed).items():
             if not torch.is_tensor(part):
                 continue

@@ -14,6 +14,7 @@ import torch
 
 from ..data.clip_store import ClipStore
 from ..data.splits import load_split
+from ..evaluation.unseen import probe_recordings, unseen_recordings
 from ..model.world_model import WorldModel
 from .action_prior import ActionPrior, fit_action_prior
 from .inverse_model import InverseModel, train_inverse_model
@@ -31,20 +32,34 @@ def training_sides(weights, data_dir, store) -> dict[str, list[str]]:
 
     Args:
         weights: folder of a world model; its training.json names its recordings.
-        data_dir: folder of recordings; its split.json, where there is one, comes first.
+        data_dir: folder of recordings; its split.json, where there is one, comes first. Where it
+            has neither that nor recordings of the training, a third each of the others is taken,
+            by world or session.
         store: ClipStore of them.
 
     Returns:
-        {"train": names, "validation": names}.
+        {"train": names, "validation": names}. What is learned from these is to be judged on others.
+
+    Raises:
+        ValueError: no recording is left to learn from, or to stop by.
     """
     if (Path(data_dir) / "split.json").is_file():
         split = load_split(data_dir)
         return {side: split[side] for side in ("train", "validation")}
     training = json.loads((Path(weights) / "training.json").read_text())
-    return {
-        side: [name for name in training[side] if name in store.names] or store.names
+    sides = {
+        side: [name for name in training[side] if name in store.names]
         for side in ("train", "validation")
     }
+    if not all(sides.values()):
+        thirds = probe_recordings(store, unseen_recordings(data_dir, weights))
+        sides = {side: names or thirds[side] for side, names in sides.items()}
+    if not all(sides.values()):
+        raise ValueError(
+            f"{data_dir}: no recordings are left that planning could learn from; give at least "
+            "three worlds or sessions"
+        )
+    return sides
 
 # %% ../../nbs/planning/13_networks.ipynb #c3bf931d
 def train_planning_networks(

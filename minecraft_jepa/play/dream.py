@@ -170,6 +170,7 @@ class Dream(_Start):
             self._actions.pop()
             self.tick -= 1
         self.trajectory.cut(self.tick + 1)
+        self._mark()  # the correction of now, not that of the first time
         return self.frame
 
     @property

@@ -63,7 +63,7 @@ class PlanCommands(SessionMessages):
     """A goal, a plan that leads to it, and what is left of the plan."""
 
     def __init__(self, assets, out_dir="_runs/play"):
-        self.goal, self.plan, self.start_distance = None, deque(), None
+        self.goal, self.start_distance = None, None
         super().__init__(assets, out_dir)
 
     def begin(self, frame, history):

@@ -52,7 +52,12 @@ class Reality:
         self.pool = ThreadPoolExecutor(1)
 
     def step(self, action):
-        """Act for a tick of real time; `failure` says why when the game has ended."""
+        """Act for a tick of real time; `failure` says why when the game has ended.
+
+        The game goes on holding the keys of this tick. One that has ended is left alone.
+        """
+        if self.failure:
+            return
         self.picture, _, _, failed, self.info = self.env.step(action)
         if failed:
             self.failure = self.info["failure"]

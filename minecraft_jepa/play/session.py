@@ -40,12 +40,13 @@ class _Commands(PlanCommands):
         return [self.note(f"given: a picture{', ' * bool(note)}{note}")]
 
     def do_reset(self, message):
+        self.pause()
+        self.drop_plan()
         if self.reality:
             self.reality.step(NOOP)
             self.reality.observe(self.dream, begin=True)
         else:
             self.dream.reset(*self.start_inputs)
-        self.pause()
         return []
 
     def do_play(self, message):
@@ -63,6 +64,8 @@ class _Commands(PlanCommands):
     def do_step(self, message):
         self.pause(keep_keys=True)
         self.tick()
+        if self.reality:
+            self.reality.step(NOOP)
         return []
 
     def do_rewind(self, message):
@@ -130,7 +133,8 @@ class _GameCommands(_SavingCommands):
         if self.closed:  # the page has gone meanwhile
             self._end_game(reality)
             return []
-        self.reality, self.start_inputs = reality, None
+        self.drop_plan()
+        self.reality, self.start_inputs, self.start_recording = reality, None, None
         self.reality.observe(self.dream, begin=True)
         return [self.note("the dream was given what the game shows; both obey the same keys")]
 

@@ -49,6 +49,7 @@ class _SessionState:
         self.reality = self.diffusion_frame = self.start_inputs = None
         # start_inputs: (frame, history) of the start; start_recording: (name, tick), or None
         self.action, self.drift, self.detail, self.errors = NOOP, None, None, None
+        self.plan = deque()  # actions of a plan that are left
         self._lock, self._working = threading.Lock(), threading.Lock()
         self._sent_bank, self._changed = False, True
         self.start(**assets.starts[0])
@@ -65,7 +66,9 @@ class _SessionState:
         self.start_recording = name, tick
 
     def pause(self, keep_keys=False):
-        """Stand still."""
+        """Stand still; the game releases its keys."""
+        if self.playing and self.reality:
+            self.reality.step(NOOP)
         self.playing, self.diffusion_frame = False, None
         if not keep_keys:
             self.controls.release()
@@ -165,6 +168,7 @@ class SessionMessages(_HelloMessages):
             "errors": self.errors if reality else None,
             "since_look": dream.tick - reality.looked_at if reality else None,
             "full": dream.trajectory.is_full,
+            "planned": len(self.plan),
             "action": self.action.tolist(),
             "sizes": [list(p.shape[:2]) for p in pictures],
         }

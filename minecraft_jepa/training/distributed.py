@@ -95,10 +95,10 @@ def apply_compile_and_checkpointing(module, settings, device):
         The module.
     """
     for block in transformer_blocks(module):
-        if settings.activation_checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if settings.compile and device == "cuda":
-            block.compile()
+            block.forward = torch.compile(block.forward)
+        if settings.activation_checkpointing:  # around it: `checkpoint` itself is never compiled
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return module
 
 # %% ../../nbs/training/03_distributed.ipynb #27043d3f

@@ -9,6 +9,7 @@ __all__ = ['MIB', 'CARRIED', 'pack', 'list_members', 'unpack']
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,10 +70,10 @@ def _group_by_size(folder, files, limit):
 
 # %% ../../nbs/training/15_packing.ipynb #9c5aea58
 def _write_parts(out, groups):
-    """Write part-000.tar and so on, in place of earlier ones: all of them, or none."""
+    """Write the parts in place of earlier ones. Their names tell where one is missing."""
     for old_part in out.glob("part-*.tar*"):
         old_part.unlink()
-    parts = [out / f"part-{i:03d}.tar" for i in range(len(groups))]
+    parts = [out / _part_name(i, len(groups)) for i in range(len(groups))]
     for part, group in zip(parts, groups):
         with tarfile.open(part.with_suffix(".tar.part"), "w", dereference=True) as tar:
             for name, content in group:
@@ -85,6 +86,11 @@ def _write_parts(out, groups):
     for part in parts:
         os.replace(part.with_suffix(".tar.part"), part)
     return parts
+
+
+def _part_name(number, count):
+    """part-000-of-003.tar and so on."""
+    return f"part-{number:03d}-of-{count:03d}.tar"
 
 
 def _without_owner(member):
@@ -147,13 +153,18 @@ def list_members(parts):
     Raises:
         ValueError: a part is missing, cut short, or not what `pack` makes.
     """
-    paths = sorted(Path(parts).glob("part-*.tar"))
+    names = re.compile(r"part-\d+-of-(\d+)\.tar")
+    paths = sorted(path for path in Path(parts).glob("part-*") if names.fullmatch(path.name))
     if not paths:
-        raise ValueError(f"{parts}: no part-000.tar there; `pack` makes it")
+        raise ValueError(f"{parts}: no part-000-of-NUMBER.tar there; `pack` makes it")
+    count = int(names.fullmatch(paths[0].name)[1])
+    for number in range(count):
+        if Path(parts) / _part_name(number, count) not in paths:
+            raise ValueError(f"{parts}: {_part_name(number, count)} is missing; bring it too")
+    if len(paths) > count:
+        raise ValueError(f"{parts}: parts of several packings; keep those of one")
     members = {}
-    for number, part in enumerate(paths):
-        if part.name != f"part-{number:03d}.tar":
-            raise ValueError(f"{parts}: part-{number:03d}.tar is missing; bring it too")
+    for part in paths:
         members[part] = _read_members(part)
         for member in members[part]:
             if not _is_plain_file(member):

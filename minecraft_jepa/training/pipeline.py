@@ -72,7 +72,7 @@ def run_training(
         batch_size = getattr(config.train, name)
         check_batch_size(f"{name}={batch_size}", batch_size, config.train, accelerator)
     with exclusive_run(out, accelerator):
-        settings = _run_settings(config, seed, init_from)
+        settings = _run_settings(config, seed, out, init_from)
         previous = _read_run(out)
         _check_same_run(out, previous, settings)
         if (out / "training.json").is_file():
@@ -88,9 +88,15 @@ def run_training(
         )
 
 # %% ../../nbs/training/14_pipeline.ipynb #07f71fd1
-def _run_settings(config, seed, start):
-    """What a run that goes on must agree with, {name: value}."""
-    return {"seed": seed, "start": str(start) if start else None} | result_settings(config)
+def _run_settings(config, seed, out, start):
+    """What a run that goes on must agree with, {name: value}.
+
+    A start within `out` is named as seen from there: the folder may be moved.
+    """
+    if start:
+        start, folder = Path(start).resolve(), Path(out).resolve()
+        start = str(start.relative_to(folder) if start.is_relative_to(folder) else start)
+    return {"seed": seed, "start": start or None} | result_settings(config)
 
 
 def _check_same_run(out, previous, settings):
@@ -125,7 +131,7 @@ def _train_in_two_stages(config, data, out, seed, device, minutes, start, ignore
     first, second = split_stages(config)
     folder = out / "first_stage"
     # before hours of the first stage
-    _check_same_run(out, _read_run(out), _run_settings(second, seed, folder))
+    _check_same_run(out, _read_run(out), _run_settings(second, seed, out, folder))
     first_minutes = minutes and _FIRST_STAGE_SHARE * minutes
     # the decoders' share too: they stay those of the first stage
     second_minutes = minutes and (minutes - first_minutes) / _WORLD_MODEL_SHARE

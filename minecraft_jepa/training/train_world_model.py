@@ -28,7 +28,7 @@ from minecraft_jepa.training.distributed import (
 )
 from .learner import TrainingTask
 from .memory import check_memory, uses_batch_statistics
-from .run_identity import hash_weights, make_run_identity
+from .run_identity import PLANNING_FILES, hash_weights, make_run_identity
 from .run_lock import exclusive_run
 from .time_budget import check_minutes
 from .trainer import fit, forget_checkpoints
@@ -96,7 +96,8 @@ class _BestModel:
         if PartialState().is_main_process:
             # These belong to an earlier model in the folder.
             done_file(self.folder).unlink(missing_ok=True)
-            (Path(self.folder) / "training.json").unlink(missing_ok=True)
+            for name in ("training.json", *PLANNING_FILES):
+                (Path(self.folder) / name).unlink(missing_ok=True)
         save_on_main_process(model, self.folder)
 
     def load(self, model, config):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .model_card import write_model_card
 from .packing import MIB
+from .run_identity import PLANNING_FILES
 from ..utils import write_json
 
 # %% ../../nbs/training/17_weight_parts.ipynb #56db2958
@@ -31,7 +32,7 @@ WEIGHT_FILES = (
 )
 WHOLE = "config.json", "training.json", "world_model.safetensors"  # without these: no model
 # Files that belong to the weights of an earlier run, whatever it was.
-BESIDE = "evaluate.json", "curves.png", "README.md", "world_model.done"
+BESIDE = "evaluate.json", "curves.png", "README.md", "world_model.done", *PLANNING_FILES
 
 
 def split_weights(folder, out, limit=15 * MIB):

@@ -26,6 +26,8 @@ BIN = .venv/bin
 STUDY = OMP_WAIT_POLICY=PASSIVE $(BIN)/minecraft-jepa study
 SETTINGS = --preset '$(PRESET)' --steps '$(STEPS)' --seed '$(SEED)' --device '$(DEVICE)' \
 	--data '$(DATA)' --out '$(OUT)'
+# `demo` and `play` have a folder of their own where none is chosen
+CHOSEN_OUT = $(if $(findstring command line,$(origin OUT)),--out '$(OUT)')
 # One test process a core, each with one thread that does not spin
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n auto --maxprocesses 8 \
 	--dist loadgroup
@@ -35,10 +37,10 @@ help:
 	@grep '^# make' Makefile | cut -c3-
 
 demo: .venv/installed
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/minecraft-jepa demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/minecraft-jepa demo --data '$(DATA)' --seed '$(SEED)' $(CHOSEN_OUT)
 
 play: .venv/installed
-	$(BIN)/minecraft-jepa play
+	$(BIN)/minecraft-jepa play --data '$(DATA)' $(CHOSEN_OUT)
 
 study: .venv/installed
 	$(STUDY) $(SETTINGS)

@@ -236,7 +236,9 @@ def main(
     except WrongUse as e:
         return _complain(program, e, 2)
     except KeyboardInterrupt:
-        return _complain(program, "stopped; the same command goes on from here", 1)
+        begins_anew = name in ("evaluate", "imagine", "demo", "play")
+        goes_on = "" if begins_anew else "; the same command goes on from here"
+        return _complain(program, f"stopped{goes_on}", 1)
     except SystemExit as e:  # tyro has printed the help
         return e.code or 0
     except BrokenPipeError:  # who read what is printed has gone, as `head` does

@@ -37,8 +37,16 @@ def find_walking_window(store, name, history, ticks) -> int:
 
     Returns:
         The tick after which forward is held the longest, and of these the one with the least turn.
+
+    Raises:
+        ValueError: the recording has no such window.
     """
     starts = store.window_starts(name, max(history, 2), ticks)
+    if not len(starts):
+        raise ValueError(
+            f"{name}: no {history} ticks before and {ticks} after without a gap; imagine fewer "
+            "ticks, or give a longer recording"
+        )
     futures = [store[name].actions[t : t + ticks] for t in starts]
     walk = np.array([actions[:, ACTION_NAMES.index("w")].mean() for actions in futures])
     turn = np.array([np.hypot(*actions[:, CAMERA].T).sum() for actions in futures])

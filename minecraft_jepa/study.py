@@ -221,7 +221,7 @@ def _beside_shipped(out_dir, notebooks):
         return
     comparison = compare_with_shipped(yours, shipped)
     message = comparison["summary"]
-    print(f"\nyours beside the shipped weights (three hours of two cores): {message}")
+    print(f"\nyours beside the shipped weights: {message}")
     columns = ("yours", "shipped", "threshold")
     print(f"  {'':<52}" + "".join(f"{column:>9}" for column in columns))
     for row in comparison["rows"]:

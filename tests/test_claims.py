@@ -55,6 +55,7 @@ def toy(ticks=15, r2=0.9, top1=0.6, ratio=1.4, alarm=None, has_head=False):
     baselines = ("copy_last", "shrunk_copy", "no_op", "shuffled_actions")
     relative = {"ratio": 0.7, "interval": [0.6, 0.8], "baseline": "shrunk_copy"}
     found = {"4": {"model": with_interval(top1), "copy_last": with_interval(0.3)}}
+    gradients = {"prediction": 0.1, "inverse_dynamics": 0.1, "pitch": 0.2}
     by_source = (("model", r2), ("untrained", 0.3), ("pixels", 0.5))
     by_world = {"interval": [r2 - 0.05, r2 + 0.05]}
     return {
@@ -67,6 +68,8 @@ def toy(ticks=15, r2=0.9, top1=0.6, ratio=1.4, alarm=None, has_head=False):
         "action_decoding": {"decoder_4_ticks": decoded}
         | ({"inverse_dynamics_head": decoded} if has_head else {}),
         "collapse": {"alarm": alarm, "rank": 40.0},
+        "encoder_gradients": gradients,
+        "psnr_by_sampling_steps": {"1": 27.5, "2": 28.3, "10": 28.35, "50": 25.0, "head": 28.7},
     }
 
 
@@ -90,14 +93,16 @@ def test_content_asks_for_probes_and_retrieval(r2, top1, verdict):
     assert claims.judge_content(toy(r2=r2, top1=top1))[1] == verdict
 
 
-def test_content_is_not_shown_where_copying_finds_the_future_as_often():
+@pytest.mark.parametrize("copy", ["copy_last", "shifted_copy"])
+def test_content_is_not_shown_where_copying_finds_the_future_as_often(copy):
     report = toy(r2=0.1)
-    report["retrieval"]["top1_without_given_frame"]["4"]["copy_last"] = with_interval(0.6)
+    report["retrieval"]["top1_without_given_frame"]["4"][copy] = with_interval(0.6)
     assert claims.judge_content(report)[1] == "not shown"
 
 
-def test_actions_are_labels_where_a_head_learns_them():
-    assert claims.judge_labels(toy(has_head=True))[1] == "partly"
+def test_labels_are_not_tested_where_a_head_learns_the_actions():
+    evidence, verdict = claims.judge_labels(toy(has_head=True))
+    assert verdict == "not shown" and "75% of the gradient norm" in evidence
 
 
 @pytest.mark.parametrize(
@@ -116,11 +121,11 @@ def test_labels_ask_for_more_than_random_weights_and_pixels(r2, alarm, verdict):
 
 def planned(worst=0.5):
     """Numbers of 7_planning; `worst` is the lower end of the interval of one of the methods."""
-    methods = ("planner", "no_op", "random", "other_actions", "cloning", "continue")
+    methods = ("planner", *claims._SIMPLE_METHODS)
     rows = {
         name: {"camera_error_degrees": 9.0, "error_beyond_planner": [1.0, 3.0]} for name in methods
     }
-    rows["cloning"]["error_beyond_planner"] = [worst, 3.0]
+    rows["guess_and_habit"]["error_beyond_planner"] = [worst, 3.0]
     return {"horizons": {"8": rows}}
 
 
@@ -146,16 +151,29 @@ def test_planning_asks_for_better_plans_offline_and_in_the_game(planning, agent,
     assert claims.judge_planning(planning, agent)[1] == verdict
 
 
+def test_planning_is_not_held_without_the_control_that_does_not_imagine():
+    planning = planned()
+    del planning["horizons"]["8"]["guess_and_habit"]
+    assert claims.judge_planning(planning, acted())[1] == "partly"
+
+
 @pytest.mark.parametrize(
-    ("flops", "seconds", "verdict"), [(50, 9, "held"), (50, 1, "partly"), (1, 1, "not shown")]
+    ("flops", "seconds", "verdict"),
+    [  # drawing over imagining: by 3 evaluations of 99, and of 19
+        (1 + 2.1 * 99 / 3, 1 + 2.1 * 19 / 3, "held"),
+        (1 + 2.1 * 99 / 3, 1 + 1.9 * 19 / 3, "partly"),
+        (1 + 1.9 * 99 / 3, 1 + 1.9 * 19 / 3, "not shown"),
+    ],
 )
-def test_cost_asks_for_operations_and_seconds(flops, seconds, verdict):
+def test_cost_asks_for_operations_and_seconds_in_the_fewest_steps(flops, seconds, verdict):
     sora = {
         "flops_one_second": {"latents": 1, "with_preview": 1.1, "with_pixels": flops},
         "seconds_one_second": {"latents": 1, "with_pixels": seconds},
         "seconds_preset": "tiny",
+        "sampling_steps_assumed": {"flops_one_second": 50, "seconds_one_second": 10},
     }
-    assert claims.judge_cost(sora)[1] == verdict
+    evidence, judged = claims.judge_cost(sora, toy())
+    assert judged == verdict and evidence.startswith("in 2 steps")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from commands import refused
 from minecraft_jepa import notebook_runner
 from minecraft_jepa.cli import COMMANDS, main, read_command
 from minecraft_jepa.commands.game_commands import read_seeds
+from minecraft_jepa.commands.model_commands import DemoCommand
 from minecraft_jepa.commands.training_commands import TrainCommand
 from minecraft_jepa.config import PRESETS, Config, preset
 from minecraft_jepa.data.clip_store import ClipStore
@@ -217,6 +218,8 @@ def test_a_stop_by_the_user_is_told_in_a_line(capsys, monkeypatch):
 
     monkeypatch.setattr(TrainCommand, "run", stop)
     refused(capsys, FEW, "stopped; the same command goes on", 1)
+    monkeypatch.setattr(DemoCommand, "run", stop)
+    assert refused(capsys, ["demo"], "stopped", 1).strip() == "minecraft-jepa demo: stopped"
 
 
 def test_a_full_memory_is_told_with_a_remedy(capsys, monkeypatch):

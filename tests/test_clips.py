@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -234,7 +235,7 @@ def test_failed_build_leaves_nothing(folder, tmp_path):
     middle = len(broken) // 2
     broken[middle : middle + 4000] = bytes(4000)
     video.write_bytes(bytes(broken))
-    with pytest.raises(RecordingError, match=rf"{SHORT}.mp4: .*check_folder"):
+    with pytest.raises(RecordingError, match=rf"{SHORT}.mp4: .*check_folder") as told:
         build(folder, store_dir)
     assert not clip_names(store_dir)
     for suffix in SUFFIXES:
@@ -242,11 +243,26 @@ def test_failed_build_leaves_nothing(folder, tmp_path):
     with pytest.raises(RecordingError, match=f"{SHORT}.mp4: "):
         build(folder, store_dir)
     assert clip_names(store_dir) == [OTHER]  # one bad recording keeps no other from being built
-    checks = check_folder(folder, decode=True, progress=False)
+    command = shlex.split(str(told.value).partition("all such: ")[2])
+    assert command[0] == "python"
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
+    checks = check_folder(folder, progress=False)
     assert [(row["name"], row["used"]) for row in checks] == [(SHORT, False), (OTHER, True)]
     assert build(folder, store_dir).names == [OTHER]
     video.write_bytes(whole_video)
     assert build(folder, store_dir).names == [SHORT, OTHER]
+
+
+def test_commands_that_errors_name_survive_a_space_in_a_path(tmp_path):
+    store_dir = tmp_path / "my store"
+    store_dir.mkdir()
+    (store_dir / "store.json").write_text('{"format": 1}')
+    with pytest.raises(StaleStoreError) as told:
+        ClipStore.open(store_dir, FRAME, tmp_path / "my videos")
+    words = shlex.split(str(told.value).partition("build it with: ")[2])
+    remove, build_it = words[: words.index("&&")], words[words.index("&&") + 1 :]
+    assert remove == ["rm", "-r", str(store_dir)]
+    assert build_it[:4] == ["minecraft-jepa", "store", str(tmp_path / "my videos"), str(store_dir)]
 
 
 def test_interrupted_build_leaves_nothing(folder, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from minecraft_jepa.data.actions import NOOP
 from minecraft_jepa.demo import find_walking_window, table_lines
@@ -21,6 +22,12 @@ def test_the_moment_is_the_walk_with_the_least_turn():
     actions[20:50, 22] = 3.0  # turning
     t = find_walking_window(Store(a=SimpleNamespace(actions=actions)), "a", 10, 20)
     assert 50 <= t <= 70
+
+
+def test_a_recording_without_a_window_is_named():
+    actions = np.tile(NOOP, (100, 1))
+    with pytest.raises(ValueError, match="short: no 10 ticks before and 95 after without a gap"):
+        find_walking_window(Store(short=SimpleNamespace(actions=actions)), "short", 10, 95)
 
 
 def test_an_error_of_nothing_has_a_table_too():

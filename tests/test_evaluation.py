@@ -3,8 +3,10 @@
 A model that knows the rule must score perfectly; one that cheats or sees nothing must be caught.
 """
 
+import importlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ from minecraft_jepa.evaluation.action_decoding import (
     action_metrics,
     decode_rollout_actions,
 )
-from minecraft_jepa.evaluation.baselines import copy_baseline_errors, fit_copy_baselines
+from minecraft_jepa.evaluation.baselines import CopyFit, copy_baseline_errors, fit_copy_baselines
 from minecraft_jepa.evaluation.cached_model import CachedModel
 from minecraft_jepa.evaluation.drift import rollout_drift
 from minecraft_jepa.evaluation.horizon import (
@@ -491,6 +493,38 @@ def test_who_knows_the_future_draws_it_perfectly(store):
     assert (scores["psnr"]["fold"] == 60).all() and np.allclose(scores["ssim"]["fold"], 1)
     assert (scores["psnr"]["black"] < 10).all()
     assert (scores["psnr"]["copy_last"] < 15).all()
+
+
+def test_a_shifted_frame_is_the_picture_after_the_turn(store):
+    """Half the view to the right: what was in the right half stands on the left."""
+    frames = torch.from_numpy(store[store.names[0]].frames[:2].copy())
+    height, width = frames.shape[-2:]
+    mean = torch.full((height * width, 3), 99.0)
+    fit = CopyFit(mean, (80, 60), {8: 1.0}, {8: 1.0}, 1)
+    same = pixels._shift_frames(frames, torch.zeros(2, 2), 8, fit)
+    assert torch.equal(same, frames)
+    turned = pixels._shift_frames(frames, torch.tensor([[40.0, 0.0]] * 2), 8, fit)
+    assert torch.equal(turned[..., : width // 2], frames[..., width // 2 :])
+    assert (turned[..., width // 2 + 1 :] == 99).all()
+    faded = pixels._shift_frames(frames, torch.zeros(2, 2), 8, replace(fit, shifted_gain={8: 0.0}))
+    assert (faded == 99).all()
+
+
+def test_a_copy_that_moves_with_the_mouse_finds_what_a_copy_does_not(store, monkeypatch):
+    """In the panoramas 80 columns are the view, and a turn of `DEGREES` moves 8 of them."""
+    module = importlib.import_module("minecraft_jepa.evaluation.retrieval")
+    monkeypatch.setattr(module, "GAME_VIEW", (10 * DEGREES, 60.0))
+    mean = Knows(store).target(torch.from_numpy(store["b_0"].frames.copy())).mean(0)
+    gains = dict.fromkeys([1, 4], 1.0)
+    fit = CopyFit(mean, (1, 1), gains, gains, 1)
+    scores = retrieval(Knows(store), store, store.names, [1, 4], 4, candidates=16, fit=fit)
+    found = scores["top1_without_given_frame"]
+    assert set(found) == {"model", "copy_last", "shuffled_actions", "shifted_copy"}
+    assert found["model"].mean() == 1
+    assert found["shifted_copy"].mean() > found["copy_last"].mean()
+    plain = retrieval(Knows(store), store, store.names, [1, 4], 4, candidates=16)
+    assert "shifted_copy" not in plain["top1"]
+    assert np.array_equal(plain["top1"]["model"], scores["top1"]["model"])
 
 
 def test_psnr_and_ssim_of_known_answers():

@@ -3,6 +3,7 @@
 The other tests are skipped where the game or its display is missing.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -120,6 +121,34 @@ with RecordingWriter(sys.argv[1], "w", 64, 36) as pair:
     process.kill()
     process.wait()
     assert {p.suffix for p in tmp_path.iterdir()} == {".part"}
+
+
+def test_a_full_disk_leaves_no_half_pair(tmp_path):
+    class FullDisk:
+        def close(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    pair = recorder.RecordingWriter(tmp_path, "w", 64, 36)
+    pair.write(np.zeros((36, 64, 3), np.uint8), {})
+    pair.lines.close()
+    pair.lines = FullDisk()
+    with pytest.raises(OSError, match="No space left"):
+        pair.__exit__(None, None, None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 255}, "255 x 144 pixels: both sides have to be even"),
+        ({"minutes": 0}, "minutes is 0, less than a frame"),
+        ({"minutes": -1}, "less than a frame"),
+    ],
+)
+def test_what_cannot_be_recorded_is_told_before_the_game_starts(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        recorder.record(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pairs
@@ -12,7 +13,8 @@ from minecraft_jepa.config import preset
 from minecraft_jepa.data.actions import CAMERA, NOOP
 from minecraft_jepa.data.clip_store import ClipStore
 from minecraft_jepa.model.world_model import WorldModel
-from minecraft_jepa.planning.action_prior import ActionPrior
+from minecraft_jepa.planning.action_prior import ActionPrior, nearest_horizon
+from minecraft_jepa.planning.benchmark import join_guess_and_habit
 from minecraft_jepa.planning.costs import COSTS, squared_distance
 from minecraft_jepa.planning.goal_motion import RelativeMotionNet
 from minecraft_jepa.planning.inverse_model import InverseModel
@@ -183,6 +185,23 @@ def test_shipped_networks_load_and_plan():
     z, goal = torch.randn(2, tokens, 128)
     plan = replace(planner, num_initial_plans=8, rounds=0).plan(model, z, goal, None, 3)
     assert plan.actions.shape == (3, 28) and plan.latents.shape == (3, tokens, 128)
+
+
+def test_guess_and_habit_are_weighed_by_their_precision():
+    history = np.tile(NOOP, (24, 1))
+    window = SimpleNamespace(
+        actions=np.tile(NOOP, (8, 1)), history=history, z=torch.zeros(1, 2, 3), goal=None
+    )
+    habit, _ = PRIOR.expect(history, 8)
+    deviation = PRIOR.residual[nearest_horizon(8)].std(0)
+
+    def turn_of(mean, spread):
+        guess = SimpleNamespace(guess=lambda *_: (np.array(mean), np.array(spread)))
+        return join_guess_and_habit(PRIOR, guess, window)[:, CAMERA]
+
+    assert np.allclose(turn_of([3.0, -2.0], [1e-4, 1e-4]), [3.0, -2.0], atol=1e-3)  # sure of it
+    assert np.allclose(turn_of([3.0, -2.0], [1e4, 1e4]), habit, atol=1e-3)  # knows nothing
+    assert np.allclose(turn_of([3.0, -2.0], deviation), np.mean([habit, [3.0, -2.0]], 0), atol=1e-3)
 
 
 def test_without_a_split_planning_learns_from_none_that_it_is_judged_on(tmp_path):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import io
 import json
 import math
@@ -29,6 +30,7 @@ from served import NAMES, copy_recordings, plan_to_turn, running
 from minecraft_jepa.cli import main
 from minecraft_jepa.data.actions import NOOP
 from minecraft_jepa.data.recordings import open_recording
+from minecraft_jepa.play import assets as play_assets
 from minecraft_jepa.play import page as play_page
 from minecraft_jepa.play import session as play_session
 from minecraft_jepa.play import session_messages
@@ -1003,6 +1005,31 @@ def test_a_key_takes_over_from_a_plan_and_a_search_that_fails_is_told(
 
     planner.plan = fail
     assert "too long" in did(session, "plan", ticks=6)[1]["why"]
+
+
+def test_a_full_disk_does_not_end_a_dream(assets, tmp_path, monkeypatch):
+    session = begun(assets, tmp_path)
+    did(session, "step")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "pwrite", full)
+        assert did(session, "step")[-1]["full"]
+        header = did(session, "step")[-1]
+    assert header["tick"] == 3 and len(session.dream.trajectory) == 2
+
+
+def test_a_bank_that_cannot_be_made_is_told(data, monkeypatch):
+    made = PlayAssets(WEIGHTS, data)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(play_assets.ClipStore, "build", full)
+    made.load_bank()
+    assert made.bank is None and "No space left" in made.bank_error
 
 
 def planned(assets, folder, monkeypatch):

@@ -393,6 +393,13 @@ def test_make_refuses_a_misspelt_variable(make):
     assert done.returncode and "PRSET" in done.stderr and "PRESET" in done.stderr
 
 
+@pytest.mark.parametrize("target", ["play", "demo"])
+def test_make_hands_on_what_was_chosen(make, target):
+    recipe = make("-n", target, "DATA=my videos", "OUT=mine", breaks="nothing").stdout
+    assert f"{target} --data 'my videos'" in recipe and "--out 'mine'" in recipe
+    assert "--out" not in make("-n", target, breaks="nothing").stdout
+
+
 def test_a_study_leaves_the_tracked_figures_alone(make):
     recipe = make("-n", "study", breaks="nothing").stdout
     out = re.search(r"--out '([^']+)'", recipe)[1]

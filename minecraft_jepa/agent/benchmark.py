@@ -105,16 +105,22 @@ class ResultFile:
             )
 
     def has(self, goal, method):
-        """Whether the episode of a goal and method has been run."""
-        episode = goal.task, goal.start.number, method
+        """Whether the episode of a goal and method has been run, by any process."""
+        self._read()
+        return self._has(goal.task, goal.start.number, method)
+
+    def _has(self, *episode):
+        """Whether the result of a task, start and method is there."""
         return any((r["task"], r["start"], r["method"]) == episode for r in self.results)
 
     def add(self, result):
-        """Keep a result, beside what another process has added since."""
+        """Keep a result, beside what another process has added since; of an episode the first."""
+        episode = result["task"], result["start"], result["method"]
         with lock_folder(self.path.parent, wait=True):
             self._read()
-            self.results.append(result)
-            self._write()
+            if not self._has(*episode):
+                self.results.append(result)
+                self._write()
 
     def skip(self, task, number):
         """Leave out a start of a task, with the results that are there: the same for all."""

@@ -9,7 +9,7 @@ __all__ = ['cache_dir', 'default_store_dir', 'ClipStore']
 import json
 from pathlib import Path
 
-from .checks import find_recordings
+from .checks import check_command, find_recordings
 from .clip_reader import ClipReader
 from minecraft_jepa.data.clips import (
     CLIP_FORMAT,
@@ -85,7 +85,7 @@ class ClipStore(ClipReader):
         if problems:
             num_problems = len(problems)
             count = f" ({num_problems} recordings can't be decoded)" if num_problems > 1 else ""
-            remedy = "recordings.check_folder(folder, decode=True) lists and leaves out all such"
+            remedy = f"to leave out all such: {check_command(folder)}"
             raise RecordingError(f"{problems[0]}{count}; {remedy}")
         return cls.open(store_dir, frame, names=names)
 

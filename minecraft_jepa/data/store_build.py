@@ -11,6 +11,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -210,10 +211,10 @@ def build_command(folder, frame, store_dir, delete=False):
         presets = [name for name, config in PRESETS.items() if config.frame == frame]
         if presets:
             size = f"--preset {presets[0]}"
-    remove = f"rm -r {store_dir} && " if delete else ""
-    return (
-        f"build it with: {remove}minecraft-jepa store {folder or 'RECORDINGS'} {store_dir} {size}"
-    )
+    store = shlex.quote(str(store_dir))
+    recordings = shlex.quote(str(folder)) if folder else "RECORDINGS"
+    remove = f"rm -r {store} && " if delete else ""
+    return f"build it with: {remove}minecraft-jepa store {recordings} {store} {size}"
 
 # %% ../../nbs/data/17_store_build.ipynb #87129071
 def build_store(store_dir, folder, paths, frame, workers, progress):

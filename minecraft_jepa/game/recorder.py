@@ -156,17 +156,25 @@ class RecordingWriter:
         return self
 
     def __exit__(self, kind, *_):
-        self.lines.close()
         try:
+            self._close(is_whole=kind is None)
             if kind is None:
-                self.video.mux(self.stream.encode())
+                for tmp_path in self.parts:
+                    os.replace(tmp_path, tmp_path.with_suffix(""))
         finally:
-            self.video.close()
-        if kind is None:
             for tmp_path in self.parts:
-                os.replace(tmp_path, tmp_path.with_suffix(""))
-        for tmp_path in self.parts:
-            tmp_path.unlink(missing_ok=True)
+                tmp_path.unlink(missing_ok=True)
+
+    def _close(self, is_whole):
+        """Close both files, the second also where the first can't be (a full disk)."""
+        try:
+            self.lines.close()
+        finally:
+            try:
+                if is_whole:
+                    self.video.mux(self.stream.encode())
+            finally:
+                self.video.close()
 
 # %% ../../nbs/game/06_recorder.ipynb #14bb612a
 # without the icesheet, which is bare white, and the rainforest, which is dark and takes too long to
@@ -261,7 +269,14 @@ def record(
     Returns:
         Dict of `name`, `biome` and counts: `frames`, `gaps`, `late` actions, `places`,
         `frames_a_second`.
+
+    Raises:
+        ValueError: less than a frame, or a picture with an odd side, which the video can't hold.
     """
+    if width % 2 or height % 2:
+        raise ValueError(f"{width} x {height} pixels: both sides have to be even; add one")
+    if round(minutes * 60 * TICKS_PER_SECOND) < 1:
+        raise ValueError(f"minutes is {minutes}, less than a frame; give more")
     biome, name = biome or RECORDED_BIOMES[seed % len(RECORDED_BIOMES)], name or f"world-{seed}"
     num_frames = round(minutes * 60 * TICKS_PER_SECOND)
     player, recording = ScriptedPlayer(seed), _Recording(name, biome)

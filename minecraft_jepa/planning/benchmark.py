@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGE_TURN', 'WALKING_SPEED', 'PlanningWindow', 'planning_windows', 'score_plans', 'paired_interval', 'walk_path',
-           'path_errors', 'continue_habit', 'random_actions', 'other_actions', 'Cloning', 'judge_bank']
+           'path_errors', 'continue_habit', 'join_guess_and_habit', 'random_actions', 'other_actions', 'Cloning',
+           'judge_bank']
 
 # %% ../../nbs/planning/12_benchmark.ipynb #7aec5b35
 from dataclasses import dataclass
@@ -15,7 +16,11 @@ from scipy.stats import bootstrap
 
 from ..data.actions import ACTION_DIM, CAMERA, NOOP
 from ..model.inverse_dynamics import camera_moves
-from .action_prior import draw_primitives, primitives_to_actions
+from minecraft_jepa.planning.action_prior import (
+    draw_primitives,
+    nearest_horizon,
+    primitives_to_actions,
+)
 from .search import Search, check_problem
 
 # %% ../../nbs/planning/12_benchmark.ipynb #619772ca
@@ -174,6 +179,25 @@ def continue_habit(prior, window) -> np.ndarray:
     horizon = len(window.actions)
     turn, likely = prior.expect(window.history, horizon)
     return primitives_to_actions(turn[None], (likely[None] > 0.5).astype(np.float32), horizon)[0]
+
+
+def join_guess_and_habit(prior, guess, window) -> np.ndarray:
+    """Weigh the guess and the last ticks by their precision: actions (H, 28).
+
+    The planner starts from this turn. No world model is asked, so it tells what a search adds.
+
+    Args:
+        prior: ActionPrior.
+        guess: an InverseModel.
+        window: PlanningWindow.
+    """
+    horizon = len(window.actions)
+    habit, likely = prior.expect(window.history, horizon)
+    mean, deviation = guess.guess(window.z, window.goal, horizon)
+    precision = 1 / prior.residual[nearest_horizon(horizon)].std(0) ** 2, 1 / deviation**2
+    turn = (precision[0] * habit + precision[1] * mean) / sum(precision)
+    keys = (likely[None] > 0.5).astype(np.float32)
+    return primitives_to_actions(turn.clip(-prior.limit, prior.limit)[None], keys, horizon)[0]
 
 
 def random_actions(prior, window, random) -> np.ndarray:

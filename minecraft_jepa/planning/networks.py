@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from ..data.clip_store import ClipStore
+from ..data.recording_files import session_of
 from ..data.splits import load_split
-from ..evaluation.unseen import probe_recordings, unseen_recordings
+from ..evaluation.unseen import probe_recordings, seen_recordings, unseen_recordings
 from ..model.world_model import WorldModel
 from .action_prior import ActionPrior, fit_action_prior
 from .inverse_model import InverseModel, train_inverse_model
@@ -32,9 +33,9 @@ def training_sides(weights, data_dir, store) -> dict[str, list[str]]:
 
     Args:
         weights: folder of a world model; its training.json names its recordings.
-        data_dir: folder of recordings; its split.json, where there is one, comes first. Where it
-            has neither that nor recordings of the training, a third each of the others is taken,
-            by world or session.
+        data_dir: folder of recordings; its split.json, where there is one, comes first, then what
+            the weights have seen. Where it has neither, a third each of the others is taken, by
+            world or session.
         store: ClipStore of them.
 
     Returns:
@@ -51,9 +52,12 @@ def training_sides(weights, data_dir, store) -> dict[str, list[str]]:
         side: [name for name in training[side] if name in store.names]
         for side in ("train", "validation")
     }
-    if not all(sides.values()):
-        thirds = probe_recordings(store, unseen_recordings(data_dir, weights))
-        sides = {side: names or thirds[side] for side, names in sides.items()}
+    worlds = {session_of(name) for name in seen_recordings(training)}
+    seen = [name for name in store.names if session_of(name) in worlds]
+    if seen:  # planning is never judged on these
+        return {side: names or seen for side, names in sides.items()}
+    sides = probe_recordings(store, unseen_recordings(data_dir, weights))
+    del sides["test"]
     if not all(sides.values()):
         raise ValueError(
             f"{data_dir}: no recordings are left that planning could learn from; give at least "

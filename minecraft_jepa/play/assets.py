@@ -145,7 +145,11 @@ class PlayAssets(StartFrames):
             bank = LatentBank(*encode_sample_frames(self.model, store, names, each))
             self.corrections = {name: make_correction(name, bank) for name in CORRECTIONS}
             self.bank = bank
-        except ValueError as e:  # a broken recording, or one alone
+        except (
+            ValueError,
+            OSError,
+            RuntimeError,
+        ) as e:  # a full disk too
             self.bank_error = str(e)
 
     def load_bank_in_background(self):

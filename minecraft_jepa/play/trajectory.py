@@ -43,10 +43,15 @@ class Trajectory:
         return self._length
 
     def append(self, action, frame):
-        """Add the action (28,) and the frame (3, H, W) uint8 that it led to."""
+        """Add the action (28,) and the frame (3, H, W) uint8 that it led to, unless it is full."""
         self.is_full = self.is_full or self._length >= self._most
-        if not self.is_full:
+        if self.is_full:
+            return
+        try:
             self.replace(self._length, frame, action)
+        except OSError:  # the disk is full
+            self.is_full = True
+        else:
             self._length += 1
 
     def replace(self, tick, frame, action=None):

@@ -23,7 +23,9 @@ def plot_retrieval(ax, top1, ticks, candidates=256):
         ticks: horizons to draw.
         candidates: number of frames to choose from.
     """
-    methods = ("model", "copy_last", "shuffled_actions")
+    methods = [
+        m for m in ("model", "copy_last", "shifted_copy", "shuffled_actions") if m in top1["4"]
+    ]
     plot_intervals(ax, ticks, {m: [top1[str(h)][m] for h in ticks] for m in methods})
     ax.axhline(1 / candidates, color=GREY, linestyle="--", linewidth=1, label="chance")
     ax.set_ylim(-0.03, 1.3)  # room for the legend

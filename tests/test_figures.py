@@ -249,10 +249,11 @@ def test_plans_in_the_readme_are_those_of_the_run():
     readme = (ROOT / "README.md").read_text()
     paragraph = re.search(r"- \*\*Plans\*\*.*?(?=\n- |\n\n)", readme, re.DOTALL)[0]
     shown = [float(x) for x in re.findall(r"(?<![\w.])-?\d+\.\d+", paragraph)]
-    for name in ("planner", "no_op", "inverse_model", "swm_cem", "continue", "planner_goal_alone"):
+    simple = ("no_op", "inverse_model", "continue", "guess_and_habit")
+    for name in (*simple, "planner", "swm_cem", "planner_goal_alone"):
         assert round(rows[name]["camera_error_degrees"], 1) in shown
-    for name in ("no_op", "inverse_model", "swm_cem", "continue"):
-        low, high = rows[name]["error_beyond_planner"]
+    intervals = [rows[name]["error_beyond_planner"] for name in simple]
+    for low, high in (*intervals, rows["swm_cem"]["error_beyond_goal_alone"]):
         assert f"[{low:.1f}, {high:.1f}]" in paragraph
     for key in ("yaw_correlation", "pitch_correlation"):
         assert round(rows["planner"][key], 2) in shown

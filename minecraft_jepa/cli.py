@@ -229,6 +229,7 @@ def main(
     if words == ["--version"]:
         print(__version__)
         return 0
+    name = ""
     try:
         name, words = _split_words(words)
         program = f"minecraft-jepa {name}"

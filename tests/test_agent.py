@@ -341,7 +341,7 @@ def test_two_processes_lose_no_result_of_each_other(tmp_path):
     for n, file in enumerate((one, other, one)):
         file.add({"task": "turn", "start": n, "method": "a"})
     assert [r["start"] for r in ResultFile(path, settings).results] == [0, 1, 2]
-    other.add({"task": "turn", "start": 2, "method": "a"})  # both were at it: it counts once
+    assert not other.add({"task": "turn", "start": 2, "method": "a"})  # both were at it
     assert [r["start"] for r in ResultFile(path, settings).results] == [0, 1, 2]
     goal = SimpleNamespace(task="turn", start=SimpleNamespace(number=2))
     assert other.has(goal, "a") and one.has(goal, "a") and not one.has(goal, "b")

@@ -251,7 +251,7 @@ def test_part_that_is_missing_or_cut_is_named(recordings, tmp_path):
             unpack(out, arrived)
         (tmp_path / part.name).rename(part)
     (out / "part-000-of-001.tar").write_bytes(contents)
-    with pytest.raises(ValueError, match=r"missing; bring it too|parts of several packings"):
+    with pytest.raises(ValueError, match="parts of several packings"):
         unpack(out, arrived)
     assert not arrived.exists()
 

@@ -182,6 +182,8 @@ def test_two_stages_are_two_runs(recordings, tmp_path, capsys, monkeypatch):
     assert (report["start"]["steps"], report["start"]["decoder_steps"]) == (2, 2)
     run_training(first, recordings, tmp_path / "one")
     run_training(second, recordings, tmp_path / "two", init_from=tmp_path / "one")
+    with pytest.raises(ValueError, match=r"start was '\.\./one', is '\.\./both'"):
+        run_training(second, recordings, tmp_path / "two", init_from=tmp_path / "both")
     for file in ("world_model.safetensors", "head.safetensors", "dit.safetensors"):
         tensors = [load_file(tmp_path / run / file) for run in ("both", "two")]
         assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
@@ -191,6 +193,12 @@ def test_two_stages_are_two_runs(recordings, tmp_path, capsys, monkeypatch):
     (tmp_path / "both").rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     assert run_training(config, recordings, "moved") == report  # moved, and spelt otherwise
+    path = tmp_path / "moved" / "run.json"
+    run = json.loads(path.read_text())
+    assert run["settings"]["start"] == "first_stage"
+    run["settings"]["start"] = "somewhere/both/first_stage"  # as the version before wrote it
+    path.write_text(json.dumps(run))
+    assert run_training(config, recordings, "moved") == report
     (tmp_path / "moved").rename(tmp_path / "both")
     assert not (tmp_path / "both" / "first_stage").exists()
     other = replace(config, train=replace(config.train, frozen_lr=1e-4))

@@ -114,13 +114,18 @@ class ResultFile:
         return any((r["task"], r["start"], r["method"]) == episode for r in self.results)
 
     def add(self, result):
-        """Keep a result, beside what another process has added since; of an episode the first."""
+        """Keep a result, beside what another process has added since; of an episode the first.
+
+        Returns whether it is the first.
+        """
         episode = result["task"], result["start"], result["method"]
         with lock_folder(self.path.parent, wait=True):
             self._read()
-            if not self._has(*episode):
+            is_first = not self._has(*episode)
+            if is_first:
                 self.results.append(result)
                 self._write()
+        return is_first
 
     def skip(self, task, number):
         """Leave out a start of a task, with the results that are there: the same for all."""
@@ -207,8 +212,7 @@ class ClosedLoop:
                 goal = self.goal(*start)
                 for method in policies:
                     if not file.has(goal, method):
-                        file.add(self._run(goal, method, policies[method](goal)))
-                        tell(_describe(file.results[-1]))
+                        self._run(file, goal, method, policies[method](goal), tell)
                 return
             except LuantiError as error:
                 self._close()
@@ -218,13 +222,15 @@ class ClosedLoop:
         file.skip(start[0], start[3])
         tell(f"{start}: left out for all methods")
 
-    def _run(self, goal, method, policy):
-        """One episode."""
+    def _run(self, file, goal, method, policy, tell):
+        """One episode; it counts unless another process has run it meanwhile."""
         episode = Episode(self.env, goal, self.frame)
         result = episode.run(policy, method)
+        if not file.add(result):
+            return
         if method in self.filmed:
             save_film(episode.film, goal, self.folder / "films" / f"{goal.name}-{method}.npz")
-        return result
+        tell(_describe(result))
 
     def _close(self):
         """End the game."""

@@ -106,7 +106,7 @@ def judge_cost(sora, report):
     """Judge that imagining is cheaper than generating pixels.
 
     Held: drawing costs twice the imagining or more, in operations and in seconds, with the fewest
-    sampling steps that draw as well as any. Partly: in one of the two.
+    sampling steps that draw as well as any by PSNR. Partly: in one of the two.
 
     Args:
         sora: numbers of 5_sora.
@@ -123,10 +123,10 @@ def judge_cost(sora, report):
         many.append(f"{ratio:.0f} ({unit}, {assumed} steps)")
     head = sora["flops_one_second"]["with_preview"] / sora["flops_one_second"]["latents"] - 1
     evidence = (
-        f"in {steps} steps, the fewest within 0.1 dB of the best, drawing a second by diffusion "
-        f"takes {ratios['operations']:.1f} times the operations of imagining it (`paper`), and "
-        f"{ratios['seconds']:.1f} times the seconds (`{sora['seconds_preset']}`); in more steps "
-        f"{' and '.join(many)}; by the regression head {head:.2f} times the operations. No model "
+        f"in {steps} steps, by PSNR the fewest within 0.1 dB of the best, drawing a second by "
+        f"diffusion takes {ratios['operations']:.1f} times the operations of imagining it "
+        f"(`paper`), and {ratios['seconds']:.1f} times the seconds "
+        f"(`{sora['seconds_preset']}`); in more steps {' and '.join(many)}; by the regression head {head:.2f} times the operations. No model "
         "that works in pixels was trained to the same error"
     )
     return evidence, _verdict(min(ratios.values()) >= 2, max(ratios.values()) >= 2)
@@ -164,11 +164,10 @@ def judge_labels(report):
     how = "without a loss on the actions"
     if uses_actions:
         norms = report["encoder_gradients"]
-        share = 1 - norms["prediction"] / sum(norms.values())
-        how = (
-            "with two losses that take the actions as labels of turn and pitch, "
-            f"{share:.0%} of the gradient norm in the encoder: not tested"
-        )
+        of_actions, share = sum(norms.get(part, 0) for part in ("inverse_dynamics", "pitch")), ""
+        if of_actions:
+            share = f", {of_actions / sum(norms.values()):.0%} of the gradient norms in the encoder"
+        how = f"with losses that take the actions as labels{share}: not tested"
     evidence = (
         f"trained on frames and actions {how}; effective rank "
         f"{report['collapse']['rank']:.0f}, {'no' if is_healthy else 'an'} alarm. "

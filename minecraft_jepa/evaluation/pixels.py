@@ -100,7 +100,7 @@ class PixelLatents(torch.nn.Module):
         """Frames (b, 3, H, W) uint8 as (b, H * W, 3)."""
         return frames.flatten(2).transpose(1, 2).float()
 
-
+# %% ../../nbs/evaluation/07_pixels.ipynb #2ad7fbbc
 @torch.no_grad()
 def pixel_metrics(
     model, decoders, store, names, horizons, windows_per_recording=8, measures=None, fit=None

@@ -184,7 +184,7 @@ def continue_habit(prior, window) -> np.ndarray:
 def join_guess_and_habit(prior, guess, window) -> np.ndarray:
     """Weigh the guess and the last ticks by their precision: actions (H, 28).
 
-    The planner starts from this turn. No world model is asked, so it tells what a search adds.
+    The planner starts from this turn. Nothing is imagined, so it tells what a search adds.
 
     Args:
         prior: ActionPrior.
@@ -212,7 +212,7 @@ def other_actions(windows, number) -> np.ndarray:
     others = [w for w in windows if w.name != windows[number].name] or windows
     return others[number % len(others)].actions
 
-
+# %% ../../nbs/planning/12_benchmark.ipynb #6549419e
 class Cloning:
     """Behaviour cloning towards the goal: ridge regression of what players did.
 

@@ -15,7 +15,7 @@ import torch
 from ..data.clip_store import ClipStore
 from ..data.recording_files import session_of
 from ..data.splits import load_split
-from ..evaluation.unseen import probe_recordings, seen_recordings, unseen_recordings
+from ..evaluation.unseen import seen_recordings, unseen_recordings
 from ..model.world_model import WorldModel
 from .action_prior import ActionPrior, fit_action_prior
 from .inverse_model import InverseModel, train_inverse_model
@@ -42,7 +42,7 @@ def training_sides(weights, data_dir, store) -> dict[str, list[str]]:
         {"train": names, "validation": names}. What is learned from these is to be judged on others.
 
     Raises:
-        ValueError: no recording is left to learn from, or to stop by.
+        ValueError: fewer than three recordings, none of which the weights have seen.
     """
     if (Path(data_dir) / "split.json").is_file():
         split = load_split(data_dir)
@@ -56,14 +56,17 @@ def training_sides(weights, data_dir, store) -> dict[str, list[str]]:
     seen = [name for name in store.names if session_of(name) in worlds]
     if seen:  # planning is never judged on these
         return {side: names or seen for side, names in sides.items()}
-    sides = probe_recordings(store, unseen_recordings(data_dir, weights))
-    del sides["test"]
-    if not all(sides.values()):
+    unseen = unseen_recordings(data_dir, weights)
+    group = session_of if len({session_of(name) for name in unseen}) > 2 else str
+    groups = sorted({group(name) for name in unseen})
+    if len(groups) < 3:
         raise ValueError(
-            f"{data_dir}: no recordings are left that planning could learn from; give at least "
-            "three worlds or sessions"
+            f"{data_dir}: {len(groups)} recordings that the weights have not seen: one each to "
+            "learn planning from, to stop by and to judge it on are needed; give more"
         )
-    return sides
+    third = {g: i % 3 for i, g in enumerate(groups)}  # the third third is to be judged on
+    sides = enumerate(("train", "validation"))
+    return {side: [name for name in unseen if third[group(name)] == k] for k, side in sides}
 
 # %% ../../nbs/planning/13_networks.ipynb #c3bf931d
 def train_planning_networks(
@@ -94,11 +97,14 @@ def train_planning_networks(
     weights, steps = Path(weights), whole_number(steps, "steps", 1)
     model = WorldModel.from_pretrained(weights).eval()
     store = ClipStore.build(data_dir, model.config.frame, progress=False)
-    sides = training_sides(weights, data_dir, store)
     prior_path = weights / "action_prior.json"
+    is_trained = all((weights / kind.file).is_file() for kind in (InverseModel, TemporalDistance))
+    if is_trained and prior_path.is_file():
+        return {}
+    sides = training_sides(weights, data_dir, store)
     if not prior_path.is_file():
         fit_action_prior(store, sides["train"]).save(prior_path)
-    if all((weights / kind.file).is_file() for kind in (InverseModel, TemporalDistance)):
+    if is_trained:
         return {}
 
     names = sides["train"][: num_recordings or None]

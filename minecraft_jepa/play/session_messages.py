@@ -67,9 +67,9 @@ class _SessionState:
 
     def pause(self, keep_keys=False):
         """Stand still; the game releases its keys."""
-        if self.playing and self.reality:
+        was_playing, self.playing, self.diffusion_frame = self.playing, False, None
+        if was_playing and self.reality:
             self.reality.step(NOOP)
-        self.playing, self.diffusion_frame = False, None
         if not keep_keys:
             self.controls.release()
 

@@ -6,6 +6,7 @@
 __all__ = ['Trajectory', 'write_lines', 'save_pair', 'save_film']
 
 # %% ../../nbs/play/03_trajectory.ipynb #be0181c9
+import errno
 import json
 import os
 import tempfile
@@ -55,11 +56,16 @@ class Trajectory:
             self._length += 1
 
     def replace(self, tick, frame, action=None):
-        """Put another frame in the place of the one at `tick`."""
-        at, fd = tick * self._record, self._file.fileno()
+        """Put another frame in the place of the one at `tick`. OSError where the disk is full."""
+        at = tick * self._record
         if action is not None:
-            os.pwrite(fd, np.asarray(action, np.float32).tobytes(), at)
-        os.pwrite(fd, np.ascontiguousarray(frame, np.uint8).tobytes(), at + self._start)
+            self._write(np.asarray(action, np.float32).tobytes(), at)
+        self._write(np.ascontiguousarray(frame, np.uint8).tobytes(), at + self._start)
+
+    def _write(self, raw, at):
+        """Write all bytes at a place: a disk that fills up takes a part of them first."""
+        if os.pwrite(self._file.fileno(), raw, at) < len(raw):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def cut(self, length):
         """Forget all frames from `length` on."""

@@ -156,13 +156,17 @@ def list_members(parts):
     names = re.compile(r"part-\d+-of-(\d+)\.tar")
     paths = sorted(path for path in Path(parts).glob("part-*") if names.fullmatch(path.name))
     if not paths:
-        raise ValueError(f"{parts}: no part-000-of-NUMBER.tar there; `pack` makes it")
-    count = int(names.fullmatch(paths[0].name)[1])
+        raise ValueError(
+            f"{parts}: no part-000-of-NUMBER.tar there; `pack` makes it (earlier versions named "
+            "parts otherwise: pack anew)"
+        )
+    counts = {int(names.fullmatch(path.name)[1]) for path in paths}
+    if len(counts) > 1:
+        raise ValueError(f"{parts}: parts of several packings; keep those of one")
+    (count,) = counts
     for number in range(count):
         if Path(parts) / _part_name(number, count) not in paths:
             raise ValueError(f"{parts}: {_part_name(number, count)} is missing; bring it too")
-    if len(paths) > count:
-        raise ValueError(f"{parts}: parts of several packings; keep those of one")
     members = {}
     for part in paths:
         members[part] = _read_members(part)
@@ -174,7 +178,7 @@ def list_members(parts):
                 )
     return members
 
-
+# %% ../../nbs/training/15_packing.ipynb #48df47e1
 def _read_members(part):
     """Members of a tar file. ValueError where it is not whole."""
     num_bytes = part.stat().st_size

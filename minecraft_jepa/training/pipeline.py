@@ -7,6 +7,7 @@ __all__ = ['run_training', 'split_stages']
 
 # %% ../../nbs/training/14_pipeline.ipynb #f8ab1fae
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -91,17 +92,19 @@ def run_training(
 def _run_settings(config, seed, out, start):
     """What a run that goes on must agree with, {name: value}.
 
-    A start within `out` is named as seen from there: the folder may be moved.
+    The start is named as seen from `out`: both may be moved.
     """
     if start:
-        start, folder = Path(start).resolve(), Path(out).resolve()
-        start = str(start.relative_to(folder) if start.is_relative_to(folder) else start)
+        start = os.path.relpath(Path(start).resolve(), Path(out).resolve())
     return {"seed": seed, "start": start or None} | result_settings(config)
 
 
 def _check_same_run(out, previous, settings):
     """ValueError where the folder holds a run with other settings."""
-    differences = describe_differences(previous["settings"], settings) if previous else ""
+    earlier = dict(previous["settings"]) if previous else {}
+    if _is_same_start(out, earlier.get("start"), settings["start"]):
+        earlier["start"] = settings["start"]
+    differences = describe_differences(earlier, settings)
     if differences:
         raise ValueError(
             f"{out} holds another run ({differences}); run with those settings, "
@@ -109,6 +112,14 @@ def _check_same_run(out, previous, settings):
         )
 
 # %% ../../nbs/training/14_pipeline.ipynb #4dd0fa3f
+def _is_same_start(out, earlier, start):
+    """Whether an earlier name of a start, which may be as it was typed, is that of now."""
+    if not earlier or not start:
+        return False
+    was_first_stage = Path(earlier).name == "first_stage" == start
+    return was_first_stage or Path(earlier).resolve() == (Path(out) / start).resolve()
+
+
 def split_stages(config):
     """Split a run with `frozen_steps` into two.
 

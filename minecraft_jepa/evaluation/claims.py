@@ -125,9 +125,9 @@ def judge_cost(sora, report):
     evidence = (
         f"in {steps} steps, by PSNR the fewest within 0.1 dB of the best, drawing a second by "
         f"diffusion takes {ratios['operations']:.1f} times the operations of imagining it "
-        f"(`paper`), and {ratios['seconds']:.1f} times the seconds "
-        f"(`{sora['seconds_preset']}`); in more steps {' and '.join(many)}; by the regression head {head:.2f} times the operations. No model "
-        "that works in pixels was trained to the same error"
+        f"(`paper`), and {ratios['seconds']:.1f} times the seconds (`{sora['seconds_preset']}`); "
+        f"in more steps {' and '.join(many)}; by the regression head {head:.2f} times the "
+        "operations. No model that works in pixels was trained to the same error"
     )
     return evidence, _verdict(min(ratios.values()) >= 2, max(ratios.values()) >= 2)
 

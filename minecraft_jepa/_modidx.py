@@ -1008,6 +1008,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                     'minecraft_jepa/evaluation/pixels.py'),
                                                   'minecraft_jepa.evaluation.pixels._lpips': ( 'evaluation/pixels.html#_lpips',
                                                                                                'minecraft_jepa/evaluation/pixels.py'),
+                                                  'minecraft_jepa.evaluation.pixels._pixels_of': ( 'evaluation/pixels.html#_pixels_of',
+                                                                                                   'minecraft_jepa/evaluation/pixels.py'),
                                                   'minecraft_jepa.evaluation.pixels._shift_frames': ( 'evaluation/pixels.html#_shift_frames',
                                                                                                       'minecraft_jepa/evaluation/pixels.py'),
                                                   'minecraft_jepa.evaluation.pixels._ssim_of_frame': ( 'evaluation/pixels.html#_ssim_of_frame',

@@ -82,6 +82,11 @@ def patch_edge_ratio(frames, patch) -> float:
     return float(sum(at_edge) / sum(inside))
 
 # %% ../../nbs/evaluation/07_pixels.ipynb #c623b2c4
+def _pixels_of(frames):
+    """Frames (b, 3, H, W) uint8 as latents of their pixels, (b, H * W, 3)."""
+    return frames.flatten(2).transpose(1, 2).float()
+
+
 class PixelLatents(torch.nn.Module):
     """Frames as they are, for the copy baselines: a latent is the pixels, (b, H * W, 3).
 
@@ -98,7 +103,7 @@ class PixelLatents(torch.nn.Module):
 
     def target(self, frames):
         """Frames (b, 3, H, W) uint8 as (b, H * W, 3)."""
-        return frames.flatten(2).transpose(1, 2).float()
+        return _pixels_of(frames)
 
 # %% ../../nbs/evaluation/07_pixels.ipynb #2ad7fbbc
 @torch.no_grad()
@@ -156,7 +161,7 @@ def pixel_metrics(
 def _shift_frames(frames, turn, h, fit):
     """`shifted_copy` of frames (b, 3, H, W) uint8."""
     grid = frames.shape[-2:]
-    pixels = shifted_copy(frames.flatten(2).transpose(1, 2).float(), turn, h, fit, grid)
+    pixels = shifted_copy(_pixels_of(frames), turn, h, fit, grid)
     return pixels.round().clamp(0, 255).to(torch.uint8).transpose(1, 2).unflatten(2, grid)
 
 

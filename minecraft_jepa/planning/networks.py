@@ -95,12 +95,12 @@ def train_planning_networks(
         are there.
     """
     weights, steps = Path(weights), whole_number(steps, "steps", 1)
-    model = WorldModel.from_pretrained(weights).eval()
-    store = ClipStore.build(data_dir, model.config.frame, progress=False)
     prior_path = weights / "action_prior.json"
     is_trained = all((weights / kind.file).is_file() for kind in (InverseModel, TemporalDistance))
     if is_trained and prior_path.is_file():
         return {}
+    model = WorldModel.from_pretrained(weights).eval()
+    store = ClipStore.build(data_dir, model.config.frame, progress=False)
     sides = training_sides(weights, data_dir, store)
     if not prior_path.is_file():
         fit_action_prior(store, sides["train"]).save(prior_path)

@@ -99,6 +99,14 @@ def _run_settings(config, seed, out, start):
     return {"seed": seed, "start": start or None} | result_settings(config)
 
 
+def _is_same_start(out, earlier, start):
+    """Whether an earlier name of a start, which may be as it was typed, is that of now."""
+    if not earlier or not start:
+        return False
+    was_first_stage = Path(earlier).name == "first_stage" == start
+    return was_first_stage or Path(earlier).resolve() == (Path(out) / start).resolve()
+
+
 def _check_same_run(out, previous, settings):
     """ValueError where the folder holds a run with other settings."""
     earlier = dict(previous["settings"]) if previous else {}
@@ -112,14 +120,6 @@ def _check_same_run(out, previous, settings):
         )
 
 # %% ../../nbs/training/14_pipeline.ipynb #4dd0fa3f
-def _is_same_start(out, earlier, start):
-    """Whether an earlier name of a start, which may be as it was typed, is that of now."""
-    if not earlier or not start:
-        return False
-    was_first_stage = Path(earlier).name == "first_stage" == start
-    return was_first_stage or Path(earlier).resolve() == (Path(out) / start).resolve()
-
-
 def split_stages(config):
     """Split a run with `frozen_steps` into two.
 

@@ -1194,6 +1194,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                     'minecraft_jepa/game/client.py'),
                                             'minecraft_jepa.game.client._GameProcess._read_log': ( 'game/client.html#_gameprocess._read_log',
                                                                                                    'minecraft_jepa/game/client.py'),
+                                            'minecraft_jepa.game.client._GameProcess._start_guard': ( 'game/client.html#_gameprocess._start_guard',
+                                                                                                      'minecraft_jepa/game/client.py'),
                                             'minecraft_jepa.game.client._GameProcess.end': ( 'game/client.html#_gameprocess.end',
                                                                                              'minecraft_jepa/game/client.py'),
                                             'minecraft_jepa.game.client._GameProcess.failure': ( 'game/client.html#_gameprocess.failure',

@@ -329,6 +329,32 @@ def test_step_before_reset_is_refused():
         LuantiEnv().step(NOOP)
 
 
+@pytest.mark.parametrize("step", ["write_home", "find_free_port"])
+def test_start_that_fails_leaves_no_folder(step, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(client, "find_programs", lambda: {"minetest": "game", "Xvfb": "display"})
+    monkeypatch.setattr(client.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(client, step, fail)
+    with pytest.raises(OSError, match="No space left"):
+        client.Game()
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_game
+def test_game_stays_off_the_users_wayland_desktop(tmp_path, monkeypatch):
+    program = tmp_path / "minetest"
+    program.write_text("#!/bin/sh\necho [$WAYLAND_DISPLAY] on $SDL_VIDEODRIVER\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-0")
+    monkeypatch.setattr(
+        client, "find_programs", lambda: find_programs() | {"minetest": str(program)}
+    )
+    with pytest.raises(LuantiError, match=r"\[\] on x11"):
+        client.Game()
+
+
 def test_render_before_reset_is_refused_and_close_does_no_harm():
     import gymnasium
 
@@ -372,6 +398,35 @@ def played():
     env.game, env.running, env.biome, env.start, env.rest = NoGame(), 0, "any", 0, np.zeros(2)
     env.shot = env.game.grab(100)
     return env
+
+
+class NoSuchPlace(NoGame):
+    "A game in whose world the player can't be put anywhere."
+
+    def spawn(self, *place):
+        raise LuantiError("world without a spawn point in 'taiga'")
+
+
+def test_step_after_a_refused_first_reset_is_refused(monkeypatch):
+    "The game runs, but its world has no such place: there is no picture to act on."
+    import gymnasium
+
+    monkeypatch.setattr("minecraft_jepa.game.env.Game", lambda *options: NoSuchPlace())
+    env = LuantiEnv(biome="taiga")
+    with pytest.raises(LuantiError, match="without a spawn point"):
+        env.reset(seed=0)
+    with pytest.raises(gymnasium.error.ResetNeeded, match="reset first"):
+        env.step(NOOP)
+
+
+def test_picture_of_another_world_is_not_acted_on(played, monkeypatch):
+    import gymnasium
+
+    monkeypatch.setattr("minecraft_jepa.game.env.Game", lambda *options: NoSuchPlace())
+    with pytest.raises(LuantiError, match="without a spawn point"):
+        played.reset(options={"world": 1, "biome": "taiga"})
+    with pytest.raises(gymnasium.error.ResetNeeded, match="reset first"):
+        played.step(NOOP)
 
 
 def action_with(index, value):

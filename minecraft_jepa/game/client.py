@@ -101,10 +101,20 @@ class _GameProcess:
         self.pids = {}
         self.asked = itertools.count()  # ids of requests
         self.home = tempfile.mkdtemp(prefix="luanti-")
-        write_home(self.home, world, mode, width, height, frames_per_tick, slow_motion, settings)
+        home_options = world, mode, width, height, frames_per_tick, slow_motion, settings
+        display_size = f"{width}x{height + FRAME_ID_ROWS}x24"
+        try:
+            write_home(self.home, *home_options)
+            self._start_guard(programs, display_size)
+        except BaseException:
+            shutil.rmtree(self.home, ignore_errors=True)
+            raise
+        threading.Thread(target=self._read_log, args=[self.guard.stdout], daemon=True).start()
+
+    def _start_guard(self, programs, display_size):
+        """Start the program that starts display and game, and ends with us."""
         command = [sys.executable, "-I", "-S", GUARD, self.home]
-        command += [programs["Xvfb"], f"{width}x{height + FRAME_ID_ROWS}x24"]
-        command += [programs["minetest"], str(find_free_port())]
+        command += [programs["Xvfb"], display_size, programs["minetest"], str(find_free_port())]
         self.guard = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -112,7 +122,6 @@ class _GameProcess:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        threading.Thread(target=self._read_log, args=[self.guard.stdout], daemon=True).start()
 
     def _read_log(self, stream):
         """Take in the log until it ends."""

@@ -186,6 +186,7 @@ class LuantiEnv(gymnasium.Env):
         options = self.options | _validate_options(options or {}, self.options)
         if self.running != options["world"]:
             self.close()
+            self.shot = None
         spawn_seed = int(self.np_random.integers(2**31 - 1))
         try:
             self._spawn(spawn_seed, options)
@@ -226,7 +227,7 @@ class LuantiEnv(gymnasium.Env):
         Raises:
             ValueError: names what is wrong with the action.
         """
-        if self.game is None:
+        if self.game is None or self.shot is None:
             raise gymnasium.error.ResetNeeded("call reset first: no game is running")
         action = _to_action(action)
         number, _, gui_open, _ = self.shot

@@ -60,7 +60,9 @@ def start_game(game, home, port, display):
     # lead elsewhere
     folders = {"HOME": home, "MINETEST_USER_PATH": user, "LUANTI_USER_PATH": user}
     drawing = {"DISPLAY": ":" + display, "LIBGL_ALWAYS_SOFTWARE": "1", "LP_NUM_THREADS": "1"}
+    drawing["SDL_VIDEODRIVER"] = "x11"  # on the user's Wayland desktop nobody would take pictures
     env = {**os.environ, **folders, **drawing, "XDG_CACHE_HOME": home + "/.cache"}
+    env.pop("WAYLAND_DISPLAY", None)
     command = [game, "--config", user + "/minetest.conf", "--go", "--gameid", "minetest"]
     command += ["--worldname", "world", "--name", "player", "--port", port]
     return start(command, cwd=home, env=env, stderr=subprocess.STDOUT)

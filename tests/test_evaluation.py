@@ -3,7 +3,6 @@
 A model that knows the rule must score perfectly; one that cheats or sees nothing must be caught.
 """
 
-import importlib
 import json
 import re
 from dataclasses import replace
@@ -269,6 +268,17 @@ def test_copies_shrink_and_shift_as_well_as_a_rule_allows(store):
     assert errors["shifted_copy"][:, 0].mean() < errors["shrunk_copy"][:, 0].mean()
 
 
+@pytest.mark.parametrize(("moves", "width"), [(True, 10 * DEGREES), (False, np.inf)])
+def test_the_view_is_found_and_a_shift_that_serves_nothing_is_left_out(moves, width):
+    """80 columns are 50 degrees; where the mouse moves no picture, none is shifted."""
+    store = Panoramas()
+    for clip in store.clips.values():
+        clip.frames = clip.frames if moves else np.broadcast_to(clip.frames[0], clip.frames.shape)
+    views = [(w, 60.0) for w in (30.0, 10 * DEGREES, 85.0, np.inf)]
+    fit = fit_copy_baselines(Deaf(store), store, store.names, [1, 4], 6, views=views)
+    assert fit.view == {1: (width, 60.0), 4: (width, 60.0)}
+
+
 # Retrieval
 
 
@@ -500,7 +510,7 @@ def test_a_shifted_frame_is_the_picture_after_the_turn(store):
     frames = torch.from_numpy(store[store.names[0]].frames[:2].copy())
     height, width = frames.shape[-2:]
     mean = torch.full((height * width, 3), 99.0)
-    fit = CopyFit(mean, (80, 60), {8: 1.0}, {8: 1.0}, 1)
+    fit = CopyFit(mean, {8: 1.0}, {8: (80, 60)}, {8: "mean"}, {8: 0}, {8: 1.0}, 1)
     same = pixels._shift_frames(frames, torch.zeros(2, 2), 8, fit)
     assert torch.equal(same, frames)
     turned = pixels._shift_frames(frames, torch.tensor([[40.0, 0.0]] * 2), 8, fit)
@@ -508,15 +518,19 @@ def test_a_shifted_frame_is_the_picture_after_the_turn(store):
     assert (turned[..., width // 2 + 1 :] == 99).all()
     faded = pixels._shift_frames(frames, torch.zeros(2, 2), 8, replace(fit, shifted_gain={8: 0.0}))
     assert (faded == 99).all()
+    to_edge = replace(fit, edge={8: "repeat"})
+    repeated = pixels._shift_frames(frames, torch.tensor([[40.0, 0.0]] * 2), 8, to_edge)
+    assert torch.equal(repeated[..., : width // 2], frames[..., width // 2 :])
+    assert (repeated[..., width // 2 :] == frames[..., -1:]).all()
+    blurred = pixels._shift_frames(frames, torch.zeros(2, 2), 8, replace(fit, blur={8: 2}))
+    assert blurred.float().diff(dim=-1).abs().mean() < frames.float().diff(dim=-1).abs().mean()
 
 
-def test_a_copy_that_moves_with_the_mouse_finds_what_a_copy_does_not(store, monkeypatch):
+def test_a_copy_that_moves_with_the_mouse_finds_what_a_copy_does_not(store):
     """In the panoramas 80 columns are the view, and a turn of `DEGREES` moves 8 of them."""
-    module = importlib.import_module("minecraft_jepa.evaluation.retrieval")
-    monkeypatch.setattr(module, "GAME_VIEW", (10 * DEGREES, 60.0))
     mean = Knows(store).target(torch.from_numpy(store["b_0"].frames.copy())).mean(0)
-    gains = dict.fromkeys([1, 4], 1.0)
-    fit = CopyFit(mean, (1, 1), gains, gains, 1)
+    values = 1.0, (10 * DEGREES, 60.0), "mean", 0, 1.0
+    fit = CopyFit(mean, *(dict.fromkeys([1, 4], value) for value in values), 1)
     scores = retrieval(Knows(store), store, store.names, [1, 4], 4, candidates=16, fit=fit)
     found = scores["top1_without_given_frame"]
     assert set(found) == {"model", "copy_last", "shuffled_actions", "shifted_copy"}

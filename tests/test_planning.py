@@ -119,6 +119,35 @@ def test_warm_start_is_among_what_is_tried():
         assert np.isclose(plan.candidates[..., 22], 3.3, atol=1e-4).all(1).any(), name
 
 
+@pytest.mark.parametrize("name", sorted({*PLANNERS} - {"gradient"}))
+def test_warm_start_stays_within_the_limit_and_the_groups(name):
+    start = np.tile(NOOP, (8, 1))
+    start[:, 22], start[:, 0], start[:, 7] = 50, 1, 1
+    for groups in ("camera", "move"):
+        problem = toy_problem(40)
+        plan = make(name, groups=groups, rounds=1).plan(CountingModel(), *problem, start=start)
+        tried = np.concatenate([plan.candidates, plan.actions[None]])
+        assert (np.abs(tried[..., CAMERA]) <= PRIOR.limit + 1e-5).all()
+        assert not tried[..., 7].any()  # no key of either group
+        assert not tried[..., 0 if groups == "camera" else 22].any()
+
+
+def test_a_search_from_the_goal_alone_does_not_look_at_the_history():
+    z, goal, history, horizon = toy_problem(16)
+    other = history.copy()
+    other[-3:, 22], other[-1, 0] = 6, 1
+    for draws, is_same in ((False, True), (True, False)):
+        planner = make("primitives", rounds=1, draw_from_history=draws)
+        plans = [planner.plan(CountingModel(), z, goal, h, horizon) for h in (history, other)]
+        assert np.array_equal(plans[0].candidates, plans[1].candidates) == is_same
+
+
+def test_the_gradient_planner_answers_with_whole_keys():
+    for right in (-16, 8, 24):
+        plan = make("gradient", rounds=3).plan(CountingModel(), *toy_problem(right, 4, forward=3))
+        assert set(np.unique(plan.actions[:, :7])) <= {0.0, 1.0}
+
+
 def test_habit_follows_the_last_ticks():
     z, goal, history, horizon = toy_problem()
     history[-3:, 22] = 6

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -465,6 +466,7 @@ BAD = [
     "null",
     "{",
     "[" * 9000,
+    "9" * 5000,
     '{"type": "fly"}',
     '{"type": 5}',
     '{"type": ["input"]}',
@@ -706,6 +708,19 @@ def test_what_was_saved_can_be_fetched_and_read(server, tmp_path):
     assert len(open_recording(pair)) == 4
     again = list(replay(Dream(held.assets.model, held.assets.head), pair))
     assert same(again, [f.transpose(2, 0, 1) for f in open_recording(pair).frames()])
+
+
+def test_two_pages_that_save_at_once_write_two_recordings(assets, tmp_path):
+    sessions = [begun(assets, tmp_path) for _ in range(4)]
+    for session in sessions:
+        session.receive('{"type": "step"}')
+        session.receive('{"type": "save"}')
+        session.work()
+    with ThreadPoolExecutor(4) as pool:
+        told = [message for out in pool.map(Session.run_job, sessions) for message in out]
+    assert [message["type"] for message in told] == ["saved"] * 4, told
+    assert len({name for message in told for name in message["files"]}) == 12
+    assert len(list(tmp_path.iterdir())) == 12
 
 
 def test_two_saves_in_one_second_are_two_files(assets, tmp_path):
@@ -1095,14 +1110,57 @@ def test_there_is_one_game_at_a_time(assets, tmp_path, game):
     other.close()
 
 
-def test_a_page_that_leaves_while_the_game_starts_ends_it(assets, tmp_path, game):
-    session = begun(assets, tmp_path)
+def test_a_page_that_leaves_while_the_game_starts_ends_it(assets, tmp_path, game, monkeypatch):
+    session, make = begun(assets, tmp_path), play_session.Reality
+
+    def make_while_the_page_leaves(*arguments, **options):
+        reality = make(*arguments, **options)
+        session.close()
+        return reality
+
+    monkeypatch.setattr(play_session, "Reality", make_while_the_page_leaves)
     session.receive('{"type": "reality"}')
     session.work()
-    session.close()
     session.run_job()
     assert not game[0].open and assets.game.acquire(blocking=False)
     assets.game.release()
+
+
+def test_a_page_that_has_gone_before_the_game_starts_lets_another_have_it(assets, tmp_path, game):
+    """The page vanishes between its wish and our answer: nothing may keep the game."""
+
+    class Gone:
+        closed = False
+
+        async def send_str(self, text):
+            raise ConnectionResetError("Cannot write to closing transport")
+
+        send_bytes = send_str
+
+    server = play_page.Server(assets, tmp_path)
+    session = begun(assets, tmp_path)
+    session.receive('{"type": "reality"}')
+    with pytest.raises(ConnectionResetError):
+        asyncio.run(server.work(Gone(), session, asyncio.Event()))
+    assert not game and assets.game.acquire(blocking=False)
+    assets.game.release()
+    server.worker.shutdown()
+    server.helpers.shutdown()
+
+
+def test_a_session_that_cannot_begin_says_so(assets, tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise ValueError("no such start")
+
+    async def told(url):
+        async with aiohttp.ClientSession() as client, client.ws_connect(url + "live") as socket:
+            message = await asyncio.wait_for(socket.receive(), 30)
+            return message.type, socket.close_code
+
+    monkeypatch.setattr(play_page, "Session", fail)
+    with running(assets, tmp_path / "saved") as (url, _):
+        assert asyncio.run(told(url)) == (aiohttp.WSMsgType.CLOSE, 1011)
+    assert "ValueError: no such start" in capsys.readouterr().err
 
 
 def test_without_the_game_the_page_tells_the_line_that_installs_it(assets, tmp_path, monkeypatch):

@@ -64,6 +64,15 @@ def test_a_widget_plays_as_the_page_does(widget):
     until(sent, lambda m: m["type"] == "refused" and "PNG" in m["why"])
 
 
+def test_a_fault_of_ours_is_told_and_ends_the_dream(widget, monkeypatch):
+    made, sent = widget
+    monkeypatch.setattr(play_widget.Session, "work", lambda session: 1 / 0)
+    made._take(made, {"type": "open"}, [])
+    told = until(sent, lambda m: m["type"] == "refused")
+    assert "ZeroDivisionError" in told["why"] and "run the cell again" in told["why"]
+    assert made._session.closed
+
+
 def test_opened_again_it_begins_again_and_closed_it_ends(widget):
     made, _ = widget
     made._take(made, {"type": "open"}, [])

@@ -342,7 +342,9 @@ def test_no_placeholder_is_left(path):
 
 @each(STUDY)
 def test_study_notebook_opens_with_a_command_for_the_root(path):
-    command = re.search(r"^papermill .*$", source(cells(path, "markdown")[0]), re.MULTILINE)[0]
+    opening = source(cells(path, "markdown")[0])
+    # papermill does not make the folder of its output
+    command = re.search(r"^mkdir -p _runs\n(papermill .*)$", opening, re.MULTILINE)[1]
     folder = f"nbs/{path.parent.name}"
     assert f"--cwd {folder} {folder}/{path.name} _runs/{path.name}" in command, (
         "its paths are relative to its own folder"

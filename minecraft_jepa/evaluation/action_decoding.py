@@ -227,9 +227,10 @@ def action_metrics(predictions, actions):
         actions: the true ones, (b, gap, 28).
 
     Returns:
-        `f1` of each key (None where it was not used), their mean `mean_f1`, that of predicting
-        every key as held, `always_on_f1`, the mean absolute error of the camera `camera_mae`,
-        that of predicting no turn, `no_turn_mae`, and R2 of the turn to the right, `yaw_r2`.
+        `f1` of each key (None where it was not used), their mean `mean_f1`, both also for
+        predicting every key as held, `always_on_f1_by_key` and `always_on_f1`, the mean
+        absolute error of the camera `camera_mae`, that of predicting no turn, `no_turn_mae`,
+        and R2 of the turn to the right, `yaw_r2`.
     """
     logits, predicted_camera = predictions
     keys, camera = action_targets(actions)
@@ -242,11 +243,16 @@ def action_metrics(predictions, actions):
         score = 2 * true_positives[i] / (2 * true_positives[i] + num_wrong[i])
         f1[ACTION_NAMES[column]] = float(score) if num_held[i] else None
     used = [score for score in f1.values() if score is not None]
-    always_on = [float(2 * share / (1 + share)) for share in keys.mean(0) if share > 0]
+    always_on = {
+        ACTION_NAMES[column]: float(2 * share / (1 + share))
+        for column, share in zip(DECODED_KEYS, keys.mean(0))
+        if share > 0
+    }
     return {
         "f1": f1,
         "mean_f1": float(np.mean(used)) if used else None,
-        "always_on_f1": float(np.mean(always_on)) if always_on else None,
+        "always_on_f1": float(np.mean([*always_on.values()])) if always_on else None,
+        "always_on_f1_by_key": always_on,
         "camera_mae": float((predicted_camera - camera).abs().mean()),
         "no_turn_mae": float(camera.abs().mean()),
         "yaw_r2": r2(predicted_camera[:, :1], camera[:, :1])[0],

@@ -205,7 +205,8 @@ def error_ratio(errors, horizons, above="shuffled_future", below="model"):
     """Divide the error of one method by that of another, recording by recording.
 
     By default this is the action-sensitivity ratio: the error with the future actions of another
-    recording over that with the true ones.
+    recording over that with the true ones. A ratio and its inverse weigh the same: the mean is
+    geometric, with Student's interval of the logarithms.
 
     Args:
         errors: {method: (recordings, horizons)}.
@@ -216,5 +217,6 @@ def error_ratio(errors, horizons, above="shuffled_future", below="model"):
     Returns:
         {ticks: {"mean", "interval"}}.
     """
-    ratios = errors[above] / np.maximum(errors[below], MIN_ERROR)  # (recordings, horizons)
-    return {str(h): confidence_interval(ratios[:, i]) for i, h in enumerate(horizons)}
+    upper, lower = (np.log(np.maximum(errors[m], MIN_ERROR)) for m in (above, below))
+    rows = {str(h): confidence_interval((upper - lower)[:, i]) for i, h in enumerate(horizons)}
+    return {h: {key: np.exp(v).tolist() for key, v in row.items()} for h, row in rows.items()}

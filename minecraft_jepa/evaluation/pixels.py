@@ -122,7 +122,7 @@ def pixel_metrics(
         measures: {name: function of two batches of frames -> a number for each frame}; None for
             PSNR and SSIM.
         fit: CopyFit of `PixelLatents` with the same horizons, for `shifted_copy`: the given frame
-            shifted as the mouse turns, and drawn towards the mean frame.
+            shifted as the mouse turns, blurred, and drawn towards the mean frame.
 
     Returns:
         {measure: {method: scores (recordings, horizons)}}. Methods are `copy_last`, with a fit

@@ -6,8 +6,6 @@
 __all__ = ['RETRIEVAL', 'GAME_VIEW', 'rank_of_target', 'retrieval']
 
 # %% ../../nbs/evaluation/08_retrieval.ipynb #0f2ea631
-from dataclasses import replace
-
 import numpy as np
 import torch
 
@@ -107,8 +105,8 @@ def retrieval(
         apart: ticks that other frames of the recording keep from the true one.
         near: ticks around the true frame, for `top1_among_near_frames` and `mean_tick_error`.
         seed: draws the candidates.
-        fit: CopyFit with the same horizons, for `shifted_copy`; None leaves that method out. Its
-            field of view is replaced by `GAME_VIEW`, with which it finds more.
+        fit: CopyFit with the same horizons, for `shifted_copy`; None leaves that method out. It
+            finds more with the field of view of the game, `GAME_VIEW`, and without a blur.
 
     Returns:
         {measure: {method: (recordings, horizons)}}. `top1` and `mrr` with the given frame among the
@@ -167,7 +165,7 @@ GAME_VIEW = 104.0, 72.0  # degrees wide and high that Luanti shows, and nearly s
 
 def _shifted_copies(model, z, future_actions, horizons, fit):
     """`shifted_copy` of z (b, n, d) at the horizons, in (b, horizon, n, d)."""
-    fit, grid = replace(fit, view=GAME_VIEW), model.config.frame.grid
+    grid = model.config.frame.grid
     copies = z[:, None].repeat(1, max(horizons), 1, 1)
     for h in horizons:
         copies[:, h - 1] = shifted_copy(z, camera_turn(future_actions[:, :h]), h, fit, grid)

@@ -198,7 +198,8 @@ def draw_primitives(prior, count, groups, history, horizon, random):
         prior: ActionPrior.
         count: how many.
         groups: of `ACTION_GROUPS`.
-        history: actions before now, (k, 28), k at least 1.
+        history: actions before now, (k, 28), k at least 1: half of the turns are drawn from what
+            follows such ticks, and the keys too. None: what was done before plays no part.
         horizon: ticks, H.
         random: NumPy's random generator.
 
@@ -206,9 +207,12 @@ def draw_primitives(prior, count, groups, history, horizon, random):
         Turns right and down (count, 2) in degrees a tick, and keys (count, 28) of 0 and 1.
     """
     groups, i = check_groups(groups), nearest_horizon(horizon)
-    expected, likely = prior.expect(history, horizon)
     turns, keys = np.empty((count, 2)), np.zeros((count, ACTION_DIM), np.float32)
-    is_conditional = random.permutation(count) % 2 == 1
+    if history is None:
+        expected, likely, is_conditional = np.zeros(2), prior.rates, np.zeros(count, bool)
+    else:
+        expected, likely = prior.expect(history, horizon)
+        is_conditional = random.permutation(count) % 2 == 1
     for axis in range(2):  # one draw in each of `count` equal parts, in random order
         level = (random.permutation(count) + random.random(count)) / count
         marginal = 1.1 * np.interp(level, LEVELS, prior.camera[i, :, axis])

@@ -45,6 +45,7 @@ class MotionPrimitives:
         guess: an InverseModel or anything with `guess(z, goal, horizon)`; None: no guess.
         habit_weight: weight of the distance from what the prior expects after the last ticks.
         guess_weight: weight of the distance from the guess.
+        draw_from_history: whether the first plans are drawn from what follows the last ticks.
         num_initial_plans: plans of the first round, 8 or more.
         rounds: how often the search is narrowed.
         samples: plans in each of these rounds.
@@ -60,6 +61,7 @@ class MotionPrimitives:
     guess: object = None
     habit_weight: float = 0.0
     guess_weight: float = 0.0
+    draw_from_history: bool = True
     num_initial_plans: int = 32
     rounds: int = 2
     samples: int = 12
@@ -111,7 +113,7 @@ class MotionPrimitives:
 
     def _initial_plans(self, search, turn_priors, random, start):
         """Plans of the first round: no-op, the means of the turn priors, draws, and `start`."""
-        history = search.history.cpu().numpy()
+        history = search.history.cpu().numpy() if self.draw_from_history else None
         turns, keys = draw_primitives(
             self.prior, self.num_initial_plans, self.groups, history, search.horizon, random
         )
@@ -127,8 +129,10 @@ class MotionPrimitives:
             turns[1 : 2 + len(weighted)] = [mean, *(m for m, _, _ in weighted)]
             turns = turns.clip(-self.prior.limit, self.prior.limit)
         if start is not None and len(start):
-            turns[-1] = np.mean(start, 0)[CAMERA]
-            keys[-1] = np.mean(start, 0) >= 0.5
+            turn, free = np.mean(start, 0)[CAMERA], free_keys(self.groups)
+            turns[-1] = turn.clip(-self.prior.limit, self.prior.limit) * ("camera" in self.groups)
+            keys[-1] = 0
+            keys[-1, free] = np.mean(start, 0)[free] >= 0.5
         return turns, keys
 
     def _turn_priors(self, search):

@@ -62,7 +62,8 @@ class RandomShooting:
             costs = search.costs(self._actions(turns, keys, search.horizon))
             proposal, kept = self._learn(proposal, turns, keys, costs, floor)
         if self.answers_mean:
-            mean, pressed = proposal.mean[None], proposal.pressed[None] > 0.5
+            mean = proposal.mean[None].clip(-self.prior.limit, self.prior.limit)
+            pressed = proposal.pressed[None] > 0.5
             return search.finish(self._actions(mean, pressed, search.horizon)[0])
         return search.finish()
 
@@ -171,8 +172,7 @@ class GradientPlanner:
             plans = self._relaxed(leaves, spread, proposal, search.horizon).detach().numpy()
         keys = free_keys(self.groups)
         plans[..., keys] = plans[..., keys] > 0.5
-        search.costs(plans)
-        return search.finish()
+        return search.finish(plans[int(np.argmin(search.costs(plans)))])
 
     def _relaxed(self, leaves, spread, proposal, horizon):
         """Actions (n, H, 28) with keys in 0..1, with a gradient."""

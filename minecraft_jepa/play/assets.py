@@ -122,6 +122,7 @@ class PlayAssets(StartFrames):
         self._max_bank_recordings, self._planner = max_bank_recordings, None
         self.bank, self.corrections, self.bank_error = None, {}, ""
         self.game = threading.Lock()  # one game at a time
+        self.saving = threading.Lock()  # one dream at a time
 
     def planner(self):
         """The planner that comes with the weights, read at first use.

@@ -44,8 +44,11 @@ def read_message(text) -> dict:
         raise Refused(f"the message has {len(text)} characters; {MAX_TEXT_LENGTH} are the most")
     try:
         message = json.loads(text, parse_constant=_no_constant)
-    except (json.JSONDecodeError, RecursionError) as e:
-        raise Refused(f"the message is not JSON ({getattr(e, 'msg', 'nested too deep')})") from None
+    except Refused:
+        raise
+    except (ValueError, RecursionError) as e:
+        reason = "nested too deep" if isinstance(e, RecursionError) else getattr(e, "msg", e)
+        raise Refused(f"the message is not JSON ({reason})") from None
     if not isinstance(message, dict):
         raise Refused("the message is not a JSON object")
     kind = message.get("type")

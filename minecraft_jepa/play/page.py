@@ -89,9 +89,14 @@ class Server:
                 continue
             # the game waits for its own clock, so it does not hold the others up
             pool = self.helpers if session.reality else self.worker
-            await self.send(socket, await self.compute(pool, session.work))
-            if session.background_job:
-                await self.send(socket, await self.compute(self.helpers, session.run_job))
+            try:
+                await self.send(socket, await self.compute(pool, session.work))
+            except ConnectionError:
+                session.closed = True
+                raise
+            finally:  # a job that was begun holds the game, also where the page has gone
+                if session.background_job:
+                    await self.send(socket, await self.compute(self.helpers, session.run_job))
 
 # %% ../../nbs/play/12_page.ipynb #bd8a2516
 async def take_messages(server, socket, session, news):
@@ -135,7 +140,7 @@ async def serve_socket(request):
     )
     await socket.prepare(request)
     if len(server.sessions) >= server.max_connections:
-        why = f"{server.max_connections} pages are open, which is the limit; close one and reload"
+        why = f"{server.max_connections} pages are open, which is the limit; close one of them"
         await server.send(socket, [{"type": "refused", "why": why}])
         await socket.close(code=WSCloseCode.TRY_AGAIN_LATER, message=b"too many pages")
         return socket
@@ -150,6 +155,8 @@ async def serve_socket(request):
         await take_messages(server, socket, session, news)
     except ConnectionError:  # the page has gone
         pass
+    except Exception as fault:
+        await _close_for_fault(socket, fault)
     finally:
         server.sessions.pop(socket, None)
         if session:
@@ -160,13 +167,17 @@ async def serve_socket(request):
 
 
 def _close_after(socket, task):
-    """A session that stopped for a fault of ours closes its page, and says why in the log."""
+    """A session that stopped for a fault of ours closes its page."""
     fault = None if task.cancelled() else task.exception()
     if fault and not isinstance(fault, ConnectionError):
-        print(f"play: {type(fault).__name__}: {fault}", file=sys.stderr, flush=True)
-        message = b"a fault; the server's log tells"
-        closing = socket.close(code=WSCloseCode.INTERNAL_ERROR, message=message)
-        task.closing = asyncio.ensure_future(closing)
+        task.closing = asyncio.ensure_future(_close_for_fault(socket, fault))
+
+
+async def _close_for_fault(socket, fault):
+    """Close a page for a fault of ours, and say why in the log."""
+    print(f"play: {type(fault).__name__}: {fault}", file=sys.stderr, flush=True)
+    message = b"a fault; the server's log tells"
+    await socket.close(code=WSCloseCode.INTERNAL_ERROR, message=message)
 
 # %% ../../nbs/play/12_page.ipynb #3710ee04
 async def _end_sessions(app):

@@ -101,6 +101,10 @@ class _SavingCommands(_Commands):
         return [{"type": "busy", "what": "saving the recording and its film"}]
 
     def _save(self):
+        with self.assets.saving:  # or two pages take one name
+            return self._save_files()
+
+    def _save_files(self):
         stem = self.out_dir / time.strftime("dream-%Y%m%d-%H%M%S")
         path, n = stem, 1
         while path.with_suffix(".jsonl").exists():
@@ -125,17 +129,23 @@ class _GameCommands(_SavingCommands):
         return [{"type": "busy", "what": "starting the game: about half a minute"}]
 
     def _start_game(self):
+        if self.closed:  # the page has gone already
+            self.assets.game.release()
+            return []
         try:
             reality = Reality(self.assets, seed=int(time.time()) % 10_000)
         except BaseException:
             self.assets.game.release()
             raise
-        if self.closed:  # the page has gone meanwhile
+        with self._working:
+            is_open = not self.closed
+            self.reality = reality if is_open else None
+        if not is_open:  # the page has gone meanwhile
             self._end_game(reality)
             return []
+        self.start_inputs = self.start_recording = None
         self.drop_plan()
-        self.reality, self.start_inputs, self.start_recording = reality, None, None
-        self.reality.observe(self.dream, begin=True)
+        reality.observe(self.dream, begin=True)
         return [self.note("the dream was given what the game shows; both obey the same keys")]
 
     def _end_game(self, reality):

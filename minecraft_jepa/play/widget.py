@@ -11,13 +11,14 @@ import json
 import re
 import tempfile
 import threading
+import traceback
 from pathlib import Path
 
 import torch
 
 from .assets import PlayAssets
 from .dream import Dream, replay
-from .messages import PAGE, Refused
+from .messages import PAGE
 from .session import Session
 from .trajectory import save_film
 
@@ -103,13 +104,22 @@ class PlayWidget(anywidget.AnyWidget):
                 is_picture = kind == "picture" and buffers
                 message = bytes(buffers[0]) if is_picture else json.dumps(content)
                 self._session.receive(message)
-            except Refused as e:
+            except ValueError as e:  # refused, or a number that JSON can't write
                 self.send({"type": "refused", "why": str(e)})
             self._news.set()
 
     def _run(self, session):
-        """Work and send, until the session is closed."""
+        """Work and send, until the session is closed; a fault is told before it ends it."""
         torch.set_num_threads(1)  # a frame is too little to share
+        try:
+            self._work(session)
+        except Exception as e:
+            reason = f"this dream has failed ({type(e).__name__}: {e}); run the cell again"
+            self.send({"type": "refused", "why": reason})
+            session.close()
+            traceback.print_exc()
+
+    def _work(self, session):
         while not session.closed:
             seconds = session.wait()
             if seconds > 0:

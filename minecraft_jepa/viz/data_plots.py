@@ -125,7 +125,8 @@ def plot_split(ax, recordings):
     ax.set_xlabel(unit)
     ax.grid(axis="y", visible=False)
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, labelspacing=1.2)
-    ax.set_title(f"No player or world is in two splits ({len(totals)} of them)")
+    shown = f", {len(players)} shown" if len(players) < len(totals) else ""
+    ax.set_title(f"{len(totals)} players or worlds, none on two sides{shown}")
     return ax
 
 

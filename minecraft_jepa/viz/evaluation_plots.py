@@ -37,8 +37,10 @@ def plot_latent_errors(ax, horizons, ticks):
     ax.set_ylim(bottom=0)
     at = "8" if "8" in horizons else str(ticks[-1])
     row = horizons[at]
+    rival = "shifted_copy" if "shifted_copy" in row else "copy_last"
     ax.set_title(
-        f"Error at {at} ticks: {row['model']['mean']:.2f}, copying {row['copy_last']['mean']:.2f}\n"
+        f"Error at {at} ticks: {row['model']['mean']:.2f}, "
+        f"{rival.replace('_', ' ')} {row[rival]['mean']:.2f}\n"
         "(band: 95 % interval of the model over recordings)"
     )
     return ax
@@ -144,13 +146,16 @@ def plot_psnr(ax, psnr, ticks):
             the true latent.
         ticks: horizons to draw.
     """
-    methods = ("dit_of_truth", "head_of_truth", "dit", "head", "copy_last")
+    wanted = ("dit_of_truth", "head_of_truth", "dit", "head", "shifted_copy", "copy_last")
+    methods = [m for m in wanted if m in psnr[str(ticks[0])]]
     plot_intervals(ax, ticks, {m: [psnr[str(h)][m] for h in ticks] for m in methods})
     ax.set_ylabel("PSNR (dB)")
     ax.legend(fontsize=9)
     row = psnr["8"]
+    rival = "shifted_copy" if "shifted_copy" in row else "copy_last"
     ax.set_title(
-        f"{row['head']['mean']:.1f} dB at 8 ticks, copying {row['copy_last']['mean']:.1f} dB\n"
+        f"{row['head']['mean']:.1f} dB at 8 ticks, "
+        f"{rival.replace('_', ' ')} {row[rival]['mean']:.1f} dB\n"
         "(bars: 95 % interval over recordings)"
     )
     return ax
@@ -188,5 +193,5 @@ def futures_figure(given, futures, ticks):
     for ax, (title, picture) in zip(axes.flat, pictures.items()):
         ax.imshow(np.moveaxis(np.asarray(picture), 0, -1))
         ax.set_title(title)
-    fig.suptitle(f"One frame, and what {ticks} ticks of one thing make of it")
+    fig.suptitle(f"One frame, and what {ticks} ticks of one action lead to")
     return fig

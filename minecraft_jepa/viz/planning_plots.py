@@ -16,6 +16,7 @@ METHODS = {  # label and colour
     "planner": ("planner", "#0173b2"),
     "planner_goal_alone": ("planner, goal alone", "#56b4e9"),
     "inverse_model": ("inverse model", "#d55e00"),
+    "guess_and_habit": ("guess and habit", "#222222"),
     "continue": ("continue", "#029e73"),
     "cloning": ("cloning", "#cc78bc"),
     "swm_cem": ("CEM of stable-worldmodel", "#ca9161"),
@@ -56,8 +57,10 @@ def _draw_errors(ax, horizons):
         ticks = [int(h) for h in horizons if name in horizons[h]]
         errors = [horizons[str(h)][name]["camera_error_degrees"] for h in ticks]
         if ticks:
-            width = 2.6 if name == "planner" else 1.4
-            ax.plot(ticks, errors, "o-", color=color, label=label, linewidth=width)
+            width, size = (2.6, 6) if name == "planner" else (1.4, 5)
+            style = "o-" if len(ticks) > 1 else "*"
+            size = size if len(ticks) > 1 else 13
+            ax.plot(ticks, errors, style, color=color, label=label, lw=width, markersize=size)
     ax.set(xlabel="ticks from start to goal", ylabel="camera error (degrees)")
     ax.set_title("Camera at the end of the plan")
     ax.legend(fontsize=8)

@@ -50,7 +50,7 @@ LABELS = {  # in the legends
     "linear": "linear extrapolation",
     "without_history": "without action history",
     "shrunk_copy": "copy, shrunk to the mean",
-    "shifted_copy": "copy, shifted and shrunk to the mean",
+    "shifted_copy": "copy, shifted, blurred, shrunk",
     "shuffled_future": "shuffled future actions",
     "best_baseline": "strongest baseline",
     "dit": "diffusion transformer",

@@ -371,13 +371,65 @@ def test_good_recording_opens_by_either_half_or_neither(toy):
     assert [f.shape for f in recording.frames(12, 20)] == [(12, 20, 3)] * FRAMES
 
 
-@pytest.mark.parametrize("spare", [1, 5, FRAMES])
+@pytest.mark.parametrize("spare", [1, 5, 20])
 def test_lines_beyond_the_last_frame_are_dropped(toy, spare):
     write_lines(toy.with_suffix(".jsonl"), [*mouse(dx=2.0) * FRAMES, *mouse(dx=9.0) * spare])
     recording = open_recording(toy)
     assert len(recording) == len(read(toy)) == FRAMES
     assert len(recording.actions) == len(recording.teleported) == FRAMES
     assert np.allclose(recording.actions[:, DX], 0.3)
+
+
+CONVERTED = {  # ticks that the video shows, seconds between them -> what the message says
+    "each second frame at 10 Hz": (range(0, 100, 2), 0.1, "50 frames, 0.1 s apart for 100 lines"),
+    "start cut off": (range(50, 100), 0.05, "50 frames for 100 lines: the video was cut"),
+    "some frames left out": (
+        [*range(30), *range(42, 100)],
+        None,
+        "out, after frame 29 first",
+    ),
+    "one frame left out": (
+        [*range(30), *range(31, 100)],
+        None,
+        "out, after frame 29 first",
+    ),
+    "19 frames a second": (range(95), 1 / 19, "95 frames, 0.053 s apart for 100 lines"),
+    "40 frames a second": ([t // 2 for t in range(200)], 0.025, "200 frames, 0.025 s apart; take"),
+}
+
+
+@pytest.mark.parametrize(("ticks", "step", "message"), CONVERTED.values(), ids=CONVERTED)
+def test_converted_video_is_refused_as_its_lines_belong_to_other_frames(
+    tmp_path, ticks, step, message
+):
+    ticks = list(ticks)
+    seconds = [tick / 20 if step is None else step * i for i, tick in enumerate(ticks)]
+    pairs.write_video(tmp_path / "a.mp4", len(ticks), seconds=seconds)
+    pairs.write_lines(tmp_path / "a.jsonl", [pairs.line(t) for t in range(100)])
+    row = check_recording(tmp_path / "a")
+    assert not row["used"]
+    assert message in row["why"]
+    assert "as it was recorded" in row["why"]
+
+
+TIMES = {  # seconds of the frames -> lines, what is remarked
+    "no jump in spite of spare lines": ([t / 20 for t in range(60)], 65, "5 lines beyond"),
+    "a clock that trembles": ([t / 20 + 0.004 * (t % 3) for t in range(60)], 61, "1 lines beyond"),
+    "a jump, but a line for each frame": ([t / 20 + (t > 30) for t in range(60)], 60, None),
+    "a jump that no line tells of": ([t / 20 + 9 * (t > 30) for t in range(60)], 62, "2 lines"),
+    "another rate, but a line for each frame": ([t / 25 for t in range(60)], 60, "0.04 s apart"),
+    "another rate, one line fewer": ([t / 10 for t in range(60)], 59, "0.1 s apart"),
+}
+
+
+@pytest.mark.parametrize(("seconds", "num_lines", "remark"), TIMES.values(), ids=TIMES)
+def test_odd_timestamps_cost_no_recording_whose_counts_agree(tmp_path, seconds, num_lines, remark):
+    pairs.write_video(tmp_path / "a.mp4", 60, seconds=seconds)
+    pairs.write_lines(tmp_path / "a.jsonl", [pairs.line(t) for t in range(num_lines)])
+    row = check_recording(tmp_path / "a", decode=True)
+    assert row["used"], row["why"]
+    assert row["frames"] == 60
+    assert any(remark in r for r in row["remarks"]) if remark else not row["remarks"]
 
 
 def test_basalt_lines_open(toy):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .lines import STATE_FIELDS, clock_steps, read_clock, read_json
 from .recording_files import RecordingError, find_half, find_pair
-from .recordings import open_recording
+from .recordings import open_recording, tell_rate
 from ..folders import cache_name, cache_root
 from ..utils import cores_allowed, decode_text, whole_number, write_json
 
@@ -77,6 +77,9 @@ def _remarks(recording):
     remarks = []
     if recording.spare_lines:
         remarks.append(f"{recording.spare_lines} lines beyond the last frame are dropped")
+    rate = tell_rate(recording.frame_seconds)
+    if rate:
+        remarks.append(f"the video's frames are {rate}; one is taken for each line, as a tick")
     if recording.spare_frames:
         remarks.append("the last frame has no line: it is the target of the last action")
     faults = recording.faults
@@ -181,7 +184,7 @@ def _cached_checks(folder):
     return cache_root() / "checked" / f"{cache_name(folder)}.json"
 
 # %% ../../nbs/data/06_checks.ipynb #c5cb3ea9
-CHECK_RULES = 2  # version of the rules of checking: rows of older ones no longer hold
+CHECK_RULES = 3  # version of the rules of checking: rows of older ones no longer hold
 
 
 def read_checks(folder) -> dict[str, dict]:

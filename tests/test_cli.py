@@ -302,7 +302,8 @@ def test_faults_of_parts_are_told_in_a_line(tmp_path, capsys):
 
 def test_seeds_are_numbers_and_ranges():
     assert read_seeds("301-303,7") == [301, 302, 303, 7]
-    for wrong in ("", "seven", "9-7", "1,,2"):
+    assert read_seeds("5,7,4-6,7") == [5, 7, 4, 6]  # each world once
+    for wrong in ("", "seven", "9-7", "5,9-7", "1,,2"):
         with pytest.raises(ValueError, match=repr(wrong)):
             read_seeds(wrong)
 

@@ -17,7 +17,9 @@ from .options import PresetName, WrongUse, explain_import_error
 # %% ../../nbs/commands/02_data_commands.ipynb #ad4b250a
 @dataclass
 class DownloadCommand:
-    """Fetch recordings that an index lists; go on with what is left.
+    """Download recordings that an index lists; go on with what is left.
+
+    Ends with 0 where at least one recording can be used, and names what did not come.
 
     For example: minecraft-jepa download vpt --index all_10xx_Jun_29 --hours 50
     """
@@ -26,7 +28,9 @@ class DownloadCommand:
     # file, URL, or a snapshot such as all_10xx_Jun_29; may be repeated. Without it: what the
     # folder's manifest lists
     index: UseAppendAction[tuple[str, ...]] = ()
-    hours: float | None = None  # at least so many; by default all
+    # about so many at most: a recording counts as five minutes, and many are shorter; by default
+    # all
+    hours: float | None = None
     players: int | None = None  # of so many players; by default all
     # what stays on one side of the split; by default player
     by: Literal["player", "session"] | None = None
@@ -39,11 +43,11 @@ class DownloadCommand:
     progress: bool = True  # show a bar
 
     def run(self):
-        """Write the manifest where an index is given, then fetch. Fails where nothing is usable."""
+        """Write the manifest where an index is given, then download. Fails where none is usable."""
         from minecraft_jepa.data.checks import read_checks
         from minecraft_jepa.data.download import download_recordings
         from minecraft_jepa.data.http_client import DownloadError
-        from minecraft_jepa.data.ledger import list_failures
+        from minecraft_jepa.data.ledger import list_failures, summarize_ledger
         from minecraft_jepa.data.manifest import read_index, select_recordings, write_manifest
 
         if self.index:
@@ -54,11 +58,13 @@ class DownloadCommand:
             if getattr(self, name) is not None and not self.index:
                 raise WrongUse(
                     f"--{name} chooses from an index: name the index too (--index); without one, "
-                    f"all that {self.folder}'s manifest lists is fetched"
+                    f"all that {self.folder}'s manifest lists is downloaded"
                 )
         rows = download_recordings(
             self.folder, self.workers, again=self.again, progress=self.progress
         )
+        if not self.progress:  # else it was printed under the bar
+            print(summarize_ledger(self.folder, rows))
         checks = read_checks(self.folder)
         names = {Path(file).stem for file in rows}
         known = sorted(names & set(checks))

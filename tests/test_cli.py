@@ -279,7 +279,9 @@ def test_from_recordings_to_a_store_to_shards(tmp_path, monkeypatch, capsys):
     assert main([*words, "--no-progress", "--workers", "1"]) == 0
     about = json.loads((tmp_path / "tars/shards.json").read_text())
     assert (about["height"], about["history"], about["quality"]) == (24, 5, 95)
-    assert f"{len(about['shards'])} tars" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"{len(about['shards'])} tars" in said.out
+    assert "the shards hold no split, and training on them is refused" in said.err
     refused(capsys, ["shards", "v", "more"], "not a clip store")
 
 

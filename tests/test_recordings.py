@@ -1067,6 +1067,68 @@ def test_split_that_does_not_fit_the_folder_is_named(folder, change, message):
         load_split(folder)
 
 
+@pytest.mark.parametrize("by", ["session", "player"])
+def test_manifest_that_leaks_is_refused(tmp_path, by):
+    names = [f"a-{i:012x}-20220101-00000{k}" for i in range(2) for k in range(2)]
+    names += ["b-00000000000b-20220101-000000", "c-00000000000c-20220101-000000"]
+    sides = ["train", "train", "train", "test", "validation", "test"]
+    if by == "player":
+        sides = ["train", "train", "test", "test", "validation", "test"]
+    for name in names:
+        pairs.make_pair(tmp_path, name, 4)
+    rows = {name: {"url": "x", "side": side} for name, side in zip(names, sides)}
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({"split_by": by, "recordings": rows}))
+    group = "a" if by == "player" else "a-000000000001"
+    with pytest.raises(RecordingError, match=f"manifest.json: {group} is in both train and test"):
+        load_split(tmp_path)
+    rows[names[2]]["side"] = rows[names[3]]["side"] = "train"
+    path.write_text(json.dumps({"split_by": by, "recordings": rows}))
+    assert len(load_split(tmp_path)["train"]) == 4
+
+
+def test_numbered_names_that_count_as_one_recording_are_explained(tmp_path):
+    names = [f"rec_{i:03d}" for i in range(6)]
+    for name in names:
+        pairs.make_pair(tmp_path, name, 4)
+    hint = (
+        r"agree up to the last _ count as one recording, rec: .* rename them \(rec_00\d to rec-00"
+    )
+    with pytest.raises(RecordingError, match=hint):
+        load_split(tmp_path)
+    split = {"train": names[:4], "validation": names[4:5], "test": names[5:]}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    with pytest.raises(RecordingError, match=hint):
+        load_split(tmp_path)
+    (tmp_path / "split.json").unlink()
+    for path in list(tmp_path.glob("rec_*")):
+        path.rename(path.with_name(path.name.replace("_", "-")))
+    assert all(load_split(tmp_path).values())
+    with pytest.raises(RecordingError) as few:
+        assign_splits(["a-1", "b-1"])
+    assert "last _" not in str(few.value)
+
+
+def test_interrupted_check_keeps_what_is_checked(tmp_path, monkeypatch):
+    for name in "abcd":
+        pairs.make_pair(tmp_path, name, 4)
+    check_folder(tmp_path, progress=False)
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("")
+    real = checks.check_recording
+
+    def check(path, decode=False):
+        if path.stem == "b":
+            raise KeyboardInterrupt
+        return real(path, decode)
+
+    monkeypatch.setattr(checks, "check_recording", check)
+    with pytest.raises(KeyboardInterrupt):
+        check_folder(tmp_path, workers=1, progress=False)
+    rows = read_checks(tmp_path)
+    assert {name: row["used"] for name, row in rows.items()} == {"a": False, "c": True, "d": True}
+
+
 def test_split_of_a_file_leaves_out_what_cannot_be_used(folder):
     write_split(folder, GOOD_SPLIT)
     assert load_split(folder) == GOOD_SPLIT

@@ -221,7 +221,8 @@ def read_checks(folder) -> dict[str, dict]:
 def check_folder(folder, decode=False, workers=None, progress=True) -> list[dict]:
     """Check every recording of a folder and write the rows to `checked.json`.
 
-    From then on a recording that can't be used is left out. Rows of unchanged files are kept.
+    From then on a recording that can't be used is left out. Rows of unchanged files are kept, and
+    so is what was checked before an interruption.
 
     Args:
         folder: of recordings, some of them perhaps broken.
@@ -235,6 +236,7 @@ def check_folder(folder, decode=False, workers=None, progress=True) -> list[dict
     workers = cores_allowed() if workers is None else whole_number(workers, "workers", 1)
     folder = Path(folder)
     names, previous = list_names(folder), read_checks(folder)
+    kept = {name: previous[name] for name in names if name in previous}
 
     def check(name):
         if name in previous and (previous[name]["decoded"] or not decode):
@@ -242,11 +244,15 @@ def check_folder(folder, decode=False, workers=None, progress=True) -> list[dict
         files = _file_stats(folder / name)  # before the check: the files may change meanwhile
         return check_recording(folder / f"{name}.mp4", decode) | {"files": files}
 
+    rows = []
     with ThreadPoolExecutor(workers) as pool:
-        checks = pool.map(check, names)
-        bar = tqdm(checks, "checking recordings", len(names), disable=not progress)
-        rows = list(bar)
-    _save_checks(folder, {"version": CHECK_RULES, "recordings": {row["name"]: row for row in rows}})
+        try:
+            checks = pool.map(check, names)
+            rows.extend(tqdm(checks, "checking recordings", len(names), disable=not progress))
+        finally:  # also on Ctrl-C: what is checked is kept
+            pool.shutdown(wait=False, cancel_futures=True)
+            recordings = kept | {row["name"]: row for row in rows}
+            _save_checks(folder, {"version": CHECK_RULES, "recordings": recordings})
     return rows
 
 

@@ -192,7 +192,7 @@ def _load_array(path, **options):
     with explain_damage(path):
         return np.load(path, **options)
 
-
+# %% ../../nbs/data/15_clips.ipynb #8cdf3bf2
 def load_clip(folder):
     """Open a clip in its folder: frames memory-mapped, everything else in memory.
 

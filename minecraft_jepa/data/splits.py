@@ -174,7 +174,7 @@ def _read_manifest_splits(path, names):
     _refuse_leaks(path, splits, by)
     return splits
 
-
+# %% ../../nbs/data/07_splits.ipynb #8b0f9c44
 def _read_split(path, names, excluded):
     """The splits that split.json holds, checked against the recordings beside it.
 

@@ -85,7 +85,7 @@ def _open_part(path, append):
         flags |= os.O_TRUNC
     return open(os.open(path, flags, 0o644), "ab")
 
-
+# %% ../../nbs/data/11_transfer.ipynb #1bafd22e
 def _download_once(client, url, target, on_bytes, stop):
     """Download a file in one request, from where its part ends. Returns its size in bytes.
 

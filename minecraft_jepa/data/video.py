@@ -110,7 +110,7 @@ def declared_frames(path) -> int:
     except (av.error.FFmpegError, IndexError, MemoryError, UnicodeDecodeError, OverflowError):
         return 0
 
-
+# %% ../../nbs/data/04_video.ipynb #20d156f3
 def read_frame_times(path):
     """Read when each frame of a video is shown, from its packets: nothing is decoded.
 

@@ -115,7 +115,7 @@ def make_vpt_line(now, then, sent, wheel, screens, before, tick) -> dict:
 class RecordingInUseError(OSError):
     """Another process is writing the recording."""
 
-
+# %% ../../nbs/game/06_recorder.ipynb #845fcf32
 class RecordingWriter:
     """Writes NAME.mp4 and NAME.jsonl under other names, and renames them when all is well.
 

@@ -202,7 +202,8 @@ def test_damaged_array_of_a_clip_is_named_with_a_remedy(tmp_path, file, content)
     if file != "teleported":
         with pytest.raises(StaleStoreError, match=message):
             store.window("toy", 30)
-    shutil.rmtree(path.parent)
+    if content:  # an empty file is seen without reading it
+        shutil.rmtree(path.parent)
     assert len(build(tmp_path / "v", tmp_path / "store", workers=1)["toy"].frames) == NUM_FRAMES
 
 

@@ -224,6 +224,7 @@ def is_stale(clip, path) -> bool:
         metadata = read_metadata(clip)
     except (FileNotFoundError, StaleStoreError):
         return True
-    if metadata.get("format") != CLIP_FORMAT:
+    is_emptied = any(file.stat().st_size == 0 for file in clip.glob("*.npy"))  # by a power cut
+    if metadata.get("format") != CLIP_FORMAT or is_emptied:
         return True
     return _hashes(source_fingerprint(path, metadata["source"])) != _hashes(metadata["source"])

@@ -405,8 +405,8 @@ class WebHandler(SimpleHTTPRequestHandler):
 @pytest.mark.parametrize("ranges", [True, False])
 def test_over_http(written, all_windows, ranges):
     pytest.importorskip("aiohttp")
-    web = WebServer(written, ranges)
-    url = web.url + "/" * ranges  # with a slash at the end or without
+    web = WebServer(written.parent, ranges)
+    url = f"{web.url}/{written.name}" + "/" * ranges  # with a slash at the end or without
     ranks = [shard_windows(url, rank=rank, world=2) for rank in range(2)]
     batches = [read_batches(windows, 2) for windows in ranks]
     web.close()

@@ -9,12 +9,15 @@ __all__ = ['whole_number', 'finite_number', 'did_you_mean', 'select_named', 'ato
 # %% ../nbs/00_utils.ipynb #a1878ca7
 import codecs
 import difflib
+import glob
 import json
 import math
 import operator
 import os
 import random
-from contextlib import contextmanager
+import time
+import uuid
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # %% ../nbs/00_utils.ipynb #e83d2e3f
@@ -101,6 +104,9 @@ def select_named(what, known, names) -> dict:
     return {name: known[name] for name in wanted or known}
 
 # %% ../nbs/00_utils.ipynb #52b4265b
+_LEFTOVER_SECONDS = 3600  # a temporary file that nobody wrote to for so long is nobody's
+
+
 @contextmanager
 def atomic_path(path):
     """Write a file completely or not at all.
@@ -109,11 +115,17 @@ def atomic_path(path):
         path: the file to write.
 
     Yields:
-        A temporary path in the same folder. It replaces `path` at the end of the block. After an
-        error it is removed, and `path` stays as it was.
+        A temporary path in the same folder, another one for each call: writers at the same time do
+        not meet. It replaces `path` at the end of the block. After an error it is removed, and
+        `path` stays as it was. What a killed process left is removed by a later call.
     """
     path = Path(path)
-    tmp_path = path.with_name(path.name + ".part")
+    prefix = f".{path.name[:200]}."  # a name may have 255 characters
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}{'[0-9a-f]' * 32}.part"):
+        with suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
+                leftover.unlink()
+    tmp_path = path.with_name(f"{prefix}{uuid.uuid4().hex}.part")
     try:
         yield tmp_path
         os.replace(tmp_path, path)

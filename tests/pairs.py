@@ -1,6 +1,7 @@
 """Small recordings made in code, for tests: a video of numbered frames and its lines."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -48,14 +49,19 @@ def write_lines(path, rows):
     Path(path).write_text("".join(row + "\n" for row in text))
 
 
-def write_video(path, frames, codec="mpeg4", **options):
-    """Write `frames` frames; frame t is a grey of 4 t."""
+def write_video(path, frames, codec="mpeg4", seconds=None, **options):
+    """Write `frames` frames; frame t is a grey of 4 t, shown at `seconds[t]`, or t / 20."""
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as video:
         stream = video.add_stream(codec, rate=20, options=options)
+        if seconds is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for t in range(frames):
             grey = np.full((HEIGHT, WIDTH, 3), 4 * t % 256, np.uint8)
-            video.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            if seconds is not None:
+                frame.pts, frame.time_base = round(1000 * seconds[t]), Fraction(1, 1000)
+            video.mux(stream.encode(frame))
         video.mux(stream.encode())
 
 

@@ -279,7 +279,9 @@ def test_from_recordings_to_a_store_to_shards(tmp_path, monkeypatch, capsys):
     assert main([*words, "--no-progress", "--workers", "1"]) == 0
     about = json.loads((tmp_path / "tars/shards.json").read_text())
     assert (about["height"], about["history"], about["quality"]) == (24, 5, 95)
-    assert f"{len(about['shards'])} tars" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"{len(about['shards'])} tars" in said.out
+    assert "the shards hold no split, and training on them is refused" in said.err
     refused(capsys, ["shards", "v", "more"], "not a clip store")
 
 
@@ -302,7 +304,8 @@ def test_faults_of_parts_are_told_in_a_line(tmp_path, capsys):
 
 def test_seeds_are_numbers_and_ranges():
     assert read_seeds("301-303,7") == [301, 302, 303, 7]
-    for wrong in ("", "seven", "9-7", "1,,2"):
+    assert read_seeds("5,7,4-6,7") == [5, 7, 4, 6]  # each world once
+    for wrong in ("", "seven", "9-7", "5,9-7", "1,,2"):
         with pytest.raises(ValueError, match=repr(wrong)):
             read_seeds(wrong)
 

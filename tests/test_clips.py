@@ -181,6 +181,65 @@ def test_changed_source_is_refused_and_decoded_anew(folder, tmp_path, suffix):
     assert clip_names(store_dir) == [SHORT]
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_clip_that_a_power_cut_emptied_is_decoded_anew(tmp_path, text):
+    store = make_toy_store(tmp_path)
+    (store.folders["toy"] / "clip.json").write_text(text)
+    with pytest.raises(StaleStoreError, match=r"toy/clip.json is damaged .*; delete its folder"):
+        ClipStore.open(tmp_path / "store")
+    assert build(tmp_path / "v", tmp_path / "store", workers=1)["toy"].frames.shape[0] == NUM_FRAMES
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY"])
+@pytest.mark.parametrize("file", ["actions", "frames", "teleported"])
+def test_damaged_array_of_a_clip_is_named_with_a_remedy(tmp_path, file, content):
+    store = make_toy_store(tmp_path)
+    path = store.folders["toy"] / f"{file}.npy"
+    path.write_bytes(content)
+    message = rf"{file}\.npy is damaged .*: rm -r {path.parent}"
+    with pytest.raises(StaleStoreError, match=message):
+        store["toy"]
+    if file != "teleported":
+        with pytest.raises(StaleStoreError, match=message):
+            store.window("toy", 30)
+    if content:  # an empty file is seen without reading it
+        shutil.rmtree(path.parent)
+    assert len(build(tmp_path / "v", tmp_path / "store", workers=1)["toy"].frames) == NUM_FRAMES
+
+
+def test_damaged_settings_of_a_store_are_named_with_a_remedy(tmp_path):
+    make_toy_store(tmp_path)
+    (tmp_path / "store/store.json").write_text("")
+    command = f"rm -r {tmp_path}/store && minecraft-jepa store {tmp_path}/v {tmp_path}/store"
+    with pytest.raises(StaleStoreError, match=f"store.json is damaged; build it with: {command}"):
+        build(tmp_path / "v", tmp_path / "store")
+    with pytest.raises(StaleStoreError, match=r"store.json is damaged; build it with: rm -r"):
+        ClipStore.open(tmp_path / "store")
+
+
+def test_store_that_does_not_fit_on_the_disk_is_refused_before_it_is_decoded(
+    tmp_path, monkeypatch, capsys
+):
+    source = tmp_path / "v"
+    for name in "ab":
+        pairs.make_pair(source, name, 40)
+    num_bytes = 2 * 40 * (3 * FRAME.height * FRAME.width + 256)
+    for free in (num_bytes - 1, num_bytes):
+        usage = shutil._ntuple_diskusage(10**9, 10**9 - free, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        if free < num_bytes:
+            with pytest.raises(OSError, match=r"0\.0 GB are needed and .* make room"):
+                build(source, tmp_path / "store", workers=1)
+            words = ["store", source, tmp_path / "store", "--preset", "tiny", "--workers", "1"]
+            refused(capsys, words, "GB are free; make room")
+            assert clip_names(tmp_path / "store") == []
+        else:
+            assert len(build(source, tmp_path / "store", workers=1).names) == 2
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)  # what is there needs no room
+    assert len(build(source, tmp_path / "store", workers=1).names) == 2
+
+
 def test_touched_source_is_the_same(folder, tmp_path):
     build(folder, tmp_path / "store")
     os.utime(folder / f"{SHORT}.mp4", (1, 1))

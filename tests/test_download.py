@@ -23,6 +23,7 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from commands import refused
@@ -41,7 +42,7 @@ from minecraft_jepa.data.manifest import (
     select_recordings,
     write_manifest,
 )
-from minecraft_jepa.data.recording_files import parse_name
+from minecraft_jepa.data.recording_files import RecordingError, parse_name
 from minecraft_jepa.data.splits import assign_splits, load_split
 from minecraft_jepa.folders import lock_folder
 
@@ -402,8 +403,114 @@ def test_full_disk_is_told_first(server, tmp_path, monkeypatch):
 
 def test_two_fetches_in_a_folder_are_refused(server, tmp_path):
     write_manifest(tmp_path, offer(server))
-    with lock_folder(tmp_path), pytest.raises(DownloadError, match="another fetch works here"):
+    with lock_folder(tmp_path), pytest.raises(DownloadError, match="another download works here"):
         get(tmp_path)
+
+
+def test_second_download_that_is_refused_leaves_the_manifest_as_it_is(server, tmp_path, capsys):
+    entries = offer(server, 5)
+    write_manifest(tmp_path / "v", entries[:3])
+    before = (tmp_path / "v/manifest.json").read_bytes()
+    words = ["download", tmp_path / "v", "--index", listed(server, tmp_path, entries)]
+    with lock_folder(tmp_path / "v"):
+        refused(capsys, words, "another download works here")
+    assert (tmp_path / "v/manifest.json").read_bytes() == before
+
+
+def test_refused_manifest_leaves_no_folder(server, tmp_path):
+    with pytest.raises(RecordingError, match="at least 3"):
+        write_manifest(tmp_path / "v", offer(server, 1))
+    assert not (tmp_path / "v").exists()
+
+
+def test_server_that_cuts_ever_sooner_is_given_up(server, tmp_path):
+    "Without a version nothing is continued: what comes again is no progress."
+    entries = offer(server)
+    path, client = path_of(entries[0]), httpx.Client()
+    lengths = iter([5000, 3000, 4000, 2000, 4500, 6000, 1, 2, 3, 4, 5, 6])
+    cuts = []
+
+    def answer(self, begin=0):
+        cuts.append(next(lengths))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(server.files[path])))
+        self.end_headers()
+        self.wfile.write(server.files[path][: cuts[-1]])
+        self.wfile.flush()
+        self.close_connection = True
+
+    server.RequestHandlerClass = type("Cutting", (Handler,), {"do_GET": answer})
+    status, reason, _ = transfer.download_file(
+        client, entries[0].url, tmp_path / "a", 6, 0.001, lambda _: None, threading.Event()
+    )
+    assert (status, cuts) == ("failed", [5000, 3000, 4000, 2000, 4500, 6000, 1, 2, 3, 4, 5])
+    assert "(6 tries)" in reason
+
+
+def test_only_parts_of_listed_recordings_are_removed(server, tmp_path):
+    entries = offer(server)
+    write_manifest(tmp_path, entries)
+    others = ["mine.part", "movie.mp4.0123456789abcdef.part", f"{entries[0].name}.mp4.notes.part"]
+    stale = f"{entries[0].name}.mp4.{16 * 'a'}.part"
+    get(tmp_path)
+    for name in [*others, stale]:
+        (tmp_path / name).write_text("half")
+    get(tmp_path)
+    assert sorted(left_behind(tmp_path)) == sorted(others)
+
+
+def test_corrupt_file_that_was_deleted_is_downloaded_again(server, tmp_path, capsys):
+    entries = offer(server)
+    good = server.files[path_of(entries[0])]
+    server.files[path_of(entries[0])] = good[: len(good) // 2]
+    words = ["download", tmp_path / "v", "--index", listed(server, tmp_path, entries)]
+    assert main([*map(str, words), "--no-progress"]) == 0
+    said = capsys.readouterr().out  # without a bar, too
+    assert "1 files corrupt, 5 files done" in said
+    assert f"minecraft-jepa download {tmp_path / 'v'} --again corrupt" in said
+    server.files[path_of(entries[0])] = good
+    assert get(tmp_path / "v")[f"{entries[0].name}.mp4"]["status"] == "corrupt"
+    (tmp_path / "v" / f"{entries[0].name}.mp4").unlink()
+    assert get(tmp_path / "v")[f"{entries[0].name}.mp4"]["status"] == "done"
+    assert_complete(server, tmp_path / "v", entries)
+
+
+def test_server_that_answers_head_with_404_is_asked_again(server, tmp_path, monkeypatch):
+    entries = offer(server)
+    del server.files[path_of(entries[0])]
+    monkeypatch.setattr(Handler, "do_HEAD", lambda self: self.answer(404))
+    write_manifest(tmp_path, entries)
+    rows = get(tmp_path)
+    assert rows[f"{entries[0].name}.mp4"]["status"] == "missing"
+    assert rows[f"{entries[0].name}.jsonl"]["status"] == "missing"
+    assert_complete(server, tmp_path, entries[1:])
+
+
+def test_whole_file_in_a_partial_answer_is_taken(server, tmp_path, monkeypatch):
+    entries = offer(server)
+    real = Handler.answer
+
+    def answer(self, status, content=b"", begin=0, fault="", **options):
+        real(self, 206 if self.command == "GET" else status, content, begin, fault, **options)
+
+    monkeypatch.setattr(Handler, "answer", answer)
+    write_manifest(tmp_path, entries)
+    get(tmp_path, tries=2)
+    assert_complete(server, tmp_path, entries)
+
+
+def test_same_recording_in_an_index_or_two_counts_once(tmp_path):
+    paths = ["8.0/a-1.mp4", "8.0/a-1.jsonl", "8.0/b-1.mp4", "8.0/b-1.mp4"]
+    (tmp_path / "i.json").write_text(json.dumps({"basedir": "http://a/", "relpaths": paths}))
+    entries = read_index(tmp_path / "i.json")
+    assert [entry.name for entry in entries] == ["a-1", "b-1"]
+    assert select_recordings([*entries, *entries]) == entries
+    ten_hours = select_recordings(real_entries(), hours=10, seed=1)
+    assert select_recordings([*real_entries(), *real_entries()], hours=10, seed=1) == ten_hours
+
+
+def test_folder_without_a_manifest_names_the_command(tmp_path, capsys):
+    refused(capsys, ["download", tmp_path], f"minecraft-jepa download {tmp_path} --index all_10xx")
 
 
 def test_disk_without_locks_is_no_hindrance(server, tmp_path, monkeypatch, capsys):
@@ -1073,7 +1180,7 @@ def test_selection_that_the_index_does_not_hold_is_named():
 
 
 def test_manifest_that_does_not_go_with_the_call_is_named(tmp_path):
-    with pytest.raises(DownloadError, match="no such file; write_manifest makes it"):
+    with pytest.raises(DownloadError, match="no such file; write_manifest makes it, and so does"):
         read_manifest(tmp_path)
     entries = select_recordings(real_entries(), hours=10)
     write_manifest(tmp_path, entries, "session")

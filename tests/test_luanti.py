@@ -137,12 +137,52 @@ def test_a_full_disk_leaves_no_half_pair(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_two_writers_of_a_recording_do_not_mix(tmp_path):
+    def grey(value):
+        return np.full((36, 64, 3), value, np.uint8)
+
+    with recorder.RecordingWriter(tmp_path, "w", 64, 36) as pair:
+        pair.write(grey(10), {"who": 1})
+        with pytest.raises(recorder.RecordingInUseError, match="w is being recorded by another"):
+            recorder.RecordingWriter(tmp_path, "w", 64, 36)
+        with recorder.RecordingWriter(tmp_path, "other", 64, 36) as other:
+            other.write(grey(20), {})
+        pair.write(grey(10), {"who": 1})
+    assert (tmp_path / "w.jsonl").read_text() == 2 * '{"who":1}\n'
+    assert len({path.name for path in tmp_path.iterdir()}) == 4
+    with recorder.RecordingWriter(tmp_path, "w", 64, 36) as pair:  # free again
+        pair.write(grey(30), {"who": 2})
+    assert (tmp_path / "w.jsonl").read_text() == '{"who":2}\n'
+
+
+@pytest.mark.parametrize("error", [recorder.RecordingInUseError, FileNotFoundError])
+def test_world_that_another_process_records_costs_no_other_seed(
+    tmp_path, monkeypatch, capsys, error
+):
+    def record(out_dir, minutes, seed, *_, **__):
+        if seed == 2:
+            raise error(f"{out_dir}/world-2: busy")
+        for suffix in (".mp4", ".jsonl"):  # as if another process recorded world 3 meanwhile
+            (tmp_path / f"world-3{suffix}").write_text("")
+        return {"name": f"world-{seed}"}
+
+    monkeypatch.setattr(recorder, "record", record)
+    monkeypatch.setattr("minecraft_jepa.game.luanti.find_programs", lambda: None)
+    status = main(["record", str(tmp_path), "--seeds", "1-4"])
+    assert status == (error is FileNotFoundError)
+    said = capsys.readouterr()
+    assert [json.loads(line)["name"] for line in said.out.splitlines()] == ["world-1", "world-4"]
+    assert "world 2: " in said.err and "busy" in said.err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"width": 255}, "255 x 144 pixels: both sides have to be even"),
         ({"minutes": 0}, "minutes is 0, less than a frame"),
         ({"minutes": -1}, "less than a frame"),
+        ({"minutes": float("inf")}, "minutes=inf must be a finite number"),
+        ({"minutes": float("nan")}, "minutes=nan must be a finite number"),
     ],
 )
 def test_what_cannot_be_recorded_is_told_before_the_game_starts(tmp_path, options, message):

@@ -371,13 +371,65 @@ def test_good_recording_opens_by_either_half_or_neither(toy):
     assert [f.shape for f in recording.frames(12, 20)] == [(12, 20, 3)] * FRAMES
 
 
-@pytest.mark.parametrize("spare", [1, 5, FRAMES])
+@pytest.mark.parametrize("spare", [1, 5, 20])
 def test_lines_beyond_the_last_frame_are_dropped(toy, spare):
     write_lines(toy.with_suffix(".jsonl"), [*mouse(dx=2.0) * FRAMES, *mouse(dx=9.0) * spare])
     recording = open_recording(toy)
     assert len(recording) == len(read(toy)) == FRAMES
     assert len(recording.actions) == len(recording.teleported) == FRAMES
     assert np.allclose(recording.actions[:, DX], 0.3)
+
+
+CONVERTED = {  # ticks that the video shows, seconds between them -> what the message says
+    "each second frame at 10 Hz": (range(0, 100, 2), 0.1, "50 frames, 0.1 s apart for 100 lines"),
+    "start cut off": (range(50, 100), 0.05, "50 frames for 100 lines: the video was cut"),
+    "some frames left out": (
+        [*range(30), *range(42, 100)],
+        None,
+        "out, after frame 29 first",
+    ),
+    "one frame left out": (
+        [*range(30), *range(31, 100)],
+        None,
+        "out, after frame 29 first",
+    ),
+    "19 frames a second": (range(95), 1 / 19, "95 frames, 0.053 s apart for 100 lines"),
+    "40 frames a second": ([t // 2 for t in range(200)], 0.025, "200 frames, 0.025 s apart; take"),
+}
+
+
+@pytest.mark.parametrize(("ticks", "step", "message"), CONVERTED.values(), ids=CONVERTED)
+def test_converted_video_is_refused_as_its_lines_belong_to_other_frames(
+    tmp_path, ticks, step, message
+):
+    ticks = list(ticks)
+    seconds = [tick / 20 if step is None else step * i for i, tick in enumerate(ticks)]
+    pairs.write_video(tmp_path / "a.mp4", len(ticks), seconds=seconds)
+    pairs.write_lines(tmp_path / "a.jsonl", [pairs.line(t) for t in range(100)])
+    row = check_recording(tmp_path / "a")
+    assert not row["used"]
+    assert message in row["why"]
+    assert "as it was recorded" in row["why"]
+
+
+TIMES = {  # seconds of the frames -> lines, what is remarked
+    "no jump in spite of spare lines": ([t / 20 for t in range(60)], 65, "5 lines beyond"),
+    "a clock that trembles": ([t / 20 + 0.004 * (t % 3) for t in range(60)], 61, "1 lines beyond"),
+    "a jump, but a line for each frame": ([t / 20 + (t > 30) for t in range(60)], 60, None),
+    "a jump that no line tells of": ([t / 20 + 9 * (t > 30) for t in range(60)], 62, "2 lines"),
+    "another rate, but a line for each frame": ([t / 25 for t in range(60)], 60, "0.04 s apart"),
+    "another rate, one line fewer": ([t / 10 for t in range(60)], 59, "0.1 s apart"),
+}
+
+
+@pytest.mark.parametrize(("seconds", "num_lines", "remark"), TIMES.values(), ids=TIMES)
+def test_odd_timestamps_cost_no_recording_whose_counts_agree(tmp_path, seconds, num_lines, remark):
+    pairs.write_video(tmp_path / "a.mp4", 60, seconds=seconds)
+    pairs.write_lines(tmp_path / "a.jsonl", [pairs.line(t) for t in range(num_lines)])
+    row = check_recording(tmp_path / "a", decode=True)
+    assert row["used"], row["why"]
+    assert row["frames"] == 60
+    assert any(remark in r for r in row["remarks"]) if remark else not row["remarks"]
 
 
 def test_basalt_lines_open(toy):
@@ -1013,6 +1065,68 @@ def test_split_that_does_not_fit_the_folder_is_named(folder, change, message):
     write_split(folder, GOOD_SPLIT | change)
     with pytest.raises(RecordingError, match=f"split.json: .*{message}"):
         load_split(folder)
+
+
+@pytest.mark.parametrize("by", ["session", "player"])
+def test_manifest_that_leaks_is_refused(tmp_path, by):
+    names = [f"a-{i:012x}-20220101-00000{k}" for i in range(2) for k in range(2)]
+    names += ["b-00000000000b-20220101-000000", "c-00000000000c-20220101-000000"]
+    sides = ["train", "train", "train", "test", "validation", "test"]
+    if by == "player":
+        sides = ["train", "train", "test", "test", "validation", "test"]
+    for name in names:
+        pairs.make_pair(tmp_path, name, 4)
+    rows = {name: {"url": "x", "side": side} for name, side in zip(names, sides)}
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({"split_by": by, "recordings": rows}))
+    group = "a" if by == "player" else "a-000000000001"
+    with pytest.raises(RecordingError, match=f"manifest.json: {group} is in both train and test"):
+        load_split(tmp_path)
+    rows[names[2]]["side"] = rows[names[3]]["side"] = "train"
+    path.write_text(json.dumps({"split_by": by, "recordings": rows}))
+    assert len(load_split(tmp_path)["train"]) == 4
+
+
+def test_numbered_names_that_count_as_one_recording_are_explained(tmp_path):
+    names = [f"rec_{i:03d}" for i in range(6)]
+    for name in names:
+        pairs.make_pair(tmp_path, name, 4)
+    hint = (
+        r"agree up to the last _ count as one recording, rec: .* rename them \(rec_00\d to rec-00"
+    )
+    with pytest.raises(RecordingError, match=hint):
+        load_split(tmp_path)
+    split = {"train": names[:4], "validation": names[4:5], "test": names[5:]}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    with pytest.raises(RecordingError, match=hint):
+        load_split(tmp_path)
+    (tmp_path / "split.json").unlink()
+    for path in list(tmp_path.glob("rec_*")):
+        path.rename(path.with_name(path.name.replace("_", "-")))
+    assert all(load_split(tmp_path).values())
+    with pytest.raises(RecordingError) as few:
+        assign_splits(["a-1", "b-1"])
+    assert "last _" not in str(few.value)
+
+
+def test_interrupted_check_keeps_what_is_checked(tmp_path, monkeypatch):
+    for name in "abcd":
+        pairs.make_pair(tmp_path, name, 4)
+    check_folder(tmp_path, progress=False)
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("")
+    real = checks.check_recording
+
+    def check(path, decode=False):
+        if path.stem == "b":
+            raise KeyboardInterrupt
+        return real(path, decode)
+
+    monkeypatch.setattr(checks, "check_recording", check)
+    with pytest.raises(KeyboardInterrupt):
+        check_folder(tmp_path, workers=1, progress=False)
+    rows = read_checks(tmp_path)
+    assert {name: row["used"] for name, row in rows.items()} == {"a": False, "c": True, "d": True}
 
 
 def test_split_of_a_file_leaves_out_what_cannot_be_used(folder):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minecraft_jepa import utils
-from minecraft_jepa.folders import lock_file, lock_folder
+from minecraft_jepa.folders import lock_file, lock_folder, open_alone
 from minecraft_jepa.utils import atomic_path, decode_text, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +31,34 @@ def test_file_is_written_completely_or_not_at_all(tmp_path):
         write_half()
     assert path.read_text() == '{\n "steps": 3\n}\n'
     assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path):
+    path = tmp_path / "run.json"
+    with atomic_path(path) as first, atomic_path(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"
+    assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_what_a_killed_writer_left_is_removed_later(tmp_path):
+    with atomic_path(tmp_path / "run.json") as path:
+        old, new = (path.with_name(path.name.replace(path.name[10:20], 10 * c)) for c in "ab")
+        path.write_text("now")
+    for leftover in (old, new, tmp_path / ".run.json.mine.part", tmp_path / "run.json.part"):
+        leftover.write_text("half")
+    for leftover in tmp_path.iterdir():
+        if leftover != new:
+            os.utime(leftover, (0, 0))
+    write_json(tmp_path / "run.json", 3)
+    expected = {new.name, ".run.json.mine.part", "run.json.part", "run.json"}
+    assert set(os.listdir(tmp_path)) == expected
+
+
+def test_name_of_any_length_is_written(tmp_path):
+    write_json(tmp_path / (250 * "n" + ".json"), 3)
+    assert len(os.listdir(tmp_path)) == 1
 
 
 def test_bytes_that_do_not_fit_on_the_disk_leave_nothing_behind(tmp_path, monkeypatch):
@@ -96,6 +124,21 @@ def test_folder_is_locked_until_the_other_process_ends(tmp_path, other_process):
     with lock_folder(tmp_path, wait=True) as is_locked:
         assert is_locked is True
     assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_file_that_another_process_writes_is_left_alone(tmp_path):
+    path = tmp_path / "a.part"
+    first = open_alone(path)
+    os.write(first, b"first")
+    assert open_alone(path) is None
+    os.replace(path, tmp_path / "a")
+    second = open_alone(path)  # the name is free, and what was written stays
+    os.write(second, b"2")
+    os.close(first)
+    os.close(second)
+    assert [(tmp_path / name).read_text() for name in ("a", "a.part")] == ["first", "2"]
+    os.close(open_alone(path))
+    assert path.read_text() == ""
 
 
 def test_lock_is_released_after_an_error(tmp_path):

@@ -6,6 +6,7 @@
 __all__ = ['DownloadCommand', 'StoreCommand', 'ShardsCommand']
 
 # %% ../../nbs/commands/02_data_commands.ipynb #556b2a74
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +18,9 @@ from .options import PresetName, WrongUse, explain_import_error
 # %% ../../nbs/commands/02_data_commands.ipynb #ad4b250a
 @dataclass
 class DownloadCommand:
-    """Fetch recordings that an index lists; go on with what is left.
+    """Download recordings that an index lists; go on with what is left.
+
+    Ends with 0 where at least one recording can be used, and names what did not come.
 
     For example: minecraft-jepa download vpt --index all_10xx_Jun_29 --hours 50
     """
@@ -26,7 +29,9 @@ class DownloadCommand:
     # file, URL, or a snapshot such as all_10xx_Jun_29; may be repeated. Without it: what the
     # folder's manifest lists
     index: UseAppendAction[tuple[str, ...]] = ()
-    hours: float | None = None  # at least so many; by default all
+    # about so many at most: a recording counts as five minutes, and many are shorter; by default
+    # all
+    hours: float | None = None
     players: int | None = None  # of so many players; by default all
     # what stays on one side of the split; by default player
     by: Literal["player", "session"] | None = None
@@ -39,11 +44,11 @@ class DownloadCommand:
     progress: bool = True  # show a bar
 
     def run(self):
-        """Write the manifest where an index is given, then fetch. Fails where nothing is usable."""
+        """Write the manifest where an index is given, then download. Fails where none is usable."""
         from minecraft_jepa.data.checks import read_checks
         from minecraft_jepa.data.download import download_recordings
         from minecraft_jepa.data.http_client import DownloadError
-        from minecraft_jepa.data.ledger import list_failures
+        from minecraft_jepa.data.ledger import list_failures, summarize_ledger
         from minecraft_jepa.data.manifest import read_index, select_recordings, write_manifest
 
         if self.index:
@@ -54,11 +59,13 @@ class DownloadCommand:
             if getattr(self, name) is not None and not self.index:
                 raise WrongUse(
                     f"--{name} chooses from an index: name the index too (--index); without one, "
-                    f"all that {self.folder}'s manifest lists is fetched"
+                    f"all that {self.folder}'s manifest lists is downloaded"
                 )
         rows = download_recordings(
             self.folder, self.workers, again=self.again, progress=self.progress
         )
+        if not self.progress:  # else it was printed under the bar
+            print(summarize_ledger(self.folder, rows))
         checks = read_checks(self.folder)
         names = {Path(file).stem for file in rows}
         known = sorted(names & set(checks))
@@ -75,6 +82,8 @@ class DownloadCommand:
 @dataclass
 class StoreCommand:
     """Decode recordings into a clip store, once.
+
+    An hour of play takes 2 GB with the frames of tiny, 6 GB of small, 11 GB of paper.
 
     For example: minecraft-jepa store vpt STORE --preset small
     """
@@ -146,6 +155,13 @@ class ShardsCommand:
                 quality=None if self.lossless else self.quality,
                 workers=self.workers,
                 progress=self.progress,
+            )
+        if not about["split"]:
+            print(
+                f"{self.store} has neither split.json nor manifest.json, so the shards hold no "
+                "split, and training on them is refused; write a split.json there and run this "
+                "again",
+                file=sys.stderr,
             )
         size = sum(shard["bytes"] for shard in about["shards"])
         print(f"{self.url}: {len(about['shards'])} tars, {size / 2**20:.1f} MiB")

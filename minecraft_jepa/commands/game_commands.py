@@ -16,26 +16,29 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from .options import WrongUse
+from ..utils import finite_number
 
 # %% ../../nbs/commands/06_game_commands.ipynb #19eb95c4
 def read_seeds(
     text,  # such as '301-324' or '7,9,20-22'
 ) -> list[int]:
-    """`'7,20-22' -> [7, 20, 21, 22]`. ValueError where it can't be read."""
+    """`'7,20-22' -> [7, 20, 21, 22]`, each once. ValueError where it can't be read."""
     seeds = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         try:
-            seeds += range(int(first), int(last or first) + 1)
+            numbers = range(int(first), int(last or first) + 1)
         except ValueError:
             raise ValueError(
                 f"seeds {text!r}: give numbers or ranges such as 301-324, with commas between them"
             ) from None
-    if not seeds:
-        raise ValueError(
-            f"seeds {text!r}: no number is in there; a range goes from the smaller to the larger"
-        )
-    return seeds
+        if not numbers:
+            raise ValueError(
+                f"seeds {text!r}: {part.strip()} holds no number; a range goes from the smaller to "
+                "the larger"
+            )
+        seeds += numbers
+    return list(dict.fromkeys(seeds))
 
 # %% ../../nbs/commands/06_game_commands.ipynb #ae59dfeb
 Biome = Literal[
@@ -61,6 +64,9 @@ Appearance = Literal[
 class RecordCommand:
     """Record Luanti in VPT format, one recording a world, in real time.
 
+    Worlds that are there, or that another process records, are left out. Ends with 1 where one
+    could not be recorded.
+
     For example: minecraft-jepa record recordings --minutes 1.6 --seeds 301-348
     """
 
@@ -78,6 +84,7 @@ class RecordCommand:
         """Record each world that is not there yet; 1 when one could not be recorded."""
         try:
             seeds = read_seeds(self.seeds)
+            finite_number("minutes", self.minutes, above=0)
         except ValueError as e:
             raise WrongUse(str(e)) from None
         from minecraft_jepa.game.appearance import appearance_settings
@@ -90,6 +97,8 @@ class RecordCommand:
         failed = 0
         with tempfile.TemporaryDirectory() as texture_dir:
             for seed in wanted:
+                if self._is_there(seed):  # another process recorded it meanwhile
+                    continue
                 settings = appearance_settings(self.appearance, texture_dir, seed)
                 failed += not self._record(seed, settings)
         return int(failed > 0)
@@ -114,7 +123,10 @@ class RecordCommand:
                     self.height,
                     settings=settings,
                 )
-            except LuantiError as e:
+            except recorder.RecordingInUseError as e:
+                print(f"world {seed}: {e}; left out", file=sys.stderr, flush=True)
+                return True
+            except (LuantiError, FileNotFoundError) as e:
                 print(f"world {seed}: {e}", file=sys.stderr, flush=True)
             else:
                 print(json.dumps(counts), flush=True)

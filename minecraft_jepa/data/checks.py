@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .lines import STATE_FIELDS, clock_steps, read_clock, read_json
 from .recording_files import RecordingError, find_half, find_pair
-from .recordings import open_recording
+from .recordings import open_recording, tell_rate
 from ..folders import cache_name, cache_root
 from ..utils import cores_allowed, decode_text, whole_number, write_json
 
@@ -77,6 +77,9 @@ def _remarks(recording):
     remarks = []
     if recording.spare_lines:
         remarks.append(f"{recording.spare_lines} lines beyond the last frame are dropped")
+    rate = tell_rate(recording.frame_seconds)
+    if rate:
+        remarks.append(f"the video's frames are {rate}; one is taken for each line, as a tick")
     if recording.spare_frames:
         remarks.append("the last frame has no line: it is the target of the last action")
     faults = recording.faults
@@ -181,7 +184,7 @@ def _cached_checks(folder):
     return cache_root() / "checked" / f"{cache_name(folder)}.json"
 
 # %% ../../nbs/data/06_checks.ipynb #c5cb3ea9
-CHECK_RULES = 2  # version of the rules of checking: rows of older ones no longer hold
+CHECK_RULES = 3  # version of the rules of checking: rows of older ones no longer hold
 
 
 def read_checks(folder) -> dict[str, dict]:
@@ -218,7 +221,8 @@ def read_checks(folder) -> dict[str, dict]:
 def check_folder(folder, decode=False, workers=None, progress=True) -> list[dict]:
     """Check every recording of a folder and write the rows to `checked.json`.
 
-    From then on a recording that can't be used is left out. Rows of unchanged files are kept.
+    From then on a recording that can't be used is left out. Rows of unchanged files are kept, and
+    so is what was checked before an interruption.
 
     Args:
         folder: of recordings, some of them perhaps broken.
@@ -232,6 +236,7 @@ def check_folder(folder, decode=False, workers=None, progress=True) -> list[dict
     workers = cores_allowed() if workers is None else whole_number(workers, "workers", 1)
     folder = Path(folder)
     names, previous = list_names(folder), read_checks(folder)
+    kept = {name: previous[name] for name in names if name in previous}
 
     def check(name):
         if name in previous and (previous[name]["decoded"] or not decode):
@@ -239,11 +244,15 @@ def check_folder(folder, decode=False, workers=None, progress=True) -> list[dict
         files = _file_stats(folder / name)  # before the check: the files may change meanwhile
         return check_recording(folder / f"{name}.mp4", decode) | {"files": files}
 
+    rows = []
     with ThreadPoolExecutor(workers) as pool:
-        checks = pool.map(check, names)
-        bar = tqdm(checks, "checking recordings", len(names), disable=not progress)
-        rows = list(bar)
-    _save_checks(folder, {"version": CHECK_RULES, "recordings": {row["name"]: row for row in rows}})
+        try:
+            checks = pool.map(check, names)
+            rows.extend(tqdm(checks, "checking recordings", len(names), disable=not progress))
+        finally:  # also on Ctrl-C: what is checked is kept
+            pool.shutdown(wait=False, cancel_futures=True)
+            recordings = kept | {row["name"]: row for row in rows}
+            _save_checks(folder, {"version": CHECK_RULES, "recordings": recordings})
     return rows
 
 

@@ -16,6 +16,7 @@ import torch
 from .actions import ACTION_DIM
 from minecraft_jepa.data.clips import (
     StaleStoreError,
+    explain_damage,
     load_clip,
 )
 from .recording_files import session_of
@@ -43,9 +44,12 @@ class _FileCache:
             self.files.pop(oldest).close()
         file = open(folder / "frames.npy", "rb", buffering=0)  # noqa: SIM115  kept open
         self.files[name] = file
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
-        self.clips[name] = file.fileno(), file.tell(), np.load(folder / "actions.npy")
+        with explain_damage(folder / "frames.npy"):
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+        with explain_damage(folder / "actions.npy"):
+            actions = np.load(folder / "actions.npy")
+        self.clips[name] = file.fileno(), file.tell(), actions
         return self.clips[name]
 
 # %% ../../nbs/data/16_clip_reader.ipynb #64b128a6

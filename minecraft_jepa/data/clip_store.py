@@ -15,6 +15,7 @@ from minecraft_jepa.data.clips import (
     CLIP_FORMAT,
     StaleStoreError,
     is_stale,
+    read_metadata,
 )
 from .recording_files import RecordingError, find_pair
 from minecraft_jepa.data.store_build import (
@@ -70,8 +71,8 @@ class ClipStore(ClipReader):
 
         Raises:
             RecordingError: names those that can't be decoded, after all others are.
-            StaleStore: the store holds clips of another size.
-            OSError: the disk is full, or can't be written.
+            StaleStoreError: the store holds clips of another size.
+            OSError: the disk is full or will be, or can't be written.
         """
         folder = Path(folder)
         workers = cores_allowed() if workers is None else whole_number(workers, "workers", 1)
@@ -100,7 +101,8 @@ class ClipStore(ClipReader):
             names: of clips; None: all.
 
         Raises:
-            StaleStore: size, format or recordings differ; names the command that builds the store.
+            StaleStoreError: size, format or recordings differ, or a file is damaged; names the
+                command that builds the store.
         """
         store_dir = Path(store_dir)
         command = build_command(folder, frame, store_dir)
@@ -115,12 +117,12 @@ class ClipStore(ClipReader):
             if is_stale(clip_dir, Path(folder) / f"{name}.mp4"):
                 problem = f"{name} has changed since it was decoded"
                 raise StaleStoreError(f"{clip_dir}: {problem}; {command}")
-        metadata = {name: json.loads((f / "clip.json").read_text()) for name, f in folders.items()}
+        metadata = {name: read_metadata(clip_dir) for name, clip_dir in folders.items()}
         return cls(folders, metadata)
 
 # %% ../../nbs/data/18_clip_store.ipynb #56a9358f
 def _check_settings(store_dir, folder, frame):
-    """StaleStore where there is no store, or one of another format or size."""
+    """StaleStoreError where there is no store, or one of another format or size."""
     try:
         settings = json.loads((store_dir / "store.json").read_text())
     except FileNotFoundError:
@@ -128,6 +130,9 @@ def _check_settings(store_dir, folder, frame):
         raise StaleStoreError(
             f"{store_dir}: not a clip store (store.json is missing); {command}"
         ) from None
+    except ValueError:
+        command = build_command(folder, frame, store_dir, delete=True)
+        raise StaleStoreError(f"{store_dir / 'store.json'} is damaged; {command}") from None
     expected = store_settings(frame) if frame else {"format": CLIP_FORMAT}
     if any(settings.get(name) != value for name, value in expected.items()):
         is_old = settings.get("format") != CLIP_FORMAT

@@ -6,10 +6,9 @@
 __all__ = ['download_recordings']
 
 # %% ../../nbs/data/14_download.ipynb #23e13a34
-import sys
+import re
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,30 +20,15 @@ from minecraft_jepa.data.http_client import (
     DownloadError,
     check_disk_space,
     find_address_fault,
+    lock_downloads,
     open_client,
 )
-from .http_response import describe_error, read_content_range
+from .http_response import Interrupted, describe_error, read_content_range
 from .ledger import Ledger, summarize_ledger
 from .manifest import read_manifest
 from .transfer import STALL_SECONDS, download_file, find_parts
-from ..folders import lock_folder
 
 # %% ../../nbs/data/14_download.ipynb #a6f8ff68
-@contextmanager
-def _directory_lock(folder):
-    """Keep other downloads out of a folder. DownloadError where one is at work."""
-    with lock_folder(folder) as is_locked:
-        if is_locked is None:
-            print(
-                f"{folder}: this disk does not lock files; make sure yourself that only one fetch "
-                "works here",
-                file=sys.stderr,
-            )
-        elif not is_locked:
-            raise DownloadError(f"{folder}: another fetch works here; wait for it or stop it")
-        yield
-
-
 def _pair_files(name):
     """The two files of a recording, the small one first."""
     return f"{name}.jsonl", f"{name}.mp4"
@@ -70,7 +54,7 @@ def _pending_files(folder, names, ledger, retry):
             ledger.add(file, "done", "", path.stat().st_size)
         elif status == "done" and exists and row["bytes"] == path.stat().st_size:
             continue
-        elif status in (None, "done", "failed", *retry):
+        elif status in (None, "done", "failed", *retry) or (status == "corrupt" and not exists):
             pending.add(file)
     return pending, unlogged
 
@@ -79,12 +63,15 @@ def _remote_size(client, url):
     """Bytes of a file, None if the server does not tell, and why it is missing, '' if it is not."""
     try:
         response = client.head(url)
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError):
-        return None, ""
-    if response.status_code in (404, 410):
-        return None, describe_error(response)
-    size = read_content_range(response)[0] if response.status_code == 200 else None
-    return size, ""
+        if response.status_code in (404, 410):  # some servers answer so to every HEAD
+            with client.stream("GET", url, headers={"Range": "bytes=0-0"}) as response:
+                if response.status_code in (404, 410):
+                    return None, describe_error(response)
+        if response.status_code in (200, 206):
+            return read_content_range(response)[0], ""
+    except (Interrupted, httpx.HTTPError, httpx.InvalidURL, UnicodeError):
+        pass
+    return None, ""
 
 # %% ../../nbs/data/14_download.ipynb #35176a73
 @dataclass
@@ -125,7 +112,7 @@ def _download_half(job, file, url, on_bytes):
     if file in job.missing:
         result = "missing", job.missing[file], None
     elif other in job.missing or (other_status == "missing" and other not in job.pending):
-        result = "missing", f"not fetched: its other half {other} is missing", None
+        result = "missing", f"not asked for: its other half {other} is missing", None
     else:
         target = job.folder / file
         result = download_file(
@@ -150,7 +137,8 @@ def download_recordings(
         workers: connections at a time.
         tries: attempts for a file, counted from the last one that brought a byte.
         again: statuses to try again: 'missing', 'corrupt'.
-        progress: show a bar with bytes, rate and time left, and print a summary.
+        progress: show a bar with bytes, rate and time left, and print a summary, which
+            `summarize_ledger` also makes.
         pause: seconds before the second attempt; doubled up to a minute.
         timeout: seconds without a byte after which a connection is given up.
 
@@ -158,7 +146,7 @@ def download_recordings(
         The ledger's rows, see `read_ledger`.
 
     Raises:
-        DownloadError: the manifest, an address or the disk does not allow it, or another fetch
+        DownloadError: the manifest, an address or the disk does not allow it, or another download
             works in the folder.
     """
     folder = Path(folder)
@@ -175,7 +163,7 @@ def download_recordings(
         "follow_redirects": True,
     }
     with (
-        _directory_lock(folder),
+        lock_downloads(folder),
         open_client(**options) as client,
         ThreadPoolExecutor(workers) as pool,
     ):
@@ -184,6 +172,7 @@ def download_recordings(
         stop = threading.Event()
         job = _Job(client, folder, ledger, pending, {}, tries, pause, stop)
         names = [name for name in urls if (pending | unlogged) & set(_pair_files(name))]
+        _remove_stale_parts(folder, urls, pending)
         _download_all(job, pool, {name: urls[name] for name in names}, progress)
     check_folder(folder, progress=progress)
     files = [file for name in urls for file in _pair_files(name)]
@@ -193,20 +182,29 @@ def download_recordings(
     return rows
 
 # %% ../../nbs/data/14_download.ipynb #b9b31568
+def _remove_stale_parts(folder, names, pending):
+    """Remove parts that nothing continues, of listed recordings alone: others are not ours."""
+    listed = {file for name in names for file in _pair_files(name)}
+    for part in folder.glob("*.part"):
+        # NAME.mp4.VERSION.part, and what is unpacked from it: NAME.mp4.VERSION.1.part
+        match = re.fullmatch(r"(.+)\.(?:[0-9a-f]{16}|none)(\.\d+)?\.part", part.name)
+        is_ours = match and match[1] in listed
+        if is_ours and (match[1] not in pending or match[2]):
+            part.unlink()
+
+
 def _download_all(job, pool, urls, progress):
     """Download the pending files of these recordings, {name: url}."""
-    for part in job.folder.glob("*.part"):
-        if part.name.rsplit(".", 2)[0] not in job.pending:
-            part.unlink()
     num_bytes = _plan(job, pool, urls, progress)
-    existing_bytes = sum(part.stat().st_size for part in job.folder.glob("*.part"))
+    parts = [part for file in job.pending for part in find_parts(job.folder / file)]
+    existing_bytes = sum(part.stat().st_size for part in parts)
     check_disk_space(job.folder, num_bytes - existing_bytes)
     with tqdm(
         total=round(num_bytes),
         unit="B",
         unit_scale=True,
         unit_divisor=1024,
-        desc="fetching",
+        desc="downloading",
         disable=not (progress and job.pending),
         smoothing=0.05,
     ) as bar:

@@ -9,6 +9,7 @@ __all__ = ['LEDGER_FILE', 'read_ledger', 'Ledger', 'list_failures', 'summarize_l
 import json
 import os
 import re
+import shlex
 import threading
 import time
 from collections import Counter
@@ -96,4 +97,8 @@ def summarize_ledger(folder, rows, max_reasons=5):
         lines.append(f"  {len(files)} {status}: {reason} ({', '.join(files[:3])}{others})")
     if len(reasons) > max_reasons:
         lines.append(f"  and {len(reasons) - max_reasons} other reasons")
+    for status in ("corrupt", "missing"):
+        if counts[status]:
+            command = f"minecraft-jepa download {shlex.quote(str(folder))} --again {status}"
+            lines.append(f"  to try what is {status} again: {command}")
     return "\n".join(lines)

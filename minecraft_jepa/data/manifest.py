@@ -13,8 +13,8 @@ import hashlib
 import json
 import operator
 import re
+import shlex
 import zlib
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import httpx
 from minecraft_jepa.data.http_client import (
     DownloadError,
     find_address_fault,
+    lock_downloads,
     mask_secrets,
     open_client,
 )
@@ -91,7 +92,7 @@ def read_index(source) -> list[IndexEntry]:
         source: path of a JSON file (also as .json.gz), its URL, or a name in `INDEX_NAMES`.
 
     Returns:
-        The recordings, in the order of the index.
+        The recordings, in the order of the index, each once.
 
     Raises:
         DownloadError: the index can't be read; the message names file, line or entry, and remedy.
@@ -113,10 +114,15 @@ def read_index(source) -> list[IndexEntry]:
             ) from None
     basedir, relpaths = _parse_index(data, source)
     entries = [_parse_entry(basedir, path, i, source) for i, path in enumerate(relpaths)]
-    for name, count in Counter(entry.name for entry in entries).items():
-        if count > 1:
-            raise DownloadError(f"{source}: {name} is listed {count} times; get the index again")
-    return entries
+    by_name = {}
+    for entry in entries:
+        first = by_name.setdefault(entry.name, entry)
+        if first.url != entry.url:
+            raise DownloadError(
+                f"{source}: {entry.name} is listed 2 times, as {first.url} and as {entry.url}; "
+                "delete one of the two from the index"
+            )
+    return list(by_name.values())
 
 # %% ../../nbs/data/12_manifest.ipynb #1e3410a7
 def _download_index(url):
@@ -171,8 +177,9 @@ def select_recordings(entries, hours=None, players=None, seed=0) -> list[IndexEn
     """Select sessions from an index.
 
     Args:
-        entries: of one index or several.
-        hours: at least so many, a recording counted as five minutes; None: all.
+        entries: of one index or several; a recording listed in several counts once.
+        hours: whole sessions are taken until there are so many, a recording counted as five
+            minutes. Many are shorter, so it is about that many at most; None: all.
         players: how many, or their names; None: all.
         seed: another seed gives another selection.
 
@@ -186,6 +193,8 @@ def select_recordings(entries, hours=None, players=None, seed=0) -> list[IndexEn
     def hash_order(key):
         return hashlib.sha256(f"{seed} {key}".encode()).digest()
 
+    first_listed = {(entry.name, entry.url): entry for entry in reversed(entries)}
+    entries = list(first_listed.values())[::-1]
     known = sorted({entry.player for entry in entries}, key=hash_order)
     if hasattr(players, "__index__"):  # a whole number of any type
         num_players = operator.index(players)
@@ -215,7 +224,7 @@ def select_recordings(entries, hours=None, players=None, seed=0) -> list[IndexEn
         selected.update(names_by_session[session])
     return [entry for entry in candidates if entry.name in selected]
 
-# %% ../../nbs/data/12_manifest.ipynb #1388249a
+# %% ../../nbs/data/12_manifest.ipynb #b04ba2c3
 def write_manifest(folder, entries, by="player", seed=0, share=0.15) -> dict[str, list[str]]:
     """Write `manifest.json`, or add to it.
 
@@ -230,15 +239,21 @@ def write_manifest(folder, entries, by="player", seed=0, share=0.15) -> dict[str
         {'train', 'validation', 'test': names}.
 
     Raises:
-        DownloadError: the manifest is split by the other, or lists a recording from elsewhere.
+        DownloadError: the manifest is split by the other, lists a recording from elsewhere, or a
+            download works in the folder.
     """
-    folder = Path(folder)
+    with lock_downloads(folder):
+        return _merge_manifest(Path(folder), entries, by, seed, share)
+
+
+def _merge_manifest(folder, entries, by, seed, share):
+    """As `write_manifest`, in a folder that is locked."""
     path = folder / "manifest.json"
     previous = read_manifest(folder) if path.is_file() else {"split_by": by, "recordings": {}}
     if previous["split_by"] != by:
         raise DownloadError(
-            f"{path}: it is split by {previous['split_by']}; write it with "
-            f"by={previous['split_by']!r}, or into another folder"
+            f"{path}: it is split by {previous['split_by']}; add to it with --by "
+            f"{previous['split_by']}, or give another folder"
         )
     rows = dict(previous["recordings"])
     for entry in entries:
@@ -256,7 +271,6 @@ def write_manifest(folder, entries, by="player", seed=0, share=0.15) -> dict[str
         for name in names:
             rows[name] = rows[name] | {"side": split}
     manifest = {"version": 1, "split_by": by, "seed": seed, "share": share}
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(path, manifest | {"recordings": {name: rows[name] for name in sorted(rows)}})
     return splits
 
@@ -278,7 +292,11 @@ def read_manifest(folder) -> dict:
     try:
         manifest = json.loads(decode_text(path.read_bytes()))
     except FileNotFoundError:
-        raise DownloadError(f"{path}: no such file; write_manifest makes it") from None
+        folder = shlex.quote(str(folder))
+        raise DownloadError(
+            f"{path}: no such file; write_manifest makes it, and so does: minecraft-jepa download "
+            f"{folder} --index {INDEX_NAMES[-2]} --hours 10"
+        ) from None
     except json.JSONDecodeError as e:
         raise DownloadError(
             f"{path}, line {e.lineno}: not JSON ({e.msg}); delete it and write it again"

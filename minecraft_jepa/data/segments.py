@@ -8,6 +8,7 @@ __all__ = ['SegmentFetcher', 'read_shards_json']
 # %% ../../nbs/data/22_segments.ipynb #4c585d0b
 import io
 import json
+import shlex
 import tarfile
 import time
 import zlib
@@ -48,7 +49,7 @@ def _read_actions(npy_bytes):
 
 
 def _open_filesystem(url, storage):
-    """File system and path of a URL.
+    """File system and path of a URL, without a slash at its end.
 
     A forked worker must not share its parent's connections. A web server that does not answer for
     30 seconds is asked again.
@@ -58,7 +59,8 @@ def _open_filesystem(url, storage):
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=30)
         storage = storage | {"client_kwargs": {"timeout": timeout}}
-    return fsspec.core.url_to_fs(url, skip_instance_cache=True, **storage)
+    fs, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, **storage)
+    return fs, root.rstrip("/")
 
 # %% ../../nbs/data/22_segments.ipynb #20d469d5
 class SegmentFetcher:
@@ -131,7 +133,7 @@ def read_shards_json(url, storage):
         storage: options for fsspec.
 
     Raises:
-        ShardError: there is none.
+        ShardError: there is none, or it is damaged.
     """
     fs, root = _open_filesystem(url, storage)
     try:
@@ -139,4 +141,9 @@ def read_shards_json(url, storage):
     except FileNotFoundError:
         raise ShardError(
             f"{url}: no shards.json there; write_shards writes it last, so run it again to finish"
+        ) from None
+    except ValueError as e:
+        raise ShardError(
+            f"{root}/shards.json: not JSON ({e}); write it again with: minecraft-jepa shards STORE "
+            f"{shlex.quote(url)}"
         ) from None

@@ -153,8 +153,11 @@ def _read_finished_shard(fs, base, fingerprint):
     """Metadata of a shard that is there, whole, and holds the same; None otherwise."""
     if not (fs.exists(f"{base}.json") and fs.exists(f"{base}.tar")):
         return None
-    shard = json.loads(fs.cat_file(f"{base}.json"))
-    is_same = shard["plan"] == fingerprint and fs.size(f"{base}.tar") == shard["bytes"]
+    try:
+        shard = json.loads(fs.cat_file(f"{base}.json"))
+        is_same = shard["plan"] == fingerprint and fs.size(f"{base}.tar") == shard["bytes"]
+    except (ValueError, KeyError, TypeError):  # damaged, as by a power cut
+        return None
     return shard if is_same else None
 
 # %% ../../nbs/data/20_shards.ipynb #d8b9994b
@@ -229,6 +232,7 @@ def write_shards(
         quality = whole_number(quality, "quality", 1)
     workers = cores_allowed() if workers is None else whole_number(workers, "workers", 1)
     fs, root = fsspec.core.url_to_fs(str(url), **storage)
+    root = root.rstrip("/")
     names = store.names if names is None else list(names)
     segments = _cut_recordings(store, names, length, history, reach)
     chunks = [segments[i : i + per_shard] for i in range(0, len(segments), per_shard)]

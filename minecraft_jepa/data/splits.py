@@ -20,6 +20,18 @@ from ..utils import whole_number
 SPLITS = "train", "validation", "test"
 
 
+def _tell_naming(names):
+    """How names made one recording of several, where they did; '' where they did not."""
+    piece = next((name for name in names if name.rpartition("_")[0] == session_of(name)), None)
+    if not piece:
+        return ""
+    new_name = "-".join(piece.rsplit("_", 1))
+    return (
+        f". Names that agree up to the last _ count as one recording, {session_of(piece)}: where "
+        f"they are several, rename them ({piece} to {new_name})"
+    )
+
+
 def assign_splits(names, seed=0, share=0.15, by="session", fixed=None) -> dict[str, list[str]]:
     """Assign recordings to train, validation and test, each group to one of them.
 
@@ -49,7 +61,7 @@ def assign_splits(names, seed=0, share=0.15, by="session", fixed=None) -> dict[s
     if len(group_sizes) < 3:
         raise RecordingError(
             f"{len(group_sizes)} {by}(s), at least 3 are needed for training, validation and test; "
-            "add recordings, split by 'session', or write a split.json"
+            f"add recordings, split by 'session', or write a split.json{_tell_naming(names)}"
         )
     preassigned = {getattr(parse_name(name), by): split for name, split in (fixed or {}).items()}
     split_of = {g: split for g, split in preassigned.items() if g in group_sizes}
@@ -111,7 +123,8 @@ def load_split(folder, seed=0, share=0.15) -> dict[str, list[str]]:
         {'train', 'validation', 'test': names}.
 
     Raises:
-        RecordingError: split.json omits or repeats a recording, or a group is in two splits.
+        RecordingError: split.json omits or repeats a recording, or a group is in two splits of
+            it or of the manifest.
     """
     folder = Path(folder)
     seed = whole_number(seed, "seed", 0)
@@ -148,17 +161,20 @@ def _read_manifest_splits(path, names):
     try:
         split_of = {name: row["side"] for name, row in manifest["recordings"].items()}
     except (KeyError, TypeError, AttributeError):
-        remedy = "not written by download.write_manifest; mend it, or write a split.json"
+        remedy = "not written by manifest.write_manifest; mend it, or write a split.json"
         raise RecordingError(f"{path}: {remedy}") from None
+    by = "player" if manifest.get("split_by") == "player" else "session"
     unlisted = sorted(set(names) - set(split_of))
     if unlisted:
         raise RecordingError(
             f"{path}: {unlisted[0]} is in the folder, but not listed; move it elsewhere, or write "
             "a split.json"
         )
-    return {split: [name for name in names if split_of[name] == split] for split in SPLITS}
+    splits = {split: [name for name in names if split_of[name] == split] for split in SPLITS}
+    _refuse_leaks(path, splits, by)
+    return splits
 
-
+# %% ../../nbs/data/07_splits.ipynb #8b0f9c44
 def _read_split(path, names, excluded):
     """The splits that split.json holds, checked against the recordings beside it.
 
@@ -182,17 +198,22 @@ def _read_split(path, names, excluded):
         if wrong:
             raise RecordingError(f"{path}: {min(wrong)} {problem}; mend or delete the file")
 
+    _refuse_leaks(path, splits, "session")
+    return {split: [n for n in splits[split] if n not in excluded] for split in SPLITS}
+
+
+def _refuse_leaks(path, splits, by):
+    """Refuse splits of which two hold recordings of one session or player."""
     split_of = {}
     for split in SPLITS:
         for name in splits[split]:
-            group = session_of(name)
+            group = getattr(parse_name(name), by)
             other = split_of.setdefault(group, split)
             if other != split:
                 raise RecordingError(
                     f"{path}: {group} is in both {other} and {split}, so the test would leak; "
-                    "move all its recordings to one split"
+                    f"move all its recordings to one split{_tell_naming([name])}"
                 )
-    return {split: [n for n in splits[split] if n not in excluded] for split in SPLITS}
 
 
 def _is_split(splits):

@@ -9,6 +9,7 @@ __all__ = ['store_settings', 'DecodingStopped', 'explain_disk_errors', 'build_co
 import ctypes
 import errno
 import json
+import math
 import multiprocessing
 import os
 import shlex
@@ -32,6 +33,7 @@ from minecraft_jepa.data.clips import (
     is_stale,
 )
 from .recording_files import RecordingError
+from .video import declared_frames
 from ..folders import lock_folder
 from ..utils import write_json
 
@@ -85,14 +87,21 @@ def _is_complete(store_dir, paths, frame):
 
 # %% ../../nbs/data/17_store_build.ipynb #e3ded152
 def _write_settings(store_dir, folder, frame):
-    """Write store.json and the split. StaleStore where the store has clips of another size."""
+    """Write store.json and the split. StaleStoreError where it has clips of another size."""
     settings, path = store_settings(frame), store_dir / "store.json"
     has_clips = any(store_dir.glob("[!.]*/clip.json"))
-    if has_clips and path.is_file() and json.loads(path.read_text()) != settings:
-        raise StaleStoreError(
-            f"{store_dir} holds clips of other settings: {' '.join(path.read_text().split())}; "
-            "give another folder, or delete this one"
-        )
+    if has_clips and path.is_file():
+        text = path.read_text()
+        try:
+            is_same = json.loads(text) == settings
+        except ValueError:
+            command = build_command(folder, frame, store_dir, delete=True)
+            raise StaleStoreError(f"{path} is damaged; {command}") from None
+        if not is_same:
+            raise StaleStoreError(
+                f"{store_dir} holds clips of other settings: {' '.join(text.split())}; give "
+                "another folder, or delete this one"
+            )
     write_json(path, settings)
     _copy_split(store_dir, folder)
 
@@ -217,6 +226,19 @@ def build_command(folder, frame, store_dir, delete=False):
     return f"build it with: {remove}minecraft-jepa store {recordings} {store} {size}"
 
 # %% ../../nbs/data/17_store_build.ipynb #87129071
+_OTHER_BYTES = 256  # of a frame: its action and state
+
+
+def _check_space(store_dir, paths, frame):
+    """Refuse to begin what the disk can't hold: decoding takes hours before it is full."""
+    num_frames = sum(declared_frames(path) for path in paths)
+    num_bytes = num_frames * (math.prod(frame.shape) + _OTHER_BYTES)
+    free = shutil.disk_usage(store_dir).free
+    if num_bytes > free:
+        problem = f"{num_bytes / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free"
+        raise OSError(errno.ENOSPC, problem, str(store_dir))
+
+
 def build_store(store_dir, folder, paths, frame, workers, progress):
     """Decode what is missing or stale. A store that is complete stays as it is.
 
@@ -230,6 +252,10 @@ def build_store(store_dir, folder, paths, frame, workers, progress):
 
     Returns:
         What can't be decoded, as texts.
+
+    Raises:
+        OSError: the disk is full, or has not enough room for what is missing.
+        StaleStoreError: the store holds clips of another size, or its store.json is damaged.
     """
     if _is_complete(store_dir, paths, frame):
         with suppress(OSError):  # the split of a store that can only be read stays as it is
@@ -238,4 +264,5 @@ def build_store(store_dir, folder, paths, frame, workers, progress):
     with _build_lock(store_dir):
         _write_settings(store_dir, folder, frame)
         stale = {name: path for name, path in paths.items() if is_stale(store_dir / name, path)}
+        _check_space(store_dir, stale.values(), frame)
         return _decode_all(stale, frame, store_dir, workers, progress)

@@ -73,6 +73,11 @@ def find_parts(target):
     return sorted(target.parent.glob(f"{target.name}.*.part"))
 
 
+def _part_bytes(target):
+    """Bytes of the incomplete versions of a file."""
+    return sum(part.stat().st_size for part in find_parts(target))
+
+
 def _open_part(path, append):
     """A part, open for writing; a link in its place is not followed."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
@@ -80,7 +85,7 @@ def _open_part(path, append):
         flags |= os.O_TRUNC
     return open(os.open(path, flags, 0o644), "ab")
 
-
+# %% ../../nbs/data/11_transfer.ipynb #1bafd22e
 def _download_once(client, url, target, on_bytes, stop):
     """Download a file in one request, from where its part ends. Returns its size in bytes.
 
@@ -98,7 +103,8 @@ def _download_once(client, url, target, on_bytes, stop):
         version = hash_version(response, total)
         new_part = target.with_name(f"{target.name}.{version or 'none'}.part")
         same_version = bool(version) and part == new_part
-        continues = is_partial and same_version and offset == existing_bytes
+        is_whole = not part and offset == 0  # not asked for, but from the beginning
+        continues = is_partial and (is_whole or (same_version and offset == existing_bytes))
         if part and not continues:
             part.unlink()
         if is_partial and not continues:
@@ -129,7 +135,7 @@ def download_file(client, url, target, max_attempts, backoff, on_bytes, stop):
         client: from `open_client`.
         url: of the file.
         target: path to write.
-        max_attempts: in a row that bring no byte.
+        max_attempts: in a row that bring no byte beyond what an earlier one brought.
         backoff: first pause in seconds.
         on_bytes: called with the number of bytes of each block, negative where they are read again.
         stop: `threading.Event` that ends the download.
@@ -141,6 +147,7 @@ def download_file(client, url, target, max_attempts, backoff, on_bytes, stop):
         InterruptedError: `stop` was set.
     """
     num_failed = received = 0
+    most_bytes = _part_bytes(target)
 
     def count(num_bytes):
         nonlocal received
@@ -149,7 +156,6 @@ def download_file(client, url, target, max_attempts, backoff, on_bytes, stop):
 
     while True:
         received = 0
-        bytes_before = sum(part.stat().st_size for part in find_parts(target))
         try:
             return "done", "", _download_once(client, url, target, count, stop)
         except NotFound as e:
@@ -161,8 +167,9 @@ def download_file(client, url, target, max_attempts, backoff, on_bytes, stop):
         except (Interrupted, httpx.HTTPError) as e:
             error = e
         on_bytes(-received)  # the next attempt counts the part again
-        has_grown = sum(part.stat().st_size for part in find_parts(target)) > bytes_before
-        num_failed = 1 if has_grown else num_failed + 1
+        num_bytes = _part_bytes(target)
+        num_failed = 1 if num_bytes > most_bytes else num_failed + 1
+        most_bytes = max(most_bytes, num_bytes)
         if num_failed >= max_attempts:
             reason = str(error) or type(error).__name__
             return "failed", f"{reason} ({max_attempts} tries)", None

@@ -48,7 +48,7 @@ def split_weights(folder, out, limit=15 * MIB):
     """
     folder, out = Path(folder), Path(out)
     for path in out.glob("*"):
-        is_list = path.name in ("parts.json", "parts.json.part")
+        is_list = path.name == "parts.json" or path.match(".parts.json.*.part")
         if not is_list and path.name.rpartition(".")[0] not in WEIGHT_FILES:
             raise ValueError(f"{path}: no part of weights; give another folder for the parts")
     shutil.rmtree(out, ignore_errors=True)

@@ -2759,6 +2759,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                               'minecraft_jepa/training/weight_parts.py')},
             'minecraft_jepa.utils': { 'minecraft_jepa.utils._in_range': ('utils.html#_in_range', 'minecraft_jepa/utils.py'),
                                       'minecraft_jepa.utils._is_boolean': ('utils.html#_is_boolean', 'minecraft_jepa/utils.py'),
+                                      'minecraft_jepa.utils._on_one_line': ('utils.html#_on_one_line', 'minecraft_jepa/utils.py'),
                                       'minecraft_jepa.utils._quota': ('utils.html#_quota', 'minecraft_jepa/utils.py'),
                                       'minecraft_jepa.utils.atomic_path': ('utils.html#atomic_path', 'minecraft_jepa/utils.py'),
                                       'minecraft_jepa.utils.check_device': ('utils.html#check_device', 'minecraft_jepa/utils.py'),

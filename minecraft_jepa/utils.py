@@ -15,6 +15,7 @@ import math
 import operator
 import os
 import random
+import re
 import time
 import uuid
 from contextlib import contextmanager, suppress
@@ -133,15 +134,24 @@ def atomic_path(path):
         tmp_path.unlink(missing_ok=True)
 
 
+_NUMBERS = re.compile(r"\[\n[\s\d.,+\-eEnul]*\]")  # a list of numbers and nulls in JSON
+
+
+def _on_one_line(found):
+    """A list that was found in JSON, without its line breaks."""
+    return f"[{' '.join(found[0][1:-1].split())}]"
+
+
 def write_json(path, value):
-    """Write a value as JSON, completely or not at all.
+    """Write a value as JSON, completely or not at all; a list of numbers stands on one line.
 
     Args:
         path: the file to write.
         value: anything that `json` can hold.
     """
     with atomic_path(path) as tmp_path:
-        tmp_path.write_text(json.dumps(value, indent=1) + "\n")
+        text = json.dumps(value, indent=1)
+        tmp_path.write_text(_NUMBERS.sub(_on_one_line, text) + "\n")
 
 # %% ../nbs/00_utils.ipynb #74c20079
 _BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -180,3 +181,11 @@ def test_lock_file_of_another_user_is_opened_for_reading(tmp_path, monkeypatch):
     (tmp_path / ".lock").unlink()
     with pytest.raises(PermissionError), lock_folder(tmp_path):
         pass
+
+
+def test_lists_of_numbers_stand_on_one_line(tmp_path):
+    value = {"a": [1, -2.5e-07, None], "b": ["x", "[\n1"], "c": [[1, 2], []], "d": {"e": [3]}}
+    utils.write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == value
+    assert '"a": [1, -2.5e-07, null]' in text and '"e": [3]' in text and "[1, 2]" in text

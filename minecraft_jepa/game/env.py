@@ -168,8 +168,7 @@ class LuantiEnv(gymnasium.Env):
         self.size = mode, width, height, 2, slow_motion  # two pictures a tick
         self.observation_space = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
         self.action_space = gymnasium.spaces.Box(ACTION_LOW, ACTION_HIGH)
-        self.game = None
-        self.running = None  # the random seed of the game's world
+        self.game = self.running = None  # running: the random seed of the game's world
         self.shot = None  # the last picture, as `Game.grab` gives it
 
     def reset(self, *, seed=None, options=None):

@@ -2373,6 +2373,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                              'minecraft_jepa/training/checkpoints.py'),
                                                      'minecraft_jepa.training.checkpoints.all_finite': ( 'training/checkpoints.html#all_finite',
                                                                                                          'minecraft_jepa/training/checkpoints.py'),
+                                                     'minecraft_jepa.training.checkpoints.check_num_processes': ( 'training/checkpoints.html#check_num_processes',
+                                                                                                                  'minecraft_jepa/training/checkpoints.py'),
                                                      'minecraft_jepa.training.checkpoints.describe_differences': ( 'training/checkpoints.html#describe_differences',
                                                                                                                    'minecraft_jepa/training/checkpoints.py'),
                                                      'minecraft_jepa.training.checkpoints.find_checkpoint': ( 'training/checkpoints.html#find_checkpoint',

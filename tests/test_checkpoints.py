@@ -1,6 +1,8 @@
 """Checkpoints are whole, finite and of their own run; a folder belongs to one run at a time."""
 
+import importlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from training_runs import (
 from minecraft_jepa.config import preset
 from minecraft_jepa.data.clip_store import ClipStore
 from minecraft_jepa.training import checkpoints, optim
-from minecraft_jepa.training.checkpoints import find_checkpoint
+from minecraft_jepa.training.checkpoints import find_checkpoint, save_checkpoint
+from minecraft_jepa.training.learner import Learner
 from minecraft_jepa.training.train_world_model import train_world_model
 from minecraft_jepa.training.trainer import CollapseError
 
@@ -57,6 +60,31 @@ def test_other_recordings_under_the_same_names_are_another_run(store, tmp_path, 
     about = store.metadata | {TRAIN[0]: store.metadata[TRAIN[0]] | other_source}
     with pytest.raises(ValueError, match="contents was"):
         train_small(ClipStore(store.folders, about), tmp_path, **changes)
+
+
+def test_another_number_of_sharded_processes_is_told_and_nothing_is_called_unreadable(tmp_path):
+    "Those that come on top have no file of their own; the checkpoints are sound all the same."
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters())
+    save_checkpoint(tmp_path, 1, layer, optimizer, {"run": {}}, world=2, sharded=True)
+    metadata = find_checkpoint(tmp_path, {})
+    four = SimpleNamespace(rank=3, num_processes=4, sharded=True)
+    with pytest.raises(ValueError, match="written by 2 sharded processes, this run has 4"):
+        Learner.can_load(four, metadata)
+
+
+def test_an_evaluation_holds_no_more_windows_at_once_than_a_step(store, tmp_path, monkeypatch):
+    seen = []
+    module = importlib.import_module("minecraft_jepa.training.train_world_model")
+
+    def measure(model, frames, actions, seed):
+        seen.append(len(frames))
+        return {}
+
+    monkeypatch.setattr(module, "encoder_gradients", measure)
+    changes = {"variance_weight": 0.0, "steps": 2, "batch_size": 4}
+    train_small(store, tmp_path, gradient_accumulation_steps=2, **changes)
+    assert set(seen) == {2}
 
 
 def test_half_written_checkpoints_are_passed_over(store, tmp_path):

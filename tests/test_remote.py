@@ -10,6 +10,7 @@ import tarfile
 import pytest
 from contractor import lines_of, name_of, write_pair
 
+from minecraft_jepa.config import preset
 from minecraft_jepa.data import checks
 from minecraft_jepa.data.checks import CHECKS_FILE, check_folder, find_recordings, read_checks
 from minecraft_jepa.data.splits import load_split
@@ -263,6 +264,13 @@ def test_nothing_newer_than_the_first_python_3_11_is_used(recordings, tmp_path, 
     monkeypatch.setattr(tarfile.TarFile, "extractall", None)
     monkeypatch.setattr(tarfile.TarFile, "extract", None)
     assert load_split(pack_and_unpack(recordings, tmp_path))
+
+
+def test_several_processes_are_refused_before_anything_is_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process: start it without torchrun"):
+        remote.train_packed(tmp_path / "parts", tmp_path / "run", preset("tiny"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_recordings_of_other_parts_are_not_trained_on_too(recordings, tmp_path, monkeypatch):

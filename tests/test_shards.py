@@ -9,6 +9,7 @@ from collections import Counter
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pairs
@@ -233,6 +234,24 @@ def test_small_validation_set_is_had_whole_on_every_rank(written, store, monkeyp
 
 
 # What shards hold
+
+
+def test_closing_does_not_wait_for_a_segment_that_a_thread_has_just_taken():
+    class Taken(SimpleQueue):
+        """Looks full, and is empty when something is taken."""
+
+        def empty(self):
+            return False
+
+        def get(self, block=True, timeout=None):
+            if block:
+                raise AssertionError("it would wait for ever")
+            return super().get(False)
+
+    fetcher = object.__new__(shard_reader.SegmentFetcher)
+    fetcher.queue = Taken()
+    fetcher.close()
+    assert fetcher.queue.qsize() == 2  # the two threads are told to end
 
 
 @pytest.mark.parametrize(("quality", "min_psnr"), [(None, 200), (95, 35), (60, 28)])

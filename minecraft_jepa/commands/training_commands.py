@@ -120,7 +120,8 @@ class RemoteTrainCommand:
     parts: Annotated[Positional[Path], arg(metavar="PARTS")]  # folder that `remote pack` wrote
     folder: Annotated[Positional[Path], arg(metavar="RUN")]  # to train in; weights in RUN/parts
     preset: PresetName = "small"  # size of frames, networks and training
-    minutes: float = 20  # stop cleanly after these
+    # stop cleanly after these; unpacking and decoding come before them
+    minutes: float = 20
     device: Device | None = None  # by default cuda where there is a GPU
     seed: int = 0  # of everything random
 

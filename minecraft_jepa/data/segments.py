@@ -13,7 +13,8 @@ import tarfile
 import time
 import zlib
 from concurrent.futures import Future
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from threading import Thread
 
 import fsspec
@@ -119,8 +120,9 @@ class SegmentFetcher:
 
     def close(self):
         """Stop both threads; what they have not begun is not fetched."""
-        while not self.queue.empty():
-            self.queue.get()
+        with suppress(Empty):
+            while True:  # a thread may take the last one between two looks
+                self.queue.get_nowait()
         for _ in range(2):
             self.queue.put(None)
 

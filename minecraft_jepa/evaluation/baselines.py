@@ -60,7 +60,7 @@ def shift_tokens(z, mean, grid, turn, view, edge="mean"):
     shifted = F.grid_sample(tokens, positions, padding_mode=padding_mode, align_corners=False)
     return base + rearrange(shifted, "b d r c -> b (r c) d")
 
-
+# %% ../../nbs/evaluation/05_baselines.ipynb #2e981382
 def blur_tokens(z, grid, sigma):
     """Blur latents across their patches by a Gaussian.
 

@@ -35,8 +35,8 @@ def _prior_penalty(turns, turn_priors):
 class MotionPrimitives:
     """Search over motion primitives. The answer is the mean of the elites, weighted by their cost.
 
-    The mean depends less on the draw than the best plan alone. In the last `split_rounds` rounds
-    the turn may change in the middle of the plan.
+    The mean depends less on the draw than the best plan. The last `split_rounds` rounds may turn
+    otherwise in each part of the plan.
 
     Args:
         prior: ActionPrior.
@@ -122,17 +122,16 @@ class MotionPrimitives:
             precision = sum(w / s**2 for _, s, w in weighted)
             mean = sum(w / s**2 * m for m, s, w in weighted) / precision
             near = np.arange(2, self.num_initial_plans, 2)
-            noise = random.standard_normal((len(near), 2))
             # every other plan is drawn from the product ...
-            turns[near] = mean + precision**-0.5 * noise
+            turns[near] = mean + precision**-0.5 * random.standard_normal((len(near), 2))
             # ... and after the no-op come its mean and the mean of each factor
             turns[1 : 2 + len(weighted)] = [mean, *(m for m, _, _ in weighted)]
             turns = turns.clip(-self.prior.limit, self.prior.limit)
         if start is not None and len(start):
-            turn, free = np.mean(start, 0)[CAMERA], free_keys(self.groups)
-            turns[-1] = turn.clip(-self.prior.limit, self.prior.limit) * ("camera" in self.groups)
-            keys[-1] = 0
-            keys[-1, free] = np.mean(start, 0)[free] >= 0.5
+            mean, free = np.mean(start, 0), free_keys(self.groups)
+            limit = self.prior.limit * ("camera" in self.groups)
+            turns[-1], keys[-1] = mean[CAMERA].clip(-limit, limit), 0
+            keys[-1, free] = mean[free] >= 0.5
         return turns, keys
 
     def _turn_priors(self, search):
@@ -142,9 +141,8 @@ class MotionPrimitives:
         expected = self.prior.expect(history, search.horizon)[0]
         turn_priors = [(expected, deviation, self.habit_weight)]
         if self.guess is not None:
-            turn_priors.append(
-                (*self.guess.guess(search.z, search.goal, search.horizon), self.guess_weight)
-            )
+            guessed = self.guess.guess(search.z, search.goal, search.horizon)
+            turn_priors.append((*guessed, self.guess_weight))
         return turn_priors
 
     def _mean(self, turns, keys, total, search):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_FINITE_REMEDY', 'to_local', 'all_finite', 'save_checkpoint', 'find_checkpoint', 'describe_differences',
-           'is_usable_checkpoint', 'load_checkpoint']
+           'is_usable_checkpoint', 'check_num_processes', 'load_checkpoint']
 
 # %% ../../nbs/training/05_checkpoints.ipynb #c7442ecf
 import json
@@ -199,6 +199,25 @@ def is_usable_checkpoint(metadata, rank=0, sharded=False) -> bool:
         return False
 
 
+def check_num_processes(metadata, world=1, sharded=False):
+    """Check that as many processes as wrote a checkpoint can load it.
+
+    Args:
+        metadata: of the checkpoint, from `find_checkpoint`.
+        world: number of processes.
+        sharded: whether each process holds a part of the weights (FSDP2).
+
+    Raises:
+        ValueError: the checkpoint was written by another number of sharded processes.
+    """
+    num_files = world if sharded else 1
+    if metadata["world"] != num_files:
+        raise ValueError(
+            f"{metadata['path']}: written by {metadata['world']} sharded processes, this run has "
+            f"{num_files}; start as many, or train on from the weights"
+        )
+
+# %% ../../nbs/training/05_checkpoints.ipynb #962a7500
 def load_checkpoint(metadata, module, optimizer, rank=0, world=1, sharded=False):
     """Load weights and optimizer state.
 
@@ -213,12 +232,7 @@ def load_checkpoint(metadata, module, optimizer, rank=0, world=1, sharded=False)
     Raises:
         ValueError: the checkpoint was written by another number of sharded processes.
     """
-    num_files = world if sharded else 1
-    if metadata["world"] != num_files:
-        raise ValueError(
-            f"{metadata['path']}: written by {metadata['world']} sharded processes, this run has "
-            f"{num_files}; start as many, or train on from the weights"
-        )
+    check_num_processes(metadata, world, sharded)
     tensors = load_file(_file_of_rank(metadata, rank, sharded))
     with torch.no_grad():
         for name, value in module.state_dict().items():

@@ -18,6 +18,7 @@ from torch import nn
 from minecraft_jepa.training.checkpoints import (
     NOT_FINITE_REMEDY,
     all_finite,
+    check_num_processes,
     is_usable_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -130,7 +131,8 @@ class Learner:
         return true_on_all_processes(self.accelerator, all_finite(weights))
 
     def can_load(self, metadata):
-        """Whether all processes can use a checkpoint."""
+        """Whether all processes can use a checkpoint. ValueError for another number of them."""
+        check_num_processes(metadata, self.num_processes, self.sharded)
         is_usable = is_usable_checkpoint(metadata, self.rank, self.sharded)
         is_usable = true_on_all_processes(self.accelerator, is_usable)
         if self.accelerator.is_main_process and not is_usable:

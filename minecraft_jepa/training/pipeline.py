@@ -6,6 +6,7 @@
 __all__ = ['run_training', 'split_stages']
 
 # %% ../../nbs/training/14_pipeline.ipynb #f8ab1fae
+import gc
 import json
 import os
 import time
@@ -157,6 +158,8 @@ def _train_both(config, data, split, out, seed, device, minutes, start, ignore_c
     model, rows = _load_or_train_world_model(
         config, data, split, seed, device, out, model_minutes, start, ignore_collapse
     )
+    forget_checkpoints(out, "world_model")  # of a run that was killed before it did
+    gc.collect()  # the trained modules are in cycles, and would stay on the GPU
     minutes_spent = rows[-1].get("elapsed", 0.0) / 60
     remaining = minutes and max(minutes - minutes_spent, 0.1 * minutes)
     if config.train.freezes_encoder and _copy_decoders(config, start, out):
@@ -196,7 +199,7 @@ def _copy_decoders(config, start, out):
         save_on_main_process(decoder, out)
     return True
 
-
+# %% ../../nbs/training/14_pipeline.ipynb #f81dca8f
 def _load_or_train_world_model(
     config, data, split, seed, device, out, minutes, start, ignore_collapse
 ):

@@ -7,6 +7,8 @@ __all__ = ['train_packed']
 
 # %% ../../nbs/training/18_remote.ipynb #24c83357
 import importlib.util
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,15 +21,16 @@ from .weight_parts import split_weights
 
 # %% ../../nbs/training/18_remote.ipynb #b35a25d3
 def train_packed(parts, run, config, max_minutes=None, seed=0, device="cuda"):
-    """Unpack recordings, train on them within the time, and put the weights into RUN/parts.
+    """Unpack recordings, train on them, and put the weights into RUN/parts.
 
-    Called again after a stop, it resumes.
+    Called again after a stop, it resumes. One process does all of it.
 
     Args:
         parts: folder that `pack` filled.
         run: folder to train in.
         config: a `Config`.
-        max_minutes: time limit, interruptions included; None: none.
+        max_minutes: time limit of the training, interruptions included; unpacking and decoding
+            come before it. None: none.
         seed: a whole number; decides every random number.
         device: 'cuda' or 'cpu'.
 
@@ -35,9 +38,16 @@ def train_packed(parts, run, config, max_minutes=None, seed=0, device="cuda"):
         What `training.json` holds.
 
     Raises:
-        ValueError: the run's folder holds recordings of other parts.
+        ValueError: several processes were started, or the run's folder holds recordings of other
+            parts.
     """
     run = Path(run)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "`remote train` is one process: start it without torchrun or `accelerate launch`. On "
+            f"several GPUs train on what it unpacks: minecraft-jepa train --data "
+            f"{shlex.quote(str(run / 'recordings'))} --out RUN"
+        )
     _refuse_other_recordings(run / "recordings", parts)
     unpack(parts, run / "recordings")
     _ensure_av(run / "recordings")
@@ -46,7 +56,7 @@ def train_packed(parts, run, config, max_minutes=None, seed=0, device="cuda"):
     split_weights(run, run / "parts")
     return summary
 
-
+# %% ../../nbs/training/18_remote.ipynb #c7a1ad7d
 def _ensure_av(folder):
     """Install PyAV from the wheel that came along, where it is missing."""
     if importlib.util.find_spec("av"):

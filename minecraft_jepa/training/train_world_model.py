@@ -158,7 +158,9 @@ class _WorldModelTraining:
     def evaluate(self, model, step, log, batch):
         """Numbers of `validate` for the log, with a picture and the collapse alarm."""
         numbers, (z, future) = validate(model, *self.validation)
-        numbers |= _gradient_norms(model, batch, self.seed)
+        # no more at once than a step holds
+        num_windows = len(batch[0]) // self.config.train.gradient_accumulation_steps
+        numbers |= _gradient_norms(model, batch, self.seed, min(num_windows, 16))
         if log:
             log.log_image(
                 "world_model", nearest_neighbor_strip(self.validation[0], z, future), step
@@ -170,15 +172,15 @@ class _WorldModelTraining:
         return numbers | {"alarm": collapse_alarm(numbers, self.config), "summary": summary}
 
 # %% ../../nbs/training/12_train_world_model.ipynb #93ceaf2a
-def _gradient_norms(model, batch, seed, max_windows=16):
-    """{'encoder_gradients': norm by part of the loss} on some windows of a batch.
+def _gradient_norms(model, batch, seed, num_windows):
+    """{'encoder_gradients': norm by part of the loss} on the first windows of a batch.
 
     {} where the model is sharded.
     """
     if any(hasattr(p, "full_tensor") for p in model.parameters()):
         return {}
     with autocast(next(model.parameters()).device.type):
-        norms = encoder_gradients(model, *(tensor[:max_windows] for tensor in batch), seed)
+        norms = encoder_gradients(model, *(tensor[:num_windows] for tensor in batch), seed)
     return {"encoder_gradients": {k: v for k, v in norms.items() if math.isfinite(v)}}
 
 

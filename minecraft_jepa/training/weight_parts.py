@@ -85,8 +85,7 @@ def join_weights(parts, target):
     if not _has_same_weights(target, files):
         # First, so that nothing ever stands beside weights that it does not belong to.
         for name in (*WEIGHT_FILES, *BESIDE):
-            if name not in files:
-                (target / name).unlink(missing_ok=True)
+            (target / name).unlink(missing_ok=True)
     for name in files:
         os.replace(target / f"{name}.part", target / name)
     write_model_card(target)

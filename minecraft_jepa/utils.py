@@ -121,7 +121,8 @@ def atomic_path(path):
         `path` stays as it was. What a killed process left is removed by a later call.
     """
     path = Path(path)
-    prefix = f".{path.name[:200]}."  # a name may have 255 characters
+    # a name may have 255 bytes
+    prefix = f".{os.fsencode(path.name)[:200].decode(errors='ignore')}."
     for leftover in path.parent.glob(f"{glob.escape(prefix)}{'[0-9a-f]' * 32}.part"):
         with suppress(OSError):
             if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:

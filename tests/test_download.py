@@ -505,8 +505,25 @@ def test_same_recording_in_an_index_or_two_counts_once(tmp_path):
     entries = read_index(tmp_path / "i.json")
     assert [entry.name for entry in entries] == ["a-1", "b-1"]
     assert select_recordings([*entries, *entries]) == entries
+    assert select_recordings([*entries, entries[0]]) == entries  # where it was listed first
     ten_hours = select_recordings(real_entries(), hours=10, seed=1)
     assert select_recordings([*real_entries(), *real_entries()], hours=10, seed=1) == ten_hours
+
+
+def test_a_folder_that_a_refused_download_made_is_removed_under_its_lock(tmp_path, monkeypatch):
+    held = []
+    lock_folder = http_client.lock_folder
+
+    @contextlib.contextmanager
+    def lock(folder):
+        with lock_folder(folder) as is_locked:
+            yield is_locked
+            held.append(folder.exists())
+
+    monkeypatch.setattr(http_client, "lock_folder", lock)
+    with http_client.lock_downloads(tmp_path / "new"):
+        pass
+    assert held == [False]
 
 
 def test_folder_without_a_manifest_names_the_command(tmp_path, capsys):

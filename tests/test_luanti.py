@@ -155,6 +155,37 @@ def test_two_writers_of_a_recording_do_not_mix(tmp_path):
     assert (tmp_path / "w.jsonl").read_text() == '{"who":2}\n'
 
 
+def test_names_are_taken_until_both_files_are_in_place(tmp_path, monkeypatch):
+    """Another process may begin between the two renames."""
+    replace, refused = os.replace, []
+
+    def replace_and_try(source, target):
+        try:
+            recorder.RecordingWriter(tmp_path, "w", 64, 36)
+        except recorder.RecordingInUseError:
+            refused.append(Path(source).name)
+        replace(source, target)
+
+    monkeypatch.setattr(recorder.os, "replace", replace_and_try)
+    with recorder.RecordingWriter(tmp_path, "w", 64, 36) as pair:
+        pair.write(np.zeros((36, 64, 3), np.uint8), {})
+    assert refused == ["w.mp4.part", "w.jsonl.part"]
+    assert {path.name for path in tmp_path.iterdir()} == {"w.mp4", "w.jsonl"}
+
+
+def test_a_recording_that_cannot_begin_lets_go_of_its_names(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder.av, "open", fail)
+        with pytest.raises(OSError, match="No space left"):
+            recorder.RecordingWriter(tmp_path, "w", 64, 36)
+    assert not list(tmp_path.iterdir())
+    with recorder.RecordingWriter(tmp_path, "w", 64, 36) as pair:
+        pair.write(np.zeros((36, 64, 3), np.uint8), {})
+
+
 @pytest.mark.parametrize("error", [recorder.RecordingInUseError, FileNotFoundError])
 def test_world_that_another_process_records_costs_no_other_seed(
     tmp_path, monkeypatch, capsys, error

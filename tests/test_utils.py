@@ -57,6 +57,12 @@ def test_what_a_killed_writer_left_is_removed_later(tmp_path):
     assert set(os.listdir(tmp_path)) == expected
 
 
+def test_name_of_many_bytes_is_written(tmp_path):
+    path = tmp_path / ("\u4e16" * 72 + ".json")  # 221 bytes
+    write_json(path, [1])
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
 def test_name_of_any_length_is_written(tmp_path):
     write_json(tmp_path / (250 * "n" + ".json"), 3)
     assert len(os.listdir(tmp_path)) == 1

@@ -42,13 +42,17 @@ class _FileCache:
             oldest = next(iter(self.clips))
             self.clips.pop(oldest)
             self.files.pop(oldest).close()
-        file = open(folder / "frames.npy", "rb", buffering=0)  # noqa: SIM115  kept open
-        self.files[name] = file
-        with explain_damage(folder / "frames.npy"):
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
         with explain_damage(folder / "actions.npy"):
             actions = np.load(folder / "actions.npy")
+        file = open(folder / "frames.npy", "rb", buffering=0)  # noqa: SIM115  kept open
+        try:
+            with explain_damage(folder / "frames.npy"):
+                np.lib.format.read_magic(file)
+                np.lib.format.read_array_header_1_0(file)
+        except StaleStoreError:
+            file.close()
+            raise
+        self.files[name] = file
         self.clips[name] = file.fileno(), file.tell(), actions
         return self.clips[name]
 

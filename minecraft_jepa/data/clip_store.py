@@ -6,7 +6,6 @@
 __all__ = ['cache_dir', 'default_store_dir', 'ClipStore']
 
 # %% ../../nbs/data/18_clip_store.ipynb #b5e92d45
-import json
 from pathlib import Path
 
 from .checks import check_command, find_recordings
@@ -22,6 +21,7 @@ from minecraft_jepa.data.store_build import (
     build_command,
     build_store,
     explain_disk_errors,
+    read_store_settings,
     store_settings,
 )
 from ..folders import cache_name, cache_root
@@ -124,15 +124,12 @@ class ClipStore(ClipReader):
 def _check_settings(store_dir, folder, frame):
     """StaleStoreError where there is no store, or one of another format or size."""
     try:
-        settings = json.loads((store_dir / "store.json").read_text())
+        settings = read_store_settings(store_dir, folder, frame)
     except FileNotFoundError:
         command = build_command(folder, frame, store_dir)
         raise StaleStoreError(
             f"{store_dir}: not a clip store (store.json is missing); {command}"
         ) from None
-    except ValueError:
-        command = build_command(folder, frame, store_dir, delete=True)
-        raise StaleStoreError(f"{store_dir / 'store.json'} is damaged; {command}") from None
     expected = store_settings(frame) if frame else {"format": CLIP_FORMAT}
     if any(settings.get(name) != value for name, value in expected.items()):
         is_old = settings.get("format") != CLIP_FORMAT

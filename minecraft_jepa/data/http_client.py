@@ -53,23 +53,21 @@ def lock_downloads(folder):
     folder = Path(folder)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with lock_folder(folder) as is_locked:
-            if is_locked is None:
-                print(
-                    f"{folder}: this disk does not lock files; make sure yourself that only one "
-                    "download works here",
-                    file=sys.stderr,
-                )
-            elif not is_locked:
-                raise DownloadError(
-                    f"{folder}: another download works here; wait for it or stop it"
-                )
+    with lock_folder(folder) as is_locked:
+        if is_locked is None:
+            print(
+                f"{folder}: this disk does not lock files; make sure yourself that only one "
+                "download works here",
+                file=sys.stderr,
+            )
+        elif not is_locked:
+            raise DownloadError(f"{folder}: another download works here; wait for it or stop it")
+        try:
             yield
-    finally:
-        if is_new and [path.name for path in folder.iterdir()] == [".lock"]:
-            (folder / ".lock").unlink()
-            folder.rmdir()
+        finally:
+            if is_new and [path.name for path in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()
+                folder.rmdir()
 
 # %% ../../nbs/data/08_http_client.ipynb #14e25f76
 def find_address_fault(address, schemes=("http", "https")) -> str:

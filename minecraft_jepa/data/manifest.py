@@ -193,8 +193,7 @@ def select_recordings(entries, hours=None, players=None, seed=0) -> list[IndexEn
     def hash_order(key):
         return hashlib.sha256(f"{seed} {key}".encode()).digest()
 
-    first_listed = {(entry.name, entry.url): entry for entry in reversed(entries)}
-    entries = list(first_listed.values())[::-1]
+    entries = list({(entry.name, entry.url): entry for entry in entries}.values())
     known = sorted({entry.player for entry in entries}, key=hash_order)
     if hasattr(players, "__index__"):  # a whole number of any type
         num_players = operator.index(players)

@@ -10,6 +10,7 @@ __all__ = ['BLURS', 'EDGES', 'VIEWS', 'BASELINES', 'camera_turn', 'shift_tokens'
 # %% ../../nbs/evaluation/05_baselines.ipynb #42c202c2
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -202,17 +203,22 @@ def fit_copy_baselines(
         target = future[:, i] - mean
         fit.gain[h] = best_gain(z - mean, target)
 
-        def score(view, edge, sigma, turn=turn[:, i], target=target):
-            """(error, gain) of one way to shift and to blur."""
-            guess = blur_tokens(shift_tokens(z, mean, grid, turn, view, edge), grid, sigma) - mean
-            gain = best_gain(guess, target)
-            return float((gain * guess - target).square().mean()), gain
-
-        view = min(views, key=lambda v: score(v, EDGES[0], sigma))
-        edge, sigma = min(product(EDGES, blurs), key=lambda how: score(view, *how))
+        shift = partial(shift_tokens, z, mean, grid, turn[:, i])
+        score = partial(_score_blur, target, mean, grid)
+        view = min(views, key=lambda v: score(shift(v), sigma))
+        moved = {edge: shift(view, edge) for edge in EDGES}
+        scores = {(edge, s): score(moved[edge], s) for edge in EDGES for s in blurs}
+        edge, sigma = min(scores, key=scores.get)
         fit.view[h], fit.edge[h], fit.blur[h] = view, edge, sigma
-        fit.shifted_gain[h] = score(view, edge, sigma)[1]
+        fit.shifted_gain[h] = scores[edge, sigma][1]
     return fit
+
+
+def _score_blur(target, mean, grid, moved, sigma):
+    """Error and gain of shifted latents (b, n, d) with one blur."""
+    guess = blur_tokens(moved, grid, sigma) - mean
+    gain = best_gain(guess, target)
+    return float((gain * guess - target).square().mean()), gain
 
 # %% ../../nbs/evaluation/05_baselines.ipynb #4e695dcc
 def shrunk_copy(z, turn, h, fit, grid):

@@ -137,15 +137,18 @@ class RecordingWriter:
         if self.lock is None:
             raise RecordingInUseError(f"{self.base} is being recorded by another process")
         self.lines = open(os.dup(self.lock), "w")  # noqa: SIM115, closed by __exit__
+        try:
+            self._open_video(width, height)
+        except BaseException:
+            self.lines.close()
+            self._discard()
+            raise
+
+    def _open_video(self, width, height):
+        """Begin the video of the frames."""
         self.video = av.open(str(self.parts[1]), "w", format="mp4")
-        options = {
-            "crf": "28",
-            "preset": "veryfast",
-            "g": "20",
-            "keyint_min": "20",
-            "sc_threshold": "0",
-            "bf": "0",
-        }
+        options = {"crf": "28", "preset": "veryfast", "g": "20", "keyint_min": "20"}
+        options |= {"sc_threshold": "0", "bf": "0"}
         self.stream = self.video.add_stream("libx264", rate=TICKS_PER_SECOND, options=options)
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
         self.stream.codec_context.thread_count = 1
@@ -169,12 +172,18 @@ class RecordingWriter:
         try:
             self._close(is_whole=kind is None)
             if kind is None:
-                for tmp_path in self.parts:
+                # the locked one last: without it another process may take these names
+                for tmp_path in reversed(self.parts):
                     os.replace(tmp_path, tmp_path.with_suffix(""))
+                self.parts = []
         finally:
-            for tmp_path in self.parts:
-                tmp_path.unlink(missing_ok=True)
-            os.close(self.lock)  # last: until then no other process takes these names
+            self._discard()
+
+    def _discard(self):
+        """Remove what has not been renamed; the lock is held until it is gone."""
+        for tmp_path in self.parts:
+            tmp_path.unlink(missing_ok=True)
+        os.close(self.lock)
 
     def _close(self, is_whole):
         """Close both files, the second also where the first can't be (a full disk)."""

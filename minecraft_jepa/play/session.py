@@ -101,15 +101,12 @@ class _SavingCommands(_Commands):
         return [{"type": "busy", "what": "saving the recording and its film"}]
 
     def _save(self):
-        with self.assets.saving:  # or two pages take one name
-            return self._save_files()
-
-    def _save_files(self):
         stem = self.out_dir / time.strftime("dream-%Y%m%d-%H%M%S")
         path, n = stem, 1
-        while path.with_suffix(".jsonl").exists():
-            path, n = stem.with_name(f"{stem.name}-{n}"), n + 1
-        pair = save_pair(self.dream.trajectory, path)
+        with self.assets.saving:  # or two pages take one name
+            while path.with_suffix(".jsonl").exists():
+                path, n = stem.with_name(f"{stem.name}-{n}"), n + 1
+            pair = save_pair(self.dream.trajectory, path)
         film = save_film(self.dream.trajectory, path.with_suffix(".gif"))
         names = [p.name for p in (*pair, film)]
         return [{"type": "saved", "files": names, "folder": str(self.out_dir)}]

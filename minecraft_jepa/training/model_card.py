@@ -7,6 +7,7 @@ __all__ = ['write_model_card']
 
 # %% ../../nbs/training/16_model_card.ipynb #661c5cb0
 import hashlib
+import io
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import matplotlib.pyplot as plt
 
 from ..utils import atomic_path
 from ..viz.plots import plot_curves
-from ..viz.style import set_style
+from ..viz.style import pack_png, set_style
 
 # %% ../../nbs/training/16_model_card.ipynb #dd5bbf80
 def write_model_card(folder, command=None, data=None):
@@ -151,7 +152,9 @@ def _draw_curves(folder):
         plot_curves(axes[2], evaluated, ["rank"], ylabel="effective rank")
         axes[2].set_ylim(bottom=0)
         axes[2].set_title("No collapse while this stays up")
+    png = io.BytesIO()
+    fig.savefig(png, format="png", dpi=80, metadata={"Software": None})
     with atomic_path(folder / "curves.png") as tmp_path:
-        fig.savefig(tmp_path, format="png", dpi=80, metadata={"Software": None})
+        tmp_path.write_bytes(pack_png(png.getvalue()))
     plt.close(fig)
     return True

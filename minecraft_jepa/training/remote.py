@@ -44,9 +44,10 @@ def train_packed(parts, run, config, max_minutes=None, seed=0, device="cuda"):
     run = Path(run)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            "`remote train` is one process: start it without torchrun or `accelerate launch`. On "
-            f"several GPUs train on what it unpacks: minecraft-jepa train --data "
-            f"{shlex.quote(str(run / 'recordings'))} --out RUN"
+            "`remote train` is one process: start it without torchrun or `accelerate launch`. What "
+            f"it unpacks, several can train on, in another folder: accelerate launch -m "
+            f"minecraft_jepa train --data {shlex.quote(str(run / 'recordings'))} --out OTHER "
+            f"--preset {config.name}"
         )
     _refuse_other_recordings(run / "recordings", parts)
     unpack(parts, run / "recordings")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'LABELS', 'MARKERS', 'TICKS_PER_SECOND', 'DPI', 'TRUE_LATENT_SUFFIX', 'set_style', 'with_style',
-           'method_colors', 'method_label', 'save_figure']
+           'method_colors', 'method_label', 'save_figure', 'pack_png']
 
 # %% ../../nbs/viz/01_style.ipynb #66abaef3
 import io
@@ -209,14 +209,18 @@ def save_figure(fig, out_dir, name, numbers) -> Path:
         fig.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
     write_json(path.with_suffix(".json"), _to_jsonable(numbers))
     with atomic_path(path) as tmp_path:
-        tmp_path.write_bytes(_pack_png(png.getvalue()))
+        tmp_path.write_bytes(pack_png(png.getvalue()))
     plt.close(fig)
     _show_png(path.read_bytes())
     return path
 
+# %% ../../nbs/viz/01_style.ipynb #13c67c7a
+def pack_png(png) -> bytes:
+    """Make a picture of 256 colours, which a third of the bytes hold.
 
-def _pack_png(png):
-    """The same picture with 256 colours, which a third of the bytes hold."""
+    Args:
+        png: bytes of a PNG.
+    """
     packed = io.BytesIO()
     colours = {"colors": 256, "kmeans": 1, "dither": Image.Dither.NONE}
     Image.open(io.BytesIO(png)).convert("RGB").quantize(**colours).save(

@@ -181,13 +181,33 @@ def test_cost_asks_for_operations_and_seconds_in_the_fewest_steps(flops, seconds
     assert judged == verdict and evidence.startswith("in 2 steps")
 
 
+def test_cost_in_few_steps_is_what_was_measured():
+    costs = {"latents": 1, "with_preview": 1.1, "with_pixels": 40.0}
+    sora = {
+        "flops_one_second": costs | {"with_few_steps": 4.0},
+        "seconds_one_second": costs | {"with_few_steps": 2.5},
+        "seconds_preset": "tiny",
+        "sampling_steps_assumed": {"flops_one_second": 50, "seconds_one_second": 10},
+        "few_sampling_steps": 2,
+    }
+    evidence, judged = claims.judge_cost(sora, toy())
+    assert judged == "partly" and "3.0 times the operations" in evidence
+    assert "1.5 times the seconds" in evidence
+
+
 @pytest.mark.parametrize(
     ("double", "verdict"),
-    [([0.7, 0.72], "partly"), ([0.79, 0.81], "not shown"), ([], "not shown")],
+    [
+        ([0.7, 0.73, 0.71], "partly"),
+        ([0.7, 0.73, 0.81], "not shown"),
+        ([0.7, None, None], "not shown"),
+        ([0.9, 0.93, 0.91], "not shown"),
+        ([None, None, None], "not shown"),
+    ],
 )
-def test_scale_asks_for_seeds_that_do_not_overlap(double, verdict):
+def test_scale_asks_for_an_interval_seed_by_seed(double, verdict):
     quantity = "error / copying, 4 ticks"
-    depths = {"3": [0.8, 0.82], "1": [0.9, 0.9], "6": double}
+    depths = {"3": [0.8, 0.82, 0.81], "1": [0.9, 0.9, 0.9], "6": double}
     table = {"predictor blocks": {depth: {quantity: errors} for depth, errors in depths.items()}}
     assert claims.judge_scale({"steps": 700, "table": table})[1] == verdict
 

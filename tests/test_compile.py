@@ -38,6 +38,7 @@ def gradients(model, batch):
 def test_blocks_are_compiled_and_learn_the_same(batch, monkeypatch, checkpointing):
     plain = make_model("cpu", False)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     torch._dynamo.reset()
     counters.clear()
     model = make_model("cuda", checkpointing)  # as for a GPU; it stays on the CPU
@@ -48,3 +49,13 @@ def test_blocks_are_compiled_and_learn_the_same(batch, monkeypatch, checkpointin
     measured = encoder_gradients(model, *batch)  # each part of the loss by itself
     assert measured == pytest.approx(encoder_gradients(plain, *batch), rel=1e-4)
     assert max(measured.values()) > 0
+
+
+def test_a_missing_c_compiler_is_told_before_the_first_step(monkeypatch):
+    """Triton raised in the middle of the first step, a hundred lines long."""
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"apt install gcc, or train without it: --train\.no-compile"
+    ):
+        make_model("cuda", False)
+    make_model("cpu", False)

@@ -1,5 +1,7 @@
 """Several processes do what one does, also with shards and after a kill."""
 
+import math
+import os
 import signal
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from training_runs import (
     assert_same_weights,
     folder_of,
     losses,
+    read_log,
     shards_fixture,  # noqa: F401
     start_processes,
     store_fixture,  # noqa: F401
@@ -25,6 +28,7 @@ from training_runs import (
 from minecraft_jepa.config import preset
 from minecraft_jepa.data.shard_reader import ShardWindows
 from minecraft_jepa.training import distributed
+from minecraft_jepa.training import train_world_model as world_model_training
 from minecraft_jepa.training.checkpoints import find_checkpoint
 from minecraft_jepa.training.train_world_model import train_world_model
 
@@ -105,6 +109,30 @@ def test_shards_of_unequal_epochs_end_with_the_same_bits_after_a_kill_in_each(
     assert_same_weights(weights(tmp_path / "killed"), weights(tmp_path / "uninterrupted"))
     assert losses(tmp_path / "killed") == losses(tmp_path / "uninterrupted")
     assert len(losses(tmp_path / "killed")) == num_steps
+
+
+def train_where_processes_disagree(store, out, changes):
+    """Train with FSDP2; the second process finds other numbers at each evaluation."""
+    validate = world_model_training.validate
+
+    def validate_otherwise(*args):
+        numbers, latents = validate(*args)
+        if os.environ["RANK"] == "1":
+            numbers = numbers | {"model": [math.nan] * 8, "rank": 0.0}  # no score, and an alarm
+        return numbers, latents
+
+    world_model_training.validate = validate_otherwise
+    train_in_process(store, out, changes, False, "true")
+
+
+def test_processes_save_and_stop_together_where_their_numbers_differ(store, tmp_path):
+    """Each decided by its own numbers: one waited for ever for the weights of the other."""
+    log = tmp_path / "log"
+    changes = TINY | {"steps": 4, "evaluate_every": 2, "min_rank_fraction": 0.01}
+    call = train_where_processes_disagree, folder_of(store), tmp_path / "run", changes
+    wait_for(start_processes(call, log=log, processes=2), log)
+    assert [row["step"] for row in read_log(tmp_path / "run") if "model" in row] == [2, 4]
+    assert (tmp_path / "run/world_model.safetensors").is_file()
 
 
 def test_checkpointed_activations_change_nothing(store):

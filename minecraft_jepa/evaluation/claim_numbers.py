@@ -61,11 +61,9 @@ def load_numbers(folder, weights=None):
         json.loads(path.read_text()) if path.is_file() else None
         for path in (folder / f"{name}.json" for name in ("ablations", "planning", "agent"))
     )
-    if ablations and not _belong_together(ablations, report):
-        print(
-            f"{folder / 'ablations.json'} is of the preset {ablations['preset']} or of other "
-            f"recordings than the evaluation's ({report['preset']}), and is not used"
-        )
+    difference = _difference(ablations, report) if ablations else None
+    if difference:
+        print(f"{folder / 'ablations.json'} is of {difference}, and is not used")
         ablations = None
     numbers = {"report": report, "sora": sora, "ablations": ablations}
     for name, made in (("planning", planning), ("agent", agent)):
@@ -86,10 +84,11 @@ def _load_json(path, made_by):
     return json.loads(path.read_text())
 
 
-def _belong_together(ablations, report):
-    """Whether preset and recordings are the same; recordings may be unknown."""
+def _difference(ablations, report):
+    """What keeps ablations and evaluation apart, as text; None: they belong together."""
+    if ablations["preset"] != report["preset"]:
+        return f"the preset {ablations['preset']}, the evaluation of {report['preset']}"
     identities = ablations.get("data"), report.get("data")
-    same_recordings = None in identities or (
-        identities[0]["names_sha256"] == identities[1]["names_sha256"]
-    )
-    return ablations["preset"] == report["preset"] and same_recordings
+    if None not in identities and identities[0]["names_sha256"] != identities[1]["names_sha256"]:
+        return "other recordings than the evaluation"
+    return None

@@ -6,6 +6,7 @@
 __all__ = ['judge_prediction', 'judge_content', 'judge_cost', 'judge_labels', 'judge_planning', 'judge_scale', 'judge_claims']
 
 # %% ../../nbs/evaluation/18_claims.ipynb #36c767ea
+from .ablations import compare_seeds
 from .report import CRITERIA
 
 # %% ../../nbs/evaluation/18_claims.ipynb #ded1b9db
@@ -117,9 +118,11 @@ def judge_cost(sora, report):
     """
     steps, ratios, many = _fewest_steps(report), {}, []
     for name, unit in (("flops_one_second", "operations"), ("seconds_one_second", "seconds")):
-        assumed = sora["sampling_steps_assumed"][name]
-        ratio = sora[name]["with_pixels"] / sora[name]["latents"] - 1
+        assumed, costs = sora["sampling_steps_assumed"][name], sora[name]
+        ratio = costs["with_pixels"] / costs["latents"] - 1
         ratios[unit] = ratio * (2 * steps - 1) / (2 * assumed - 1)  # Heun: 2n - 1 evaluations
+        if steps == sora.get("few_sampling_steps"):
+            ratios[unit] = costs["with_few_steps"] / costs["latents"] - 1
         many.append(f"{ratio:.0f} ({unit}, {assumed} steps)")
     head = sora["flops_one_second"]["with_preview"] / sora["flops_one_second"]["latents"] - 1
     evidence = (
@@ -237,7 +240,7 @@ def judge_scale(ablations):
     """Judge that scale would help.
 
     Never held here: two depths are no scaling law. Partly: doubling the predictor lowers the
-    error over copying, and the seeds of both do not overlap.
+    error over copying, and the 95 % interval of the difference, seed by seed, leaves out 0.
 
     Args:
         ablations: numbers of 8_ablations; None if they were not run.
@@ -255,17 +258,17 @@ def judge_scale(ablations):
     quantity = "error / copying, 4 ticks"
     own, double = next(iter(depths)), max(depths, key=int)
     own_errors, double_errors = depths[own][quantity], depths[double][quantity]
-    if not own_errors or not double_errors:
-        collapsed = own if not own_errors else double
-        return f"with {collapsed} blocks every run collapsed", "not shown"
-    own_mean, double_mean = (sum(errors) / len(errors) for errors in (own_errors, double_errors))
+    found = compare_seeds(own_errors, double_errors, -1)
+    if found["difference"] is None:
+        return f"with {own} or {double} blocks every run collapsed", "not shown"
+    low, high = found["interval"]
     evidence = (
-        f"error over copying at 4 ticks, {own} and {double} predictor blocks: {own_mean:.3f} and "
-        f"{double_mean:.3f} over {len(own_errors)} seeds of {ablations['steps']} steps. "
-        "The encoder and the recordings stayed as they are"
+        f"error over copying at 4 ticks, {double} predictor blocks minus {own}: "
+        f"{found['difference']:+.3f} ({low:+.3f} to {high:+.3f}, {len(own_errors)} seeds of "
+        f"{ablations['steps']} steps). The encoder and the recordings stayed as they are"
     )
-    is_larger = int(double) > int(own) and len(own_errors) > 1
-    return evidence, _verdict(False, is_larger and max(double_errors) < min(own_errors))
+    is_better = int(double) > int(own) and found["verdict"] == "better"
+    return evidence, _verdict(False, is_better)
 
 # %% ../../nbs/evaluation/18_claims.ipynb #f5b17389
 def judge_claims(report, sora, ablations=None, planning=None, agent=None) -> list[dict]:

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['autocast', 'make_accelerator', 'shutdown_distributed', 'transformer_blocks', 'apply_compile_and_checkpointing',
-           'fsdp_requested', 'shard_module', 'save_on_main_process', 'true_on_all_processes']
+           'fsdp_requested', 'shard_module', 'save_on_main_process', 'true_on_all_processes', 'from_main_process']
 
 # %% ../../nbs/training/03_distributed.ipynb #f5a140f9
 import os
+import shutil
 from functools import partial
 
 import torch
@@ -83,6 +84,15 @@ def transformer_blocks(module):
     return [child for child in children if hasattr(child, "attn")]
 
 
+def _check_c_compiler():
+    """Triton, which torch.compile uses on a GPU, builds its launchers with a C compiler."""
+    if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+        raise ValueError(
+            "torch.compile needs a C compiler and found none: sudo apt install gcc, or "
+            "train without it: --train.no-compile"
+        )
+
+
 def apply_compile_and_checkpointing(module, settings, device):
     """Apply activation checkpointing and torch.compile, as the settings say.
 
@@ -93,7 +103,12 @@ def apply_compile_and_checkpointing(module, settings, device):
 
     Returns:
         The module.
+
+    Raises:
+        ValueError: there is no C compiler to compile with.
     """
+    if settings.compile and device == "cuda":
+        _check_c_compiler()
     for block in transformer_blocks(module):
         if settings.compile and device == "cuda":
             block.forward = torch.compile(block.forward)
@@ -158,3 +173,19 @@ def true_on_all_processes(accelerator, condition):
     num_false = torch.tensor([float(not condition)], device=accelerator.device)
     torch.distributed.all_reduce(num_false)
     return not num_false.item()
+
+
+def from_main_process(accelerator, value):
+    """Give every process the first one's value, so that all decide alike.
+
+    The last bits of the same computation can differ from device to device.
+
+    Args:
+        accelerator: from `make_accelerator`.
+        value: of this process; anything that can be pickled.
+    """
+    if accelerator.num_processes == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, 0)
+    return values[0]

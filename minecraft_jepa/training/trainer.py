@@ -19,9 +19,7 @@ from minecraft_jepa.training.checkpoints import (
     NOT_FINITE_REMEDY,
     find_checkpoint,
 )
-from minecraft_jepa.training.distributed import (
-    make_accelerator,
-)
+from .distributed import from_main_process, make_accelerator
 from .learner import Learner, SkipCounter, check_batch_size, make_row
 from .optim import Schedule, cosine_lr
 from .run_lock import exclusive_run
@@ -232,6 +230,10 @@ class Trainer(_ResumableTrainer):
         log = self.log if self.is_main else None
         results = self.task.evaluate(self.learner.module, self.step, log, self.batch)
         score = self.task.score(row | results)
+        # all processes have to save, or to stop, together
+        score, alarm = from_main_process(self.accelerator, (score, results.get("alarm")))
+        if "alarm" in results:
+            results["alarm"] = alarm
         is_finite = self.learner.is_finite()
         if score is not None and is_finite and score <= self.best_score:  # nan is not
             self.best_score = score

@@ -159,7 +159,7 @@ def plot_drift(ax, drift):
     ax.set_ylabel("in units of the variance of real latents")
     ax.legend(title="dashed: real frames", alignment="left")
     share = drift["imagined"]["spread"][-1] / max(drift["real"]["spread"], 1e-9)
-    ax.set_title(f"After {drift['ticks'][-1]} ticks latents vary {share:.2f} as much as real ones")
+    ax.set_title(f"After {drift['ticks'][-1]} ticks latents vary {share:.2f} times as much as real")
     return ax
 
 # %% ../../nbs/viz/09_knowledge_plots.ipynb #b764601f

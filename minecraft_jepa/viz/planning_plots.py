@@ -60,7 +60,9 @@ def _draw_errors(ax, horizons):
             width, size = (2.6, 6) if name == "planner" else (1.4, 5)
             style = "o-" if len(ticks) > 1 else "*"
             size = size if len(ticks) > 1 else 13
-            ax.plot(ticks, errors, style, color=color, label=label, lw=width, markersize=size)
+            order = 2 if len(ticks) > 1 else 3  # a star is not hidden by a line
+            style_of = {"color": color, "lw": width, "markersize": size, "zorder": order}
+            ax.plot(ticks, errors, style, label=label, **style_of)
     ax.set(xlabel="ticks from start to goal", ylabel="camera error (degrees)")
     ax.set_title("Camera at the end of the plan")
     ax.legend(fontsize=8)

@@ -62,13 +62,16 @@ def _format_size(num_parameters):
     return f"{num_parameters / 1e6:.{0 if num_parameters >= 1e8 else 1}f} M"
 
 
-def cost_figure(world_models, flops):
+def cost_figure(world_models, flops, sampling_steps):
     """Draw the sizes of world models, and the operations of one imagined second.
 
     Args:
         world_models: {"model", "parameters"} of each world model; names of ours begin with "this".
-        flops: operations of a second: "latents", "with_preview" and "with_pixels".
+        flops: operations of a second: "latents", "with_preview", "with_few_steps" of diffusion, and
+            "with_pixels", in many.
+        sampling_steps: few and many.
     """
+    few, many = sampling_steps
     fig, (sizes, cost) = plt.subplots(
         1, 2, figsize=(13, 5), width_ratios=[1.5, 1], layout="constrained"
     )
@@ -85,17 +88,21 @@ def cost_figure(world_models, flops):
     sizes.grid(axis="y", visible=False)
 
     labels = {"latents": "latents", "with_preview": "+ regression\nhead"}
-    labels |= {"with_pixels": "+ diffusion"}
+    labels |= {"with_few_steps": f"+ diffusion,\n{few} steps"}
+    labels |= {"with_pixels": f"+ diffusion,\n{many} steps"}
     teraflops = [flops[key] / 1e12 for key in labels]
-    colors = [COLORS["model"], COLORS["head"], COLORS["dit"]]
+    colors = [COLORS["model"], COLORS["head"], COLORS["dit"], COLORS["dit"]]
     cost.bar(labels.values(), teraflops, color=colors)
     for x, value in enumerate(teraflops):
         text = f"{value:,.1f}\n({value / teraflops[0]:.1f}x)"
         cost.text(x, value + max(teraflops) * 0.01, text, ha="center", va="bottom", fontsize=9)
     cost.set_ylabel("TFLOP for one second (20 ticks), paper")
     cost.set_ylim(top=max(teraflops) * 1.15)
-    times = teraflops[2] / teraflops[0]
-    cost.set_title(f"Drawing by diffusion costs\n{times:.0f} times imagining")
+    times = [value / teraflops[0] - 1 for value in teraflops[2:]]
+    cost.set_title(
+        f"Drawing by diffusion costs {times[0]:.1f} ({few} steps)\n"
+        f"to {times[1]:.0f} times ({many}) what imagining costs"
+    )
     cost.grid(axis="x", visible=False)
     return fig
 
@@ -139,68 +146,56 @@ def lag_figure(lags, correlations, jumps, frame_times, threshold):
     return fig
 
 # %% ../../nbs/viz/07_study_plots.ipynb #3ccd85c9
-def ablations_figure(table, better):
-    """Draw every variant against the preset, a panel for each quantity.
+def ablations_figure(table, comparisons, better):
+    """Draw how far every variant lies from the preset, a panel for each quantity.
 
     Args:
-        table: {factor: {variant: {quantity: values of the seeds}}}; the first variant of each
-            factor is the preset. An empty list is a variant whose seeds all collapsed.
+        table: {factor: {variant: {quantity: values by seed}}}, None where a seed collapsed; the
+            first variant of each factor is the preset.
+        comparisons: {factor: {variant: {quantity: "difference" to the preset, its "interval" and
+            the "verdict"}}}.
         better: {quantity: -1 where less is better, 1 where more is}.
     """
-    preset_values = next(iter(next(iter(table.values())).values()))
-    rows = [
-        (f"{factor}: {variant}", values)
-        for factor, variants in table.items()
-        for variant, values in list(variants.items())[1:]
-    ]
+    own = next(iter(next(iter(table.values())).values()))
+    rows = [(factor, variant) for factor, found in comparisons.items() for variant in found]
     height = 1.8 + 0.36 * len(rows)
     fig, axes = plt.subplots(
         1, len(better), figsize=(16, height), sharey=True, layout="constrained", squeeze=False
     )
     for ax, (quantity, sign) in zip(axes[0], better.items()):
-        _plot_variants(ax, rows, quantity, preset_values[quantity], sign)
-    axes[0, 0].set_yticks(range(len(rows)), [name for name, _ in rows])
+        for y, (factor, variant) in enumerate(rows):
+            values = table[factor][variant][quantity]
+            _plot_variant(ax, y, values, own[quantity], comparisons[factor][variant][quantity])
+        ax.axvline(0, color="#222222", linewidth=1)
+        mean = np.mean([value for value in own[quantity] if value is not None] or [np.nan])
+        ax.set_title(f"{quantity}\npreset: {mean:.3f}", fontsize=10)
+        ax.set_xlabel(f"difference; {'less' if sign < 0 else 'more'} is better")
+    axes[0, 0].set_yticks(range(len(rows)), [": ".join(row) for row in rows])
     axes[0, 0].invert_yaxis()
-    num_seeds = max(len(values) for values in preset_values.values())
     first = next(iter(better))
-    worse = sum(
-        _is_outside(values[first], preset_values[first], better[first]) for _, values in rows
-    )
+    verdicts = [comparisons[factor][variant][first]["verdict"] for factor, variant in rows]
     fig.suptitle(
-        f"{worse} of {len(rows)} changes are worse than the preset in {first} "
-        f"(dots: {num_seeds} seeds; line and band: the preset)"
+        f"{verdicts.count('better')} of {len(rows)} changes are better than the preset in {first}, "
+        f"{verdicts.count('worse')} worse (small dots: {len(own[first])} seeds, "
+        "bar: 95 % interval of the difference)"
     )
     return fig
 
 # %% ../../nbs/viz/07_study_plots.ipynb #7a61a228
-def _is_outside(values, preset_values, sign):
-    """Whether all seeds of a variant are worse than all of the preset, or all collapsed."""
-    if not values or not preset_values:
-        return not values
-    if sign < 0:
-        return min(values) > max(preset_values)
-    return max(values) < min(preset_values)
+_VERDICT_MARKERS = {"better": ("^", COLORS["model"]), "worse": ("v", COLORS["dit"])}
 
 
-def _plot_variants(ax, rows, quantity, preset_values, sign):
-    """One panel: dots of the seeds by variant, the preset as a band."""
-    if preset_values:
-        ax.axvspan(min(preset_values), max(preset_values), color=GREY, alpha=0.3, linewidth=0)
-        ax.axvline(np.mean(preset_values), color="#222222", linewidth=1)
-    for y, (_, values) in enumerate(rows):
-        points = values[quantity]
-        if points:
-            is_worse = _is_outside(points, preset_values, sign)
-            is_better = _is_outside(points, preset_values, -sign)
-            color = COLORS["dit"] if is_worse else COLORS["model"] if is_better else GREY
-            marker = "v" if is_worse else "^" if is_better else "o"
-            ax.plot(points, [y] * len(points), marker, color=color, markersize=7)
-        else:
-            ax.text(
-                0.5, y, "collapsed", transform=ax.get_yaxis_transform(), ha="center", va="center"
-            )
-    ax.set_title(quantity, fontsize=10)
-    ax.set_xlabel("less is better" if sign < 0 else "more is better")
+def _plot_variant(ax, y, values, own, found):
+    """One row of a panel: the seeds' differences to the preset, their mean and its interval."""
+    if found["difference"] is None:
+        label = {"transform": ax.get_yaxis_transform(), "ha": "center", "va": "center"}
+        ax.text(0.5, y, "collapsed", **label)
+        return
+    marker, color = _VERDICT_MARKERS.get(found["verdict"], ("o", GREY))
+    ax.plot(found["interval"], [y, y], color=color, linewidth=2, alpha=0.6)
+    ax.plot(found["difference"], y, marker, color=color, markersize=8)
+    dots = [a - b for a, b in zip(values, own) if None not in (a, b)]
+    ax.plot(dots, [y] * len(dots), ".", color="#222222", markersize=3, zorder=3)
 
 # %% ../../nbs/viz/07_study_plots.ipynb #926917a4
 _VERDICT_COLORS = {"held": "#029e73", "partly": "#de8f05", "not shown": "#949494"}

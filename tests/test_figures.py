@@ -114,10 +114,17 @@ def test_headline_of_the_readme_is_that_of_the_shipped_weights():
         for label in ("pitch", "yaw_change")
     ]
     untrained = [f"{probes['untrained'][label]:.2f}" for label in ("pitch", "yaw_change")]
-    pixels = report["psnr"]
-    imagined = [f"{pixels[ticks]['dit']['mean']:.1f}" for ticks in ("1", "8", "15")]
-    copied = [f"{pixels[ticks]['copy_last']['mean']:.1f}" for ticks in ("1", "8", "15")]
-    shifted = [f"{pixels[ticks]['shifted_copy']['mean']:.1f}" for ticks in ("1", "8", "15")]
+    rows = {
+        "diffusion transformer": "dit",
+        "regression head": "head",
+        "the given frame, kept": "copy_last",
+        "the given frame, shifted as the mouse turns, blurred": "shifted_copy",
+    }
+    values = {
+        key: [f"{report['psnr'][ticks][key]['mean']:.1f}" for ticks in ("1", "8", "15")]
+        for key in rows.values()
+    }
+    psnr = [f"| {name} | {' | '.join(values[key])} |" for name, key in rows.items()]
     decoded = report["action_decoding"]["decoder_4_ticks"]
     mean_f1 = {kind: decoded[kind]["8"]["mean_f1"] for kind in ("real", "imagined")}
     gradients = report["encoder_gradients"]
@@ -136,9 +143,8 @@ def test_headline_of_the_readme_is_that_of_the_shipped_weights():
         f"shuffled actions {report['retrieval']['top1']['4']['shuffled_actions']['mean']:.2f};",
         f"| {'; '.join(probed)} | random weights {'; '.join(untrained)}; pixels",
         f"(R2 {probes['model']['speed']:.2f})",
-        f"{imagined[0]}, {imagined[1]} and {imagined[2]} dB after 1, 8 and 15 ticks",
-        f"{copied[0]}, {copied[1]} and {copied[2]};",
-        f"blurred, {shifted[0]}, {shifted[1]} and {shifted[2]};",
+        with_interval(report["retrieval"]["top1_without_given_frame"]["4"]["model"]),
+        *psnr,
         f"latents 4 ticks apart {mean_f1['imagined']:.2f}, of real ones {mean_f1['real']:.2f}, ",
         f"*Attack* has {decoded['imagined']['8']['f1']['attack']:.2f} (always on",
         f"are {inverse} and {pitch} times as large as the prediction's",
@@ -242,6 +248,18 @@ def test_numbers_in_a_notebooks_outputs_are_those_of_the_figures(name, shipped_n
 
     unknown = {text for text in printed if not is_shipped(text)}
     assert unknown <= DERIVED.get(name, set())
+
+
+@pytest.mark.parametrize("task", ["turn", "walk", "turn and walk", "tool"])
+def test_episodes_in_the_readme_are_those_of_the_run(task):
+    rows, readme = numbers("agent")["tasks"][task], (ROOT / "README.md").read_text()
+    line = re.search(rf"^ *\| {task}[:,].*$", readme, re.MULTILINE)[0]
+    low, high = rows["planner"]["interval"]
+    cells = {name: f"{row['successes']} of {row['episodes']}" for name, row in rows.items()}
+    assert f"| {cells['planner']} [{low:.2f}, {high:.2f}] |" in line
+    assert f"| {cells['inverse_model']} | {cells['random']} |" in line
+    if "straight" in rows:
+        assert f"{rows['straight']['successes']} of the same {rows['straight']['episodes']}" in line
 
 
 def test_plans_in_the_readme_are_those_of_the_run():

@@ -14,7 +14,7 @@ from .unseen import weights_identity
 
 # %% ../../nbs/evaluation/19_claim_numbers.ipynb #31086692
 def find_numbers(out_dir, shipped_dir) -> Path:
-    """Choose the folder of numbers: the user's own, or the shipped ones where there are none yet.
+    """Choose the folder of numbers: the user's own, or the shipped ones without an evaluation.
 
     Args:
         out_dir: where the other notebooks left their numbers.
@@ -23,15 +23,14 @@ def find_numbers(out_dir, shipped_dir) -> Path:
     Returns:
         The folder.
     """
-    names = ("evaluate", "sora", "ablations")
-    has_own = any((Path(out_dir) / f"{name}.json").is_file() for name in names)
-    if has_own or not (Path(shipped_dir) / "evaluate.json").is_file():
-        return Path(out_dir)
+    own, shipped = Path(out_dir), Path(shipped_dir)
+    if (own / "evaluate.json").is_file() or not (shipped / "evaluate.json").is_file():
+        return own
     print(
-        f"no numbers in {out_dir} yet: these are the shipped ones, of {shipped_dir}. "
+        f"no evaluate.json in {own} yet, so all numbers are the shipped ones, of {shipped}. "
         "`make study` leaves your own."
     )
-    return Path(shipped_dir)
+    return shipped
 
 # %% ../../nbs/evaluation/19_claim_numbers.ipynb #fd8f7cc9
 def load_numbers(folder, weights=None):

@@ -166,11 +166,12 @@ def judge_labels(report):
     uses_actions = "inverse_dynamics_head" in report["action_decoding"]
     how = "without a loss on the actions"
     if uses_actions:
-        norms = report["encoder_gradients"]
-        of_actions, share = sum(norms.get(part, 0) for part in ("inverse_dynamics", "pitch")), ""
-        if of_actions:
-            share = f", {of_actions / sum(norms.values()):.0%} of the gradient norms in the encoder"
-        how = f"with losses that take the actions as labels{share}: not tested"
+        norms, how = report["encoder_gradients"], "with losses that take the actions as labels"
+        parts = [part for part in ("inverse_dynamics", "pitch") if part in norms]
+        if parts and norms.get("prediction"):
+            times = " and ".join(f"{norms[part] / norms['prediction']:.1f}" for part in parts)
+            how += f" (gradient norms in the encoder {times} times the prediction's)"
+        how += ": not tested"
     evidence = (
         f"trained on frames and actions {how}; effective rank "
         f"{report['collapse']['rank']:.0f}, {'no' if is_healthy else 'an'} alarm. "

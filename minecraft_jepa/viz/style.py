@@ -49,10 +49,10 @@ LABELS = {  # in the legends
     "shuffled_actions": "shuffled actions",
     "linear": "linear extrapolation",
     "without_history": "without action history",
-    "shrunk_copy": "copy, shrunk to the mean",
-    "shifted_copy": "copy, shifted, blurred, shrunk",
+    "shrunk_copy": "shrunk copy",
+    "shifted_copy": "shifted copy",
     "shuffled_future": "shuffled future actions",
-    "best_baseline": "strongest baseline",
+    "best_baseline": "best baseline",
     "dit": "diffusion transformer",
     "head": "regression head",
 }

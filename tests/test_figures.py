@@ -10,6 +10,7 @@ import pytest
 
 from minecraft_jepa.data.splits import load_split
 from minecraft_jepa.evaluation.report import check_criteria
+from minecraft_jepa.evaluation.tables import STUDY_NUMBERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -127,7 +128,7 @@ def test_headline_of_the_readme_is_that_of_the_shipped_weights():
     psnr = [f"| {name} | {' | '.join(values[key])} |" for name, key in rows.items()]
     decoded = report["action_decoding"]["decoder_4_ticks"]
     mean_f1 = {kind: decoded[kind]["8"]["mean_f1"] for kind in ("real", "imagined")}
-    gradients = report["encoder_gradients"]
+    gradients, of_study = report["encoder_gradients"], STUDY_NUMBERS
     inverse, pitch = (
         f"{gradients[part] / gradients['prediction']:.1f}" for part in ("inverse_dynamics", "pitch")
     )
@@ -143,6 +144,8 @@ def test_headline_of_the_readme_is_that_of_the_shipped_weights():
         f"shuffled actions {report['retrieval']['top1']['4']['shuffled_actions']['mean']:.2f};",
         f"| {'; '.join(probed)} | random weights {'; '.join(untrained)}; pixels",
         f"(R2 {probes['model']['speed']:.2f})",
+        f"much weaker model: {of_study['error relative to the strongest baseline at 8 ticks']:.2f}",
+        f"retrieval {of_study['true future first of 256 at 4 ticks']:.2f}, and",
         with_interval(report["retrieval"]["top1_without_given_frame"]["4"]["model"]),
         *psnr,
         f"latents 4 ticks apart {mean_f1['imagined']:.2f}, of real ones {mean_f1['real']:.2f}, ",

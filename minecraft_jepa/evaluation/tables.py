@@ -211,12 +211,23 @@ HEADLINES = {  # section -> {what: path in the report}
     },
 }
 
-# `make study` with `tiny` as of 2026-11-26 (frames of 48 x 80), 600 steps, on the sample in
-# data/, seed 0
+# `make study` with `tiny` as of 2026-11-28: 600 steps, on the sample in data/, seed 0
 STUDY_NUMBERS = {
+    "error at 1 tick": 0.07,
+    "error at 8 ticks": 0.31,
     "error relative to copying at 8 ticks": 0.68,
-    "R2 of pitch": 0.66,
-    "R2 of the turn": 0.54,
+    "error relative to the strongest baseline at 1 tick": 0.92,
+    "error relative to the strongest baseline at 8 ticks": 0.92,
+    "action sensitivity at 8 ticks": 1.68,
+    "true future first of 256 at 4 ticks": 0.14,
+    "R2 of pitch": 0.70,
+    "R2 of the turn": 0.43,
+    "mean F1 of keys, imagined, at 8 ticks": 0.31,
+    "R2 of the turn, imagined, at 8 ticks": 0.11,
+    "imagined change of the first tick": 0.18,
+    "nearest real latent at the end": 0.52,
+    "PSNR of the regression head at 8 ticks, dB": 17.43,
+    "effective rank": 23.40,
 }
 
 

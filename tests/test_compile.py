@@ -54,8 +54,6 @@ def test_blocks_are_compiled_and_learn_the_same(batch, monkeypatch, checkpointin
 def test_a_missing_c_compiler_is_told_before_the_first_step(monkeypatch):
     """Triton raised in the middle of the first step, a hundred lines long."""
     monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"apt install gcc, or train without it: --train\.no-compile"
-    ):
+    with pytest.raises(ValueError, match=r"apt install gcc; or .* --train\.no-compile"):
         make_model("cuda", False)
     make_model("cpu", False)

@@ -85,6 +85,8 @@ def _load_json(path, made_by):
 
 def _difference(ablations, report):
     """What keeps ablations and evaluation apart, as text; None: they belong together."""
+    if "comparisons" not in ablations:
+        return "an earlier version (`make ablations` makes them anew)"
     if ablations["preset"] != report["preset"]:
         return f"the preset {ablations['preset']}, the evaluation of {report['preset']}"
     identities = ablations.get("data"), report.get("data")

@@ -6,7 +6,7 @@
 __all__ = ['judge_prediction', 'judge_content', 'judge_cost', 'judge_labels', 'judge_planning', 'judge_scale', 'judge_claims']
 
 # %% ../../nbs/evaluation/18_claims.ipynb #36c767ea
-from .ablations import compare_seeds
+from .paired_comparison import compare_seeds
 from .report import CRITERIA
 
 # %% ../../nbs/evaluation/18_claims.ipynb #ded1b9db
@@ -261,11 +261,11 @@ def judge_scale(ablations):
     own_errors, double_errors = depths[own][quantity], depths[double][quantity]
     found = compare_seeds(own_errors, double_errors, -1)
     if found["difference"] is None:
-        return f"with {own} or {double} blocks every run collapsed", "not shown"
+        return f"no seed came through with both {own} and {double} blocks", "not shown"
     low, high = found["interval"]
     evidence = (
         f"error over copying at 4 ticks, {double} predictor blocks minus {own}: "
-        f"{found['difference']:+.3f} ({low:+.3f} to {high:+.3f}, {len(own_errors)} seeds of "
+        f"{found['difference']:+.3f} ({low:+.3f} to {high:+.3f}, {found['seeds']} seeds of "
         f"{ablations['steps']} steps). The encoder and the recordings stayed as they are"
     )
     is_better = int(double) > int(own) and found["verdict"] == "better"

@@ -86,10 +86,11 @@ def transformer_blocks(module):
 
 def _check_c_compiler():
     """Triton, which torch.compile uses on a GPU, builds its launchers with a C compiler."""
-    if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+    own = os.environ.get("CC")
+    if not any(map(shutil.which, [own] if own else ["gcc", "clang"])):
         raise ValueError(
-            "torch.compile needs a C compiler and found none: sudo apt install gcc, or "
-            "train without it: --train.no-compile"
+            f"torch.compile needs a C compiler ({own or 'gcc or clang'}) and did not find it: "
+            "sudo apt install gcc; or `minecraft-jepa train --train.no-compile`"
         )
 
 

@@ -41,7 +41,14 @@ def write_model_card(folder, command=None, data=None):
         lines += [data, ""]
     lines += [*_describe_training(summary, config), "", "```", command, "```", ""]
     if "command" in (summary.get("start") or {}):
-        lines += ["Those were made by", "", "```", summary["start"]["command"], "```", ""]
+        lines += [
+            "The weights it started from were made by",
+            "",
+            "```",
+            summary["start"]["command"],
+            "```",
+            "",
+        ]
     report = _read_own_report(folder)
     if report:
         lines += [*_error_table(report), ""]

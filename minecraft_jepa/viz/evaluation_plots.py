@@ -111,7 +111,7 @@ def plot_paired_ratios(ax, paired, relative, ticks):
     at = "8" if "8" in relative else str(ticks[-1])
     row = relative[at]
     ax.set_title(
-        f"{row['ratio']:.2f} of the strongest baseline's error at {at} ticks\n"
+        f"{row['ratio']:.2f} of the best baseline's error at {at} ticks\n"
         f"(bars: 95 % BCa interval, n = {row['of']} recordings)"
     )
     return ax

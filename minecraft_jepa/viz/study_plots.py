@@ -94,7 +94,7 @@ def cost_figure(world_models, flops, sampling_steps):
     colors = [COLORS["model"], COLORS["head"], COLORS["dit"], COLORS["dit"]]
     cost.bar(labels.values(), teraflops, color=colors)
     for x, value in enumerate(teraflops):
-        text = f"{value:,.1f}\n({value / teraflops[0]:.1f}x)"
+        text = f"{value:,.1f}"
         cost.text(x, value + max(teraflops) * 0.01, text, ha="center", va="bottom", fontsize=9)
     cost.set_ylabel("TFLOP for one second (20 ticks), paper")
     cost.set_ylim(top=max(teraflops) * 1.15)
@@ -150,7 +150,7 @@ def ablations_figure(table, comparisons, better):
     """Draw how far every variant lies from the preset, a panel for each quantity.
 
     Args:
-        table: {factor: {variant: {quantity: values by seed}}}, None where a seed collapsed; the
+        table: {factor: {variant: {quantity: values by seed}}}, None where there is no value; the
             first variant of each factor is the preset.
         comparisons: {factor: {variant: {quantity: "difference" to the preset, its "interval" and
             the "verdict"}}}.
@@ -175,9 +175,9 @@ def ablations_figure(table, comparisons, better):
     first = next(iter(better))
     verdicts = [comparisons[factor][variant][first]["verdict"] for factor, variant in rows]
     fig.suptitle(
-        f"{verdicts.count('better')} of {len(rows)} changes are better than the preset in {first}, "
-        f"{verdicts.count('worse')} worse (small dots: {len(own[first])} seeds, "
-        "bar: 95 % interval of the difference)"
+        f"{first}: of {len(rows)} changes {verdicts.count('better')} are better than the preset, "
+        f"{verdicts.count('worse')} worse, {verdicts.count('collapsed')} collapsed "
+        f"(small dots: {len(own[first])} seeds, bar: 95 % interval of the difference)"
     )
     return fig
 
@@ -189,7 +189,7 @@ def _plot_variant(ax, y, values, own, found):
     """One row of a panel: the seeds' differences to the preset, their mean and its interval."""
     if found["difference"] is None:
         label = {"transform": ax.get_yaxis_transform(), "ha": "center", "va": "center"}
-        ax.text(0.5, y, "collapsed", **label)
+        ax.text(0.5, y, found["verdict"], **label)
         return
     marker, color = _VERDICT_MARKERS.get(found["verdict"], ("o", GREY))
     ax.plot(found["interval"], [y, y], color=color, linewidth=2, alpha=0.6)

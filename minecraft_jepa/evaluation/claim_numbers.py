@@ -72,7 +72,7 @@ def load_numbers(folder, weights=None):
         numbers[name] = made
     return numbers
 
-
+# %% ../../nbs/evaluation/19_claim_numbers.ipynb #31c7aa02
 def _load_json(path, made_by):
     """Read numbers; the error names the notebook that makes them."""
     if not path.is_file():

@@ -57,7 +57,7 @@ def write_model_card(folder, command=None, data=None):
     with atomic_path(folder / "README.md") as tmp_path:
         tmp_path.write_text("\n".join(lines))
 
-
+# %% ../../nbs/training/16_model_card.ipynb #a90a902b
 def _describe_training(summary, config):
     """Lines on recordings, steps, time and settings of a training."""
     train_names, validation_names = summary["train"], summary["validation"]
@@ -82,7 +82,7 @@ def _describe_training(summary, config):
         f"anti-collapse {config['jepa']['anti_collapse']}",
     ]
 
-# %% ../../nbs/training/16_model_card.ipynb #a90a902b
+
 def _first_names(names, max_listed=24):
     """Names of recordings, as text; of many the first ones."""
     text = ", ".join(names[:max_listed])

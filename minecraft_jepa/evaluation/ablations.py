@@ -156,9 +156,8 @@ def compare_variants(table) -> dict:
     """
     comparisons = {}
     for factor, variants in table.items():
-        own, *others = variants.values()
-        names = list(variants)[1:]
-        comparisons[factor] = {name: _compare(own, row) for name, row in zip(names, others)}
+        (_, own), *others = variants.items()
+        comparisons[factor] = {name: _compare(own, row) for name, row in others}
     return comparisons
 
 

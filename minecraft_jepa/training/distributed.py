@@ -108,10 +108,11 @@ def apply_compile_and_checkpointing(module, settings, device):
     Raises:
         ValueError: there is no C compiler to compile with.
     """
-    if settings.compile and device == "cuda":
+    compiles = settings.compile and device == "cuda"
+    if compiles:
         _check_c_compiler()
     for block in transformer_blocks(module):
-        if settings.compile and device == "cuda":
+        if compiles:
             block.forward = torch.compile(block.forward)
         if settings.activation_checkpointing:  # around it: `checkpoint` itself is never compiled
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -229,11 +229,9 @@ class Trainer(_ResumableTrainer):
         """Evaluate, and keep the module if it is the best so far; returns numbers to log."""
         log = self.log if self.is_main else None
         results = self.task.evaluate(self.learner.module, self.step, log, self.batch)
-        score = self.task.score(row | results)
         # all processes have to save, or to stop, together
-        score, alarm = from_main_process(self.accelerator, (score, results.get("alarm")))
-        if "alarm" in results:
-            results["alarm"] = alarm
+        results = from_main_process(self.accelerator, results)
+        score = self.task.score(row | results)
         is_finite = self.learner.is_finite()
         if score is not None and is_finite and score <= self.best_score:  # nan is not
             self.best_score = score

@@ -267,15 +267,16 @@ def count_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 # %% ../nbs/00_utils.ipynb #16d0c31e
-def count_flops(call):
+def count_flops(call, with_gradient=False):
     """Floating-point operations of the matrix products in one call (`torch.utils.flop_counter`).
 
     Args:
         call: a function without arguments.
+        with_gradient: whether gradients are kept, as for a call that ends with a backward pass.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(with_gradient):
         call()
     return counter.get_total_flops()

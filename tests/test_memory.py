@@ -20,13 +20,16 @@ def read_status(field):
     return int(line.split()[1]) * 1024
 
 
-def measure_step(checkpointing, out):
+def measure_step(checkpointing, out, is_frozen=False):
     """Write peak of real steps above what the process held before, and the plan."""
     changes = {"batch_size": 6, "predictor_depth": 3, "activation_checkpointing": checkpointing}
+    changes |= {"encoder_lr_scale": 0.0} if is_frozen else {}
     config = preset("small", **changes)
     torch.ones(512, 512) @ torch.ones(512, 512)
     before = read_status("VmRSS")
     model = apply_compile_and_checkpointing(WorldModel(config).train(), config.train, "cpu")
+    if is_frozen:
+        model.freeze_encoder()
     optimizer = optim.make_optimizer({model: 1.0}, 1e-4, 0.0)
     for _ in range(2):
         frames = torch.randint(0, 255, (6, 5, 3, 128, 224), dtype=torch.uint8)
@@ -45,6 +48,22 @@ def test_memory_plan_is_what_a_step_takes(tmp_path):
         assert 0.6 < peak / planned < 1.25, (checkpointing, peak / 2**20, planned / 2**20)
         peaks[checkpointing] = peak
     assert peaks[True] < 0.7 * peaks[False]
+
+
+def test_memory_plan_of_a_frozen_encoder_is_what_a_step_takes(tmp_path):
+    log, out = tmp_path / "log", tmp_path / "out"
+    wait_for(start_processes((measure_step, False, out, True), log=log), log)
+    peak, planned = json.loads(out.read_text())
+    assert 0.6 < peak / planned < 1.25, (peak / 2**20, planned / 2**20)
+
+
+def test_memory_plan_counts_what_is_trained():
+    config = preset("small", encoder_lr_scale=0.0)
+    model = WorldModel(config)
+    trained = [*model.conditioner.parameters(), *model.predictor.parameters()]
+    plan = memory.plan_memory(config, "cpu")
+    assert plan["gradients"] == 4 * sum(p.numel() for p in trained)
+    assert plan["activations"] < memory.plan_memory(preset("small"), "cpu")["activations"]
 
 
 def test_run_that_does_not_fit_is_told_what_would():

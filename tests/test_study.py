@@ -251,7 +251,9 @@ def test_executed_notebooks_show_their_pictures_and_no_path_bar_or_warning(clone
 @pytest.mark.parametrize(
     "notebook",
     [
-        ROOT / "nbs/study/8_ablations.ipynb",  # of those that take hours, the one without the game
+        # of those that take hours, the ones without the game
+        ROOT / "nbs/study/8_ablations.ipynb",
+        ROOT / "nbs/study/12_pixel_model.ipynb",
         *study_notebooks(ROOT / "nbs/bench"),
     ],
     ids=lambda p: p.stem,

@@ -33,6 +33,8 @@ def _trace_activation_bytes(config, batch_size, use_bf16):
         model = WorldModel(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype)).train()
+        if config.train.freezes_encoder:
+            model.freeze_encoder()
         model = apply_compile_and_checkpointing(model, config.train, "cpu")
         weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
         frames, actions = _fake_batch(config, batch_size)
@@ -47,8 +49,9 @@ def _trace_activation_bytes(config, batch_size, use_bf16):
 def _fake_batch(config, batch_size):
     """Frames (B, 1+K, 3, H, W), with one more for the pitch loss, and actions (B, T-1+K, 28)."""
     frame, jepa = config.frame, config.jepa
-    num_frames = 1 + jepa.max_rollout_steps + (jepa.extra_frame_offset > jepa.max_rollout_steps)
-    num_ticks = max(jepa.max_rollout_steps, jepa.extra_frame_offset)
+    extra_frame = 0 if config.train.freezes_encoder else jepa.extra_frame_offset
+    num_frames = 1 + jepa.max_rollout_steps + (extra_frame > jepa.max_rollout_steps)
+    num_ticks = max(jepa.max_rollout_steps, extra_frame)
     num_actions = config.conditioner.history_ticks - 1 + num_ticks
     frames_shape = batch_size, num_frames, *frame.shape
     frames = torch.empty(frames_shape, dtype=torch.uint8)
@@ -58,7 +61,8 @@ def _fake_batch(config, batch_size):
 def _activation_bytes(config, batch_size, use_bf16, checkpointing):
     """Bytes that autograd saves for one batch, with or without activation checkpointing."""
     # The same settings for all that makes no difference, so that the cache serves them too.
-    train = Train(activation_checkpointing=checkpointing)
+    lr_scale = 0.0 if config.train.freezes_encoder else Train.encoder_lr_scale
+    train = Train(activation_checkpointing=checkpointing, encoder_lr_scale=lr_scale)
     config = dataclasses.replace(config, name="", train=train)
     one = _trace_activation_bytes(config, 1, use_bf16)
     two = _trace_activation_bytes(config, 2, use_bf16)
@@ -83,6 +87,8 @@ def plan_memory(config, device="cuda", processes=1, sharded=False) -> dict[str, 
     use_bf16, train = device == "cuda", config.train
     with torch.device("meta"):
         model = WorldModel(config)
+    if train.freezes_encoder:
+        model.freeze_encoder()
     num_weights = sum(p.numel() for p in model.parameters())
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_shards = processes if sharded else 1

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plot_retrieval', 'plot_probes', 'plot_decoded_keys', 'plot_imagined_change', 'plot_drift', 'knows_figure',
-           'appearance_figure']
+           'appearance_figure', 'pixel_model_figure']
 
 # %% ../../nbs/viz/09_knowledge_plots.ipynb #53df5340
 import matplotlib.pyplot as plt
@@ -225,3 +225,45 @@ def appearance_figure(frames, looks, ticks):
         "worlds; dashed: as good as that baseline)"
     )
     return fig
+
+# %% ../../nbs/viz/09_knowledge_plots.ipynb #6c910a4d
+_KIND_COLORS = {"world_model": COLORS["model"], "without_heads": "#56b4e9"}
+_KIND_COLORS |= {"pixel_model": COLORS["dit"]}
+_KIND_LABELS = {"world_model": "world model", "without_heads": "without action heads"}
+_KIND_LABELS |= {"pixel_model": "pixel model"}
+
+
+def pixel_model_figure(compared):
+    """Draw each quantity of the world models beside that of the pixel models.
+
+    Args:
+        compared: of `compare_models`; a line joins the models of a seed.
+    """
+    fig, axes = plt.subplots(2, 3, figsize=(14, 7.6), layout="constrained")
+    for ax, (quantity, row) in zip(axes.flat, compared.items()):
+        measured = {kind: v for kind, v in row["values"].items() if None not in v}
+        for seed in zip(*measured.values()):
+            ax.plot(range(len(measured)), seed, color=GREY, linewidth=1, zorder=1)
+        for x, (kind, values) in enumerate(measured.items()):
+            color = _KIND_COLORS[kind]
+            ax.scatter([x] * len(values), values, color=color, zorder=2)
+            ax.plot([x - 0.15, x + 0.15], [np.mean(values)] * 2, color=color, linewidth=2.5)
+        ax.set_xlim(-0.5, len(measured) - 0.5)
+        labels = [_kind_label(kind, row["against"].get(kind)) for kind in measured]
+        ax.set_xticks(range(len(measured)), labels, fontsize=9)
+        ax.margins(y=0.25)
+        ax.set_title(quantity, fontsize=11)
+    fig.suptitle(
+        "Models of one size, trained for as many operations; a line joins those of a seed. "
+        "Under a name: the pixel model minus it"
+    )
+    return fig
+
+
+def _kind_label(kind, against):
+    """Name of a kind of model, and how the pixel model compares with it."""
+    if against is None:
+        return _KIND_LABELS[kind]
+    low, high = against["interval"]
+    interval = f"{against['difference']:+.2f}\n({low:+.2f} to {high:+.2f})"
+    return f"{_KIND_LABELS[kind]}\n{interval}\n{against['verdict']}"

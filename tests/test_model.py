@@ -26,9 +26,10 @@ from minecraft_jepa.model.collapse import (
     vicreg_terms,
 )
 from minecraft_jepa.model.conditioner import CONDITIONERS
-from minecraft_jepa.model.decoders import DiT, RegressionHead, patchify, unpatchify
+from minecraft_jepa.model.decoders import DiT, RegressionHead
 from minecraft_jepa.model.ema import ema_momentum, ema_update, frozen_copy
 from minecraft_jepa.model.inverse_dynamics import InverseDynamicsHead
+from minecraft_jepa.model.patches import patchify, unpatchify
 from minecraft_jepa.model.positions import apply_rope, rope_angles_2d
 from minecraft_jepa.model.world_model import WorldModel
 from minecraft_jepa.utils import count_parameters

@@ -9,7 +9,7 @@ __all__ = ['IMAGINED_TICKS', 'COMPARED', 'error_seen_by', 'judge_imagination', '
 import numpy as np
 import torch
 
-from .horizon import error_ratio, horizon_errors
+from .horizon import MIN_ERROR, error_ratio, horizon_errors
 from .paired_comparison import compare_seeds
 from .pixels import pixel_metrics, psnr
 from .retrieval import retrieval
@@ -86,9 +86,10 @@ def judge_imagination(model, decode, judge, store, names, windows_per_recording=
     measures = {"psnr": psnr}
     frames = pixel_metrics(model, {"model": decode}, store, names, ticks, windows, measures)
     seen = error_seen_by(judge, model, decode, store, names, ticks, windows)
+    log_seen = np.log(np.maximum(seen, MIN_ERROR))
     return numbers | {
         "psnr": dict(zip(map(str, ticks), frames["psnr"]["model"].mean(0).tolist())),
-        "seen_by_judge": dict(zip(map(str, ticks), np.exp(np.log(seen).mean(0)).tolist())),
+        "seen_by_judge": dict(zip(map(str, ticks), np.exp(log_seen.mean(0)).tolist())),
     }
 
 # %% ../../nbs/evaluation/21_pixel_baseline.ipynb #5b194bc5

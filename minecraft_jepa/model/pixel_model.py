@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import init_weights, layer_norm
+from .blocks import layer_norm
 from .conditioner import build_conditioner
 from .encoder import Encoder
 from .inputs import as_numbers
@@ -36,8 +36,9 @@ class PixelModel(ImaginationMixin, nn.Module):
         self.encoder = Encoder(config)
         self.conditioner = build_conditioner(config)
         self.predictor = Predictor(config)
-        self.predictor.out = init_weights(PatchProjection(width, frame, config.dit.overlap))
-        nn.init.zeros_(self.predictor.out.weight)  # untrained, nothing changes
+        self.predictor.out = PatchProjection(width, frame, config.dit.overlap)
+        for parameter in self.predictor.out.parameters():
+            nn.init.zeros_(parameter)  # untrained, nothing changes
 
     def encode(self, frames):
         """Cut frames into patches.
@@ -52,6 +53,7 @@ class PixelModel(ImaginationMixin, nn.Module):
 
     target = encode
 
+    @torch.no_grad()
     def decode(self, z):
         """Put patches together to frames.
 

@@ -10,8 +10,10 @@ import torch
 
 from ..data.loader import NUM_VALIDATION_WINDOWS, fixed_windows, window_batches
 from ..model.pixel_model import PixelModel
+from .checkpoints import NOT_FINITE_REMEDY
 from .learner import TrainingTask
 from .run_identity import make_run_identity
+from .train_world_model import check_recordings, set_rollout_length
 from .trainer import fit
 from .validation import error_ratio_to_copy, validate
 from ..utils import count_flops, seed_everything, whole_number
@@ -21,7 +23,7 @@ def training_flops(model, batch_size) -> int:
     """Count the operations of the matrix products in a training step, forward and backward.
 
     Args:
-        model: `WorldModel` or `PixelModel`; its `rollout` counts.
+        model: `WorldModel` or `PixelModel`; the rollout is as long as its `rollout` says now.
         batch_size: windows in a step.
     """
     config, horizon = model.config, model.rollout
@@ -43,9 +45,18 @@ def training_flops(model, batch_size) -> int:
 class _BestWeights:
     """The best pixel model so far, in memory."""
 
+    state = None
+
     def save(self, model):
         """Keep the weights of a model."""
         self.state = {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+    def load(self, model):
+        """Give a model the weights that were kept; FloatingPointError without any."""
+        if self.state is None:
+            message = "no evaluation gave an error that can be compared"
+            raise FloatingPointError(f"{message}: {NOT_FINITE_REMEDY}")
+        model.load_state_dict(self.state)
 
 # %% ../../nbs/training/20_train_pixel_model.ipynb #5f838d68
 def train_pixel_model(config, data, train_names, val_names, steps=None, seed=0, device="cpu"):
@@ -63,7 +74,12 @@ def train_pixel_model(config, data, train_names, val_names, steps=None, seed=0, 
 
     Returns:
         The `PixelModel`, in eval mode, and the rows of the log.
+
+    Raises:
+        FloatingPointError: numbers are not finite.
+        ValueError: a recording is in both lists, or a number is out of its range.
     """
+    check_recordings(train_names, val_names)
     jepa, train, history = config.jepa, config.train, config.conditioner.history_ticks
     steps = train.steps if steps is None else whole_number(steps, "steps", 1, 10**8 - 1)
     seed = whole_number(seed, "seed", 0)
@@ -74,10 +90,6 @@ def train_pixel_model(config, data, train_names, val_names, steps=None, seed=0, 
     def make_batches(step, rank, num_processes):
         window = history, jepa.max_rollout_steps, batch_size, seed, step, rank, num_processes
         return window_batches(data, train_names, *window, jepa.extra_frame_offset)
-
-    def set_rollout(module, position, steps):
-        is_late = jepa.rollout_steps_late and position >= steps * 2 / 3
-        module.rollout = jepa.max_rollout_steps if is_late else jepa.rollout_steps
 
     def evaluate(module, step, log, batch):
         numbers, _ = validate(module, *validation)
@@ -96,11 +108,11 @@ def train_pixel_model(config, data, train_names, val_names, steps=None, seed=0, 
         run_identity=make_run_identity(
             config, data, *recordings, seed, batch_size, "pixel_model", steps
         ),
-        before_step=set_rollout,
+        before_step=set_rollout_length,
         evaluate=evaluate,
         score=error_ratio_to_copy,
         save_best=best.save,
     )
     model, rows = fit(task, train, seed, device)
-    model.load_state_dict(best.state)
+    best.load(model)
     return model.eval(), rows

@@ -42,7 +42,8 @@ def load_numbers(folder, weights=None):
 
     Returns:
         Numbers by name, as `judge_claims` takes them: "report", "sora", and "ablations",
-        "planning", "agent", which are None where they were not made or are of other weights.
+        "planning", "agent", "pixel_model", which are None where they were not made, or are of
+        other weights, another preset or other recordings.
 
     Raises:
         ValueError: if a file is missing, or the report is of other weights.
@@ -56,16 +57,16 @@ def load_numbers(folder, weights=None):
             "run nbs/study/3_evaluate.ipynb with these weights and this out_dir first"
         )
     sora = _load_json(folder / "sora.json", made_by="5_sora")
-    ablations, planning, agent = (
-        json.loads(path.read_text()) if path.is_file() else None
-        for path in (folder / f"{name}.json" for name in ("ablations", "planning", "agent"))
-    )
-    difference = _difference(ablations, report) if ablations else None
-    if difference:
-        print(f"{folder / 'ablations.json'} is of {difference}, and is not used")
-        ablations = None
-    numbers = {"report": report, "sora": sora, "ablations": ablations}
-    for name, made in (("planning", planning), ("agent", agent)):
+    numbers = {"report": report, "sora": sora}
+    for name, key in (("ablations", "comparisons"), ("pixel_model", "compared")):
+        made = _load_if_made(folder / f"{name}.json")
+        difference = made and _difference(made, report, key)
+        if difference:
+            print(f"{folder / name}.json is of {difference}, and is not used")
+            made = None
+        numbers[name] = made
+    for name in ("planning", "agent"):
+        made = _load_if_made(folder / f"{name}.json")
         if made and identity and made["weights"]["sha256"] != identity["sha256"]:
             print(f"{folder / name}.json is of other weights than the evaluation, and is not used")
             made = None
@@ -83,13 +84,18 @@ def _load_json(path, made_by):
     return json.loads(path.read_text())
 
 
-def _difference(ablations, report):
-    """What keeps ablations and evaluation apart, as text; None: they belong together."""
-    if "comparisons" not in ablations:
-        return "an earlier version (`make ablations` makes them anew)"
-    if ablations["preset"] != report["preset"]:
-        return f"the preset {ablations['preset']}, the evaluation of {report['preset']}"
-    identities = ablations.get("data"), report.get("data")
+def _load_if_made(path):
+    """Read numbers; None where there are none."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _difference(trainings, report, key):
+    """What keeps numbers of trainings and evaluation apart, as text; None: they belong together."""
+    if key not in trainings:
+        return "an earlier version (its notebook makes them anew)"
+    if trainings["preset"] != report["preset"]:
+        return f"the preset {trainings['preset']}, the evaluation of {report['preset']}"
+    identities = trainings.get("data"), report.get("data")
     if None not in identities and identities[0]["names_sha256"] != identities[1]["names_sha256"]:
         return "other recordings than the evaluation"
     return None

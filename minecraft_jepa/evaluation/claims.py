@@ -6,6 +6,8 @@
 __all__ = ['judge_prediction', 'judge_content', 'judge_cost', 'judge_labels', 'judge_planning', 'judge_scale', 'judge_claims']
 
 # %% ../../nbs/evaluation/18_claims.ipynb #36c767ea
+import numpy as np
+
 from .paired_comparison import compare_seeds
 from .report import CRITERIA
 
@@ -55,16 +57,18 @@ def judge_prediction(report):
     return evidence, _verdict(len(at_all_baselines) == 15, at_all_baselines)
 
 # %% ../../nbs/evaluation/18_claims.ipynb #c862d809
-def judge_content(report):
+def judge_content(report, pixel_model=None):
     """Judge that the latents keep what matters.
 
     Held: pitch and turn reach their threshold with the lower end of the interval over worlds, and
     retrieval reaches its own. Partly: one of the probes does; or, where the given frame is no
     candidate, the true future is found more often than by copying and by a copy that is shifted as
-    the mouse turns, intervals apart.
+    the mouse turns, intervals apart. How a pixel model of the same size fares is told, and decides
+    nothing: it is compared with world models of a short training.
 
     Args:
         report: of `load_report`.
+        pixel_model: numbers of 12_pixel_model; None if it was not run.
 
     Returns:
         The evidence, a sentence, and the verdict.
@@ -90,11 +94,27 @@ def judge_content(report):
         "the true future found "
         f"first among 256 at 4 ticks: {top1:.2f} (wanted {CRITERIA['top1_at_4_ticks']})"
         f"; without the given frame {model['mean']:.2f}, by the better of two copies "
-        f"{copying['mean']:.2f}"
+        f"{copying['mean']:.2f}{_beside_pixels(pixel_model)}"
     )
     is_found = _reaches(top1, CRITERIA["top1_at_4_ticks"])
     beats_copying = model["interval"][0] > copying["interval"][1]
     return evidence, _verdict(all(reached) and is_found, any(reached) or beats_copying)
+
+
+def _beside_pixels(pixel_model):
+    """How world models and pixel models compare, for the end of a sentence."""
+    if pixel_model is None:
+        return ""
+    parts = []
+    for quantity in ("PSNR in dB", "error over copying, third encoder", "retrieval, own space"):
+        row = pixel_model["compared"][quantity]
+        ours, theirs = (np.mean(row["values"][kind]) for kind in ("world_model", "pixel_model"))
+        verdict = row["against"]["world_model"]["verdict"]
+        parts.append(f"{quantity} {theirs:.2f} for {ours:.2f} ({verdict})")
+    num_seeds = len(pixel_model["seeds"])
+    return f"; a pixel model of the same size and training, 8 ticks, {num_seeds} seeds: " + (
+        ", ".join(parts)
+    )
 
 # %% ../../nbs/evaluation/18_claims.ipynb #7753bbb7
 def _fewest_steps(report):
@@ -103,7 +123,7 @@ def _fewest_steps(report):
     return min(steps for steps, value in psnr.items() if value >= max(psnr.values()) - 0.1)
 
 
-def judge_cost(sora, report):
+def judge_cost(sora, report, pixel_model=None):
     """Judge that imagining is cheaper than generating pixels.
 
     Held: drawing costs twice the imagining or more, in operations and in seconds, with the fewest
@@ -112,6 +132,8 @@ def judge_cost(sora, report):
     Args:
         sora: numbers of 5_sora.
         report: of `load_report`.
+        pixel_model: numbers of 12_pixel_model, which are told and decide nothing; None if it was
+            not run.
 
     Returns:
         The evidence, a sentence, and the verdict.
@@ -130,9 +152,18 @@ def judge_cost(sora, report):
         f"diffusion takes {ratios['operations']:.1f} times the operations of imagining it "
         f"(`paper`), and {ratios['seconds']:.1f} times the seconds (`{sora['seconds_preset']}`); "
         f"in more steps {' and '.join(many)}; by the regression head {head:.2f} times the "
-        "operations. No model that works in pixels was trained to the same error"
+        f"operations. {_cost_of_pixels(pixel_model)}"
     )
     return evidence, _verdict(min(ratios.values()) >= 2, max(ratios.values()) >= 2)
+
+
+def _cost_of_pixels(pixel_model):
+    """What a tick of a model that works in pixels takes, a sentence."""
+    if pixel_model is None:
+        return "No model that works in pixels was trained beside it"
+    ours, theirs = (pixel_model["runs"][0][kind] for kind in ("world_model", "pixel_model"))
+    ratio = theirs["flops_per_tick"] / ours["flops_per_tick"]
+    return f"A pixel model of the same size takes {ratio:.1f} times the operations for a tick"
 
 
 def _beats(report, label, others):
@@ -272,7 +303,9 @@ def judge_scale(ablations):
     return evidence, _verdict(False, is_better)
 
 # %% ../../nbs/evaluation/18_claims.ipynb #f5b17389
-def judge_claims(report, sora, ablations=None, planning=None, agent=None) -> list[dict]:
+def judge_claims(
+    report, sora, ablations=None, planning=None, agent=None, pixel_model=None
+) -> list[dict]:
     """Judge the six claims.
 
     Args:
@@ -281,6 +314,7 @@ def judge_claims(report, sora, ablations=None, planning=None, agent=None) -> lis
         ablations: numbers of 8_ablations; None if they were not run.
         planning: numbers of 7_planning, likewise.
         agent: numbers of 10_agent, likewise.
+        pixel_model: numbers of 12_pixel_model, likewise.
 
     Returns:
         {"claim", "figure", "evidence", "verdict"} of each.
@@ -294,9 +328,9 @@ def judge_claims(report, sora, ablations=None, planning=None, agent=None) -> lis
         (
             "It stays in latent space and keeps what matters",
             "knows.png",
-            judge_content(report),
+            judge_content(report, pixel_model),
         ),
-        ("It is cheaper than generating pixels", "sora.png", judge_cost(sora, report)),
+        ("It is cheaper than generating pixels", "sora.png", judge_cost(sora, report, pixel_model)),
         ("The encoder needs no labels", "knows.png", judge_labels(report)),
         (
             "It would be useful for planning",

@@ -283,3 +283,58 @@ def test_plans_in_the_readme_are_those_of_the_run():
         assert f"[{low:.1f}, {high:.1f}]" in paragraph
     for key in ("yaw_correlation", "pitch_correlation"):
         assert round(rows["planner"][key], 2) in shown
+
+
+def test_what_is_said_of_the_pixel_model():
+    found = numbers("pixel_model")
+    assert len(found["seeds"]) == 3 and found["recordings"] == numbers("evaluate")["recordings"]
+    cells = json.loads((ROOT / "nbs/study/12_pixel_model.ipynb").read_text())["cells"]
+    text = "".join("".join(c["source"]) + "\n" for c in cells if c["cell_type"] == "markdown")
+    text = text.split("## What was found")[1]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    paragraph = readme.split("**A pixel model** (")[1].split("- **")[0]
+    of = {
+        name: {kind: sum(v) / len(v) for kind, v in row["values"].items() if None not in v}
+        for name, row in found["compared"].items()
+    }
+    against = {name: row["against"]["world_model"] for name, row in found["compared"].items()}
+    for name, digits in (
+        ("PSNR in dB", 2),
+        ("SSIM", 3),
+        ("error over copying, third encoder", 3),
+        ("retrieval, third encoder", 3),
+        ("shuffled / true actions, third encoder", 2),
+        ("shuffled / true actions, own space", 2),
+        ("retrieval, own space", 3),
+        ("camera error of plans in degrees, own space", 1),
+    ):
+        for kind, mean in of[name].items():
+            assert f"{mean:.{digits}f}" in text, (name, kind)
+    for name, digits in (
+        ("PSNR in dB", 2),
+        ("SSIM", 3),
+        ("error over copying, third encoder", 3),
+        ("shuffled / true actions, own space", 2),
+    ):
+        low, high = (f"{end:+.{digits}f}" for end in against[name]["interval"])
+        assert f"{low} to {high}" in text, name
+    psnr, ssim, seen = (of[name] for name in list(of)[:3])
+    sensitivity = of["shuffled / true actions, own space"]
+    retrieval, plans = (of[name] for name in list(of)[-2:])
+    steps = [run[kind]["flops_per_tick"] for run in found["runs"][:1] for kind in psnr]
+    for words in (
+        f"PSNR {psnr['pixel_model']:.1f} dB, the world model {psnr['world_model']:.1f}",
+        f"SSIM {ssim['pixel_model']:.2f} and {ssim['world_model']:.2f}",
+        f"encoder {seen['pixel_model']:.2f} and {seen['world_model']:.2f}",
+        f"space {retrieval['pixel_model']:.2f} and {retrieval['world_model']:.2f}",
+        f"plans {plans['pixel_model']:.1f} and {plans['world_model']:.1f} degrees",
+        f"({sensitivity['world_model']:.2f}, the pixel model {sensitivity['pixel_model']:.2f})",
+        f"action heads ({sensitivity['without_heads']:.2f})",
+        f"{steps[1] / steps[0]:.1f} times the operations",
+    ):
+        assert words in paragraph, words
+    verdicts = {name: row["verdict"] for name, row in against.items()}
+    assert [name for name in verdicts if verdicts[name] == "better"] == list(of)[0:3:2]
+    assert [verdicts[name] for name in ("SSIM", "shuffled / true actions, own space")] == [
+        "worse"
+    ] * 2

@@ -111,10 +111,8 @@ def _beside_pixels(pixel_model):
         ours, theirs = (np.mean(row["values"][kind]) for kind in ("world_model", "pixel_model"))
         verdict = row["against"]["world_model"]["verdict"]
         parts.append(f"{quantity} {theirs:.2f} for {ours:.2f} ({verdict})")
-    num_seeds = len(pixel_model["seeds"])
-    return f"; a pixel model of the same size and training, 8 ticks, {num_seeds} seeds: " + (
-        ", ".join(parts)
-    )
+    kind = "; a pixel model of nearly the same size, in short trainings, 8 ticks"
+    return f"{kind}, {len(pixel_model['seeds'])} seeds: {', '.join(parts)}"
 
 # %% ../../nbs/evaluation/18_claims.ipynb #7753bbb7
 def _fewest_steps(report):
@@ -163,7 +161,7 @@ def _cost_of_pixels(pixel_model):
         return "No model that works in pixels was trained beside it"
     ours, theirs = (pixel_model["runs"][0][kind] for kind in ("world_model", "pixel_model"))
     ratio = theirs["flops_per_tick"] / ours["flops_per_tick"]
-    return f"A pixel model of the same size takes {ratio:.1f} times the operations for a tick"
+    return f"A pixel model of that size takes {ratio:.1f} times the operations for a tick"
 
 
 def _beats(report, label, others):

@@ -215,7 +215,9 @@ def files(folder):
     return {
         str(p.relative_to(folder)): p.read_bytes()
         for p in Path(folder).rglob("*")
-        if p.suffix in (".py", ".ipynb", ".toml") and not p.parent.name.startswith(".")
+        if p.suffix in (".py", ".ipynb", ".toml")
+        and not p.parent.name.startswith(".")
+        and p.name != "_modidx.py"  # nbdev's index, which git ignores
     }
 
 

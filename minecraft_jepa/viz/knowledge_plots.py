@@ -239,7 +239,7 @@ def pixel_model_figure(compared):
     Args:
         compared: of `compare_models`; a line joins the models of a seed.
     """
-    fig, axes = plt.subplots(2, 4, figsize=(18, 7.6), layout="constrained")
+    fig, axes = plt.subplots(2, 4, figsize=(15, 6.8), layout="constrained")
     for ax, (quantity, row) in zip(axes.flat, compared.items()):
         measured = {kind: v for kind, v in row["values"].items() if None not in v}
         for seed in zip(*measured.values()):
@@ -253,9 +253,9 @@ def pixel_model_figure(compared):
             ax.text(-0.45, row["copy"], "the given frame", fontsize=8, va="bottom")
         ax.set_xlim(-0.5, len(measured) - 0.5)
         labels = [_kind_label(kind, row["against"].get(kind)) for kind in measured]
-        ax.set_xticks(range(len(measured)), labels, fontsize=9)
+        ax.set_xticks(range(len(measured)), labels, fontsize=8)
         ax.margins(y=0.25)
-        ax.set_title(quantity, fontsize=11)
+        ax.set_title(quantity, fontsize=9)
     fig.suptitle(
         "At 8 ticks, models of nearly one size, trained for as many operations; a line joins those "
         "of a seed. Under a name: the pixel model minus it"

@@ -322,14 +322,28 @@ def test_what_is_said_of_the_pixel_model():
     sensitivity = of["shuffled / true actions, own space"]
     retrieval, plans = (of[name] for name in list(of)[-2:])
     steps = [run[kind]["flops_per_tick"] for run in found["runs"][:1] for kind in psnr]
+    ends = {name: row["interval"] for name, row in against.items()}
+    nothing = found["compared"]["camera error of plans in degrees, own space"]["reference"]
+    horizons = numbers("evaluate")["horizons"]["8"]
+    shifted = horizons["shifted_copy"]["mean"] / horizons["copy_last"]["mean"]
+    assert f"a shifted copy has {shifted:.2f} there" in text
     for words in (
-        f"PSNR {psnr['pixel_model']:.1f} dB, the world model {psnr['world_model']:.1f}",
-        f"SSIM {ssim['pixel_model']:.2f} and {ssim['world_model']:.2f}",
-        f"encoder {seen['pixel_model']:.2f} and {seen['world_model']:.2f}",
-        f"space {retrieval['pixel_model']:.2f} and {retrieval['world_model']:.2f}",
-        f"plans {plans['pixel_model']:.1f} and {plans['world_model']:.1f} degrees",
-        f"({sensitivity['world_model']:.2f}, the pixel model {sensitivity['pixel_model']:.2f})",
-        f"action heads ({sensitivity['without_heads']:.2f})",
+        f"dB | {psnr['pixel_model']:.1f} | {psnr['world_model']:.1f} |",
+        "[{:.2f}, {:.2f}]".format(*ends["PSNR in dB"]),
+        f"SSIM | {ssim['pixel_model']:.3f} | {ssim['world_model']:.3f} |",
+        "[{:.3f}, {:.3f}]".format(*ends["SSIM"]),
+        f"shipped encoder | {seen['pixel_model']:.2f} | {seen['world_model']:.2f} |",
+        "[{:.2f}, {:.2f}] | a shifted copy {:.2f} |".format(
+            *ends["error over copying, third encoder"], shifted
+        ),
+        f"given frame | {retrieval['pixel_model']:.2f} | {retrieval['world_model']:.2f} |",
+        "[{:.2f}, {:.2f}]".format(*ends["retrieval, own space"]),
+        f"own space | {sensitivity['pixel_model']:.2f} | {sensitivity['world_model']:.2f} |",
+        "[{:.2f}, {:.2f}]".format(*ends["shuffled / true actions, own space"]),
+        f"action losses {sensitivity['without_heads']:.2f} |",
+        f"goal alone | {plans['pixel_model']:.1f} | {plans['world_model']:.1f} |",
+        "[{:.1f}, {:.1f}]".format(*ends["camera error of plans in degrees, own space"]),
+        f"the same {plans['without_heads']:.1f}; doing nothing {nothing:.1f} |",
         f"{steps[1] / steps[0]:.1f} times the operations",
     ):
         assert words in paragraph, words

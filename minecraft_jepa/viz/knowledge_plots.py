@@ -229,7 +229,7 @@ def appearance_figure(frames, looks, ticks):
 # %% ../../nbs/viz/09_knowledge_plots.ipynb #6c910a4d
 _KIND_COLORS = {"world_model": COLORS["model"], "without_heads": "#56b4e9"}
 _KIND_COLORS |= {"pixel_model": COLORS["dit"]}
-_KIND_LABELS = {"world_model": "world model", "without_heads": "without action heads"}
+_KIND_LABELS = {"world_model": "world model", "without_heads": "without action losses"}
 _KIND_LABELS |= {"pixel_model": "pixel model"}
 
 
@@ -248,17 +248,17 @@ def pixel_model_figure(compared):
             color = _KIND_COLORS[kind]
             ax.scatter([x] * len(values), values, color=color, zorder=2)
             ax.plot([x - 0.15, x + 0.15], [np.mean(values)] * 2, color=color, linewidth=2.5)
-        if "copy" in row:
-            ax.axhline(row["copy"], color=GREY, linestyle="--", linewidth=1)
-            ax.text(-0.45, row["copy"], "the given frame", fontsize=8, va="bottom")
+        if "reference" in row:
+            ax.axhline(row["reference"], color=GREY, linestyle="--", linewidth=1)
+            ax.text(-0.45, row["reference"], row["reference_name"], fontsize=8, va="bottom")
         ax.set_xlim(-0.5, len(measured) - 0.5)
         labels = [_kind_label(kind, row["against"].get(kind)) for kind in measured]
         ax.set_xticks(range(len(measured)), labels, fontsize=8)
         ax.margins(y=0.25)
         ax.set_title(quantity, fontsize=9)
     fig.suptitle(
-        "At 8 ticks, models of nearly one size, trained for as many operations; a line joins those "
-        "of a seed. Under a name: the pixel model minus it"
+        "8 ticks ahead, trainings of equal operations; lines join seeds. "
+        "Under a name: pixel model minus this model, 95 % interval"
     )
     return fig
 
@@ -268,5 +268,9 @@ def _kind_label(kind, against):
     if against is None:
         return _KIND_LABELS[kind]
     low, high = against["interval"]
-    interval = f"{against['difference']:+.2f}\n({low:+.2f} to {high:+.2f})"
-    return f"{_KIND_LABELS[kind]}\n{interval}\n{against['verdict']}"
+    digits = 3 if max(abs(low), abs(high)) < 0.1 else 2
+    interval = f"{against['difference']:+.{digits}f}\n({low:+.{digits}f} to {high:+.{digits}f})"
+    verdict = against["verdict"]
+    if verdict in ("better", "worse"):
+        verdict = f"pixel model {verdict}"
+    return f"{_KIND_LABELS[kind]}\n{interval}\n{verdict}"

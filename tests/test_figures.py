@@ -348,6 +348,9 @@ def test_what_is_said_of_the_pixel_model():
     ):
         assert words in paragraph, words
     verdicts = {name: row["verdict"] for name, row in against.items()}
+    in_table = [v for name, v in verdicts.items() if name not in list(of)[3:5]]
+    assert (in_table.count("better"), in_table.count("worse"), len(in_table)) == (2, 2, 6)
+    assert "is better by two of six measures and worse by two" in readme
     assert [name for name in verdicts if verdicts[name] == "better"] == list(of)[0:3:2]
     assert [verdicts[name] for name in ("SSIM", "shuffled / true actions, own space")] == [
         "worse"

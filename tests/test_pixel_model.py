@@ -9,6 +9,7 @@ from training_runs import (
     SMALL,
     TINY,
     TRAIN,
+    note_rollouts,
     store_fixture,  # noqa: F401
 )
 
@@ -42,14 +43,7 @@ def test_imagined_frames_go_in_again():
 
 
 def test_a_step_learns_from_as_many_ticks_as_the_schedule_says(store, monkeypatch):
-    seen, forward = [], PixelModel.forward
-
-    def watch(model, frames, actions, seed=0):
-        out = forward(model, frames, actions, seed)
-        seen.append(len(out["errors"]))
-        return out
-
-    monkeypatch.setattr(PixelModel, "forward", watch)
+    seen = note_rollouts(monkeypatch, PixelModel)
     train(store, steps=6, evaluate_every=6, rollout_steps=2, rollout_steps_late=5)
     assert seen == [2, 2, 2, 2, 5, 5]
 

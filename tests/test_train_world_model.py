@@ -17,6 +17,7 @@ from training_runs import (
     SMALL,
     TINY,
     TRAIN,
+    note_rollouts,
     read_log,
     shards_fixture,  # noqa: F401
     store_fixture,  # noqa: F401
@@ -236,14 +237,7 @@ def test_log_tells_what_shapes_the_encoder(store):
 
 
 def test_last_third_feeds_more_ticks_back(store, monkeypatch):
-    rollouts, forward = [], WorldModel.forward
-
-    def forward_and_note(self, *args, **kwargs):
-        out = forward(self, *args, **kwargs)
-        rollouts.append(len(out["errors"]))
-        return out
-
-    monkeypatch.setattr(WorldModel, "forward", forward_and_note)
+    rollouts = note_rollouts(monkeypatch, WorldModel)
     train_small(store, steps=6, evaluate_every=6, rollout_steps=2, rollout_steps_late=5)
     assert rollouts == [2, 2, 2, 2, 5, 5]
 

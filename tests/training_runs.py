@@ -214,3 +214,16 @@ def train_until(store, folder, step, monkeypatch, minutes=None, **changes):
         m.setattr(learner, "optimizer_step", descend_or_stop)
         with pytest.raises(KeyboardInterrupt):
             train_small(store, folder, minutes, **changes)
+
+
+def note_rollouts(monkeypatch, network):
+    """List that grows by the number of imagined ticks with each forward pass of a class."""
+    rollouts, forward = [], network.forward
+
+    def forward_and_note(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        rollouts.append(len(out["errors"]))
+        return out
+
+    monkeypatch.setattr(network, "forward", forward_and_note)
+    return rollouts

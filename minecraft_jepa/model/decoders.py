@@ -43,13 +43,14 @@ def add_latent_noise(z, std):
     return z + size * torch.randn_like(z)
 
 # %% ../../nbs/model/16_decoders.ipynb #27f7ef81
-def given_latents(z, config, like):
+def given_latents(z, config, like, width=None):
     """Check latents and flatten them to one batch.
 
     Args:
         z: (b, n, d), or (b, k, n, d) as `imagine` returns them; a tensor or a NumPy array.
         config: config of the decoder.
         like: a weight, whose type and device the latents get.
+        width: features of a token, d; None: those of the encoder's latents.
 
     Returns:
         Latents (b k, n, d), and the batch's axes: (b,) or (b, k).
@@ -58,7 +59,7 @@ def given_latents(z, config, like):
         ValueError: names what does not fit.
     """
     z = as_numbers(z, "z", like)
-    patches, width = config.frame.patches, config.encoder.embed_dim
+    patches, width = config.frame.patches, width or config.encoder.embed_dim
     if z.ndim not in (3, 4) or tuple(z.shape[-2:]) != (patches, width):
         raise ValueError(
             f"z is {tuple(z.shape)}, expected latents (batch, {patches}, {width}) or "

@@ -12,8 +12,8 @@ from torch import nn
 
 from .blocks import layer_norm
 from .conditioner import build_conditioner
+from .decoders import given_latents
 from .encoder import Encoder
-from .inputs import as_numbers
 from .patches import PatchProjection, join_patches, patchify, unpatchify
 from .predictor import Predictor
 from .world_model import ImaginationMixin
@@ -66,14 +66,9 @@ class PixelModel(ImaginationMixin, nn.Module):
         Raises:
             ValueError: for another shape.
         """
-        frame, z = self.config.frame, as_numbers(z, "z", self.predictor.out.weight)
-        if z.ndim not in (3, 4) or tuple(z.shape[-2:]) != (frame.patches, self.token_width):
-            raise ValueError(
-                f"z is {tuple(z.shape)}, expected patches (batch, {frame.patches}, "
-                f"{self.token_width}) or (batch, ticks, {frame.patches}, {self.token_width})"
-            )
-        frames = unpatchify(z.flatten(0, -3), frame.grid, frame.patch_size)
-        return frames.unflatten(0, z.shape[:-2])
+        frame, like = self.config.frame, self.predictor.out.weight
+        z, batch_shape = given_latents(z, self.config, like, self.token_width)
+        return unpatchify(z, frame.grid, frame.patch_size).unflatten(0, batch_shape)
 
     def forward(self, frames, actions, seed=0):
         """Training loss: the mean squared error of the pixels over `self.rollout` ticks.

@@ -6,14 +6,19 @@
 __all__ = ['training_flops', 'train_pixel_model']
 
 # %% ../../nbs/training/20_train_pixel_model.ipynb #dd70b225
-import torch
+from functools import partial
 
-from ..data.loader import NUM_VALIDATION_WINDOWS, fixed_windows, window_batches
+from ..data.loader import NUM_VALIDATION_WINDOWS, fixed_windows
 from ..model.pixel_model import PixelModel
-from .checkpoints import NOT_FINITE_REMEDY
 from .learner import TrainingTask
+from .memory import blank_batch
 from .run_identity import make_run_identity
-from .train_world_model import check_recordings, set_rollout_length
+from minecraft_jepa.training.train_world_model import (
+    BestWeights,
+    check_recordings,
+    set_rollout_length,
+    training_batches,
+)
 from .trainer import fit
 from .validation import error_ratio_to_copy, validate
 from ..utils import count_flops, seed_everything, whole_number
@@ -26,13 +31,8 @@ def training_flops(model, batch_size) -> int:
         model: `WorldModel` or `PixelModel`; the rollout is as long as its `rollout` says now.
         batch_size: windows in a step.
     """
-    config, horizon = model.config, model.rollout
-    ticks = config.conditioner.history_ticks - 1 + max(horizon, config.jepa.extra_frame_offset)
-    num_frames = 1 + horizon + (config.jepa.extra_frame_offset > horizon)
     device = next(model.parameters()).device
-    shape = batch_size, num_frames, *config.frame.shape
-    frames = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    actions = torch.zeros(batch_size, ticks, 28, device=device)
+    frames, actions = blank_batch(model.config, batch_size, model.rollout, device)
 
     def step():
         model(frames, actions)["loss"].backward()
@@ -40,23 +40,6 @@ def training_flops(model, batch_size) -> int:
     flops = count_flops(step, with_gradient=True)
     model.zero_grad(set_to_none=True)
     return flops
-
-# %% ../../nbs/training/20_train_pixel_model.ipynb #0871c3e3
-class _BestWeights:
-    """The best pixel model so far, in memory."""
-
-    state = None
-
-    def save(self, model):
-        """Keep the weights of a model."""
-        self.state = {name: t.detach().clone() for name, t in model.state_dict().items()}
-
-    def load(self, model):
-        """Give a model the weights that were kept; FloatingPointError without any."""
-        if self.state is None:
-            message = "no evaluation gave an error that can be compared"
-            raise FloatingPointError(f"{message}: {NOT_FINITE_REMEDY}")
-        model.load_state_dict(self.state)
 
 # %% ../../nbs/training/20_train_pixel_model.ipynb #5f838d68
 def train_pixel_model(config, data, train_names, val_names, steps=None, seed=0, device="cpu"):
@@ -80,16 +63,12 @@ def train_pixel_model(config, data, train_names, val_names, steps=None, seed=0, 
         ValueError: a recording is in both lists, or a number is out of its range.
     """
     check_recordings(train_names, val_names)
-    jepa, train, history = config.jepa, config.train, config.conditioner.history_ticks
+    train, history = config.train, config.conditioner.history_ticks
     steps = train.steps if steps is None else whole_number(steps, "steps", 1, 10**8 - 1)
     seed = whole_number(seed, "seed", 0)
     seed_everything(seed)
     validation = fixed_windows(data, val_names, history, 8, NUM_VALIDATION_WINDOWS, seed)
-    model, best, batch_size = PixelModel(config), _BestWeights(), train.batch_size
-
-    def make_batches(step, rank, num_processes):
-        window = history, jepa.max_rollout_steps, batch_size, seed, step, rank, num_processes
-        return window_batches(data, train_names, *window, jepa.extra_frame_offset)
+    model, best, batch_size = PixelModel(config), BestWeights(), train.batch_size
 
     def evaluate(module, step, log, batch):
         numbers, _ = validate(module, *validation)
@@ -101,7 +80,7 @@ def train_pixel_model(config, data, train_names, val_names, steps=None, seed=0, 
         name="pixel_model",
         module=model,
         lr_scales={model: 1.0},
-        make_batches=make_batches,
+        make_batches=partial(training_batches, config, data, train_names, seed),
         batch_size=batch_size,
         lr=train.lr,
         steps=steps,

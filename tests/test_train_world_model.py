@@ -156,7 +156,7 @@ def test_with_a_frozen_encoder_the_decoders_are_taken_over(recordings, tmp_path)
     assert set(seen_recordings(report)) == {*TRAIN, *HELD_OUT}
     write_model_card(tmp_path / "second")
     card = (tmp_path / "second" / "README.md").read_text()
-    assert f"started from weights of 2 steps on {len(TRAIN)} recordings" in card
+    assert f"started from a run of 2 steps on {len(TRAIN)} recordings" in card
     assert "it started from were made by" not in card  # nobody said how
     report["start"]["command"] = "minecraft-jepa train OPTIONS"
     (tmp_path / "second" / "training.json").write_text(json.dumps(report))

@@ -174,7 +174,7 @@ def train_action_decoder(
         pairs: pairs at most.
 
     Returns:
-        ActionReader, in eval mode.
+        ActionDecoder, in eval mode.
     """
     random = np.random.default_rng(seed)
     num_pairs = min(pairs, steps * batch)

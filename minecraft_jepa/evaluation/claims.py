@@ -106,11 +106,18 @@ def _beside_pixels(pixel_model):
     if pixel_model is None:
         return ""
     parts = []
-    for quantity in ("PSNR in dB", "error over copying, third encoder", "retrieval, own space"):
+    shown = {
+        "PSNR in dB": 2,
+        "SSIM": 3,
+        "error over copying, third encoder": 2,
+        "retrieval, own space": 2,
+        "shuffled / true actions, own space": 2,
+    }
+    for quantity, digits in shown.items():
         row = pixel_model["compared"][quantity]
         ours, theirs = (np.mean(row["values"][kind]) for kind in ("world_model", "pixel_model"))
         verdict = row["against"]["world_model"]["verdict"]
-        parts.append(f"{quantity} {theirs:.2f} for {ours:.2f} ({verdict})")
+        parts.append(f"{quantity} {theirs:.{digits}f} for {ours:.{digits}f} ({verdict})")
     kind = "; a pixel model of nearly the same size, in short trainings, 8 ticks"
     return f"{kind}, {len(pixel_model['seeds'])} seeds: {', '.join(parts)}"
 
@@ -161,7 +168,8 @@ def _cost_of_pixels(pixel_model):
         return "No model that works in pixels was trained beside it"
     ours, theirs = (pixel_model["runs"][0][kind] for kind in ("world_model", "pixel_model"))
     ratio = theirs["flops_per_tick"] / ours["flops_per_tick"]
-    return f"A pixel model of that size takes {ratio:.1f} times the operations for a tick"
+    preset = pixel_model["preset"]
+    return f"A pixel model of the size of `{preset}` takes {ratio:.1f} times the operations a tick"
 
 
 def _beats(report, label, others):
@@ -253,13 +261,14 @@ def _plans_better(planning):
 
 
 def _turns_better(agent):
-    """Whether the planner reaches more goals of `turn` than random actions, and the numbers."""
+    """Whether the agent reaches more goals of `turn` than random actions, and the numbers."""
     rows = (agent or {}).get("tasks", {}).get("turn", {})
     if not {"planner", "random"} <= set(rows):
         return False, "nothing was planned in the game with these weights: `make agent` does"
+    names = {"planner": "agent", "random": "random actions", "inverse_model": "inverse model alone"}
     counts = [
-        f"{name.replace('_', ' ')} {rows[name]['successes']} of {rows[name]['episodes']}"
-        for name in ("planner", "random", "inverse_model")
+        f"{names[name]} {rows[name]['successes']} of {rows[name]['episodes']}"
+        for name in names
         if name in rows
     ]
     evidence = f"in the game, turns reached: {', '.join(counts)}"

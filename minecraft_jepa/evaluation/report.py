@@ -132,7 +132,7 @@ def compare_with_shipped(yours, shipped):
 
     Returns:
         "comparable", whether the recordings are the same; "summary", that in words; "rows" of
-        {"what", "wanted", "yours", "shipped"}; "relative_to_copy"; and "about" each report.
+        {"what", "threshold", "yours", "shipped"}; "relative_to_copy"; and "about" each report.
     """
     reports = {"yours": yours, "shipped": shipped}
     ticks = ("1", "2", "4", "8", "15")

@@ -221,6 +221,7 @@ class Cloning:
 
     Args:
         pairs: Pairs.
+        grid: (rows, columns) of patches.
         ridge: weight of the penalty, by the number of pairs.
     """
 

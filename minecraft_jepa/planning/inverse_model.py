@@ -30,7 +30,7 @@ class InverseModel(PretrainedModel):
     """
 
     file = "inverse_model.safetensors"
-    max_turn = 10.0  # degrees a tick: more than a player's mouse does
+    max_turn = 10.0  # degrees a tick: more than all but a few ticks of the recordings
 
     def __init__(self, config):
         super().__init__()

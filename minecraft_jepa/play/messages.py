@@ -96,7 +96,7 @@ _FIELDS = {  # type of a message -> {field: (test, what is expected)}
 }
 
 # %% ../../nbs/play/06_messages.ipynb #462819aa
-MAX_DEGREES_PER_TICK = 10.0  # degrees a tick, as far as the recordings turn
+MAX_DEGREES_PER_TICK = 10.0  # degrees a tick: more than all but a few ticks of the recordings
 MAX_PENDING_DEGREES = 30.0  # degrees that are kept for later ticks; what is more is dropped
 
 

@@ -285,7 +285,8 @@ def run_page(
         open_browser: open the page where there is a screen.
 
     Raises:
-        ValueError: the port can't be used, or the weights don't fit; OSError likewise.
+        ValueError: the weights or the recordings can't be used.
+        OSError: the port can't be used.
     """
     start_time = time.monotonic()
     token = None if host in LOOPBACK else secrets.token_urlsafe(24)

@@ -33,6 +33,8 @@ class Reality:
     Args:
         assets: PlayAssets.
         seed: of the world and the place.
+        width: of the game's frames, pixels.
+        height: likewise.
 
     Raises:
         LuantiError: the game does not start.

@@ -66,7 +66,7 @@ def _describe_training(summary, config):
     start, started = summary.get("start"), []
     if start:
         count = f"{start['steps']} steps on {len(start['train'])} recordings"
-        started = [f"- started from weights of {count}: {_first_names(start['train'])}"]
+        started = [f"- started from a run of {count}: {_first_names(start['train'])}"]
     decoders = "decoders as they were"
     if summary["decoder_steps"]:
         decoders = f"decoders {summary['decoder_steps']} steps of {train['decoder_batch_size']}, "

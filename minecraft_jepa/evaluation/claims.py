@@ -105,21 +105,13 @@ def _beside_pixels(pixel_model):
     """How world models and pixel models compare, for the end of a sentence."""
     if pixel_model is None:
         return ""
-    parts = []
-    shown = {
-        "PSNR in dB": 2,
-        "SSIM": 3,
-        "error over copying, third encoder": 2,
-        "retrieval, own space": 2,
-        "shuffled / true actions, own space": 2,
-    }
-    for quantity, digits in shown.items():
-        row = pixel_model["compared"][quantity]
-        ours, theirs = (np.mean(row["values"][kind]) for kind in ("world_model", "pixel_model"))
+    quantities_by = {}
+    for quantity, row in pixel_model["compared"].items():
         verdict = row["against"]["world_model"]["verdict"]
-        parts.append(f"{quantity} {theirs:.{digits}f} for {ours:.{digits}f} ({verdict})")
+        quantities_by.setdefault(verdict, []).append(quantity)
+    parts = [f"{verdict}: {', '.join(names)}" for verdict, names in quantities_by.items()]
     kind = "; a pixel model of nearly the same size, in short trainings, 8 ticks"
-    return f"{kind}, {len(pixel_model['seeds'])} seeds: {', '.join(parts)}"
+    return f"{kind}, {len(pixel_model['seeds'])} seeds, {'; '.join(parts)}"
 
 # %% ../../nbs/evaluation/18_claims.ipynb #7753bbb7
 def _fewest_steps(report):
@@ -168,8 +160,8 @@ def _cost_of_pixels(pixel_model):
         return "No model that works in pixels was trained beside it"
     ours, theirs = (pixel_model["runs"][0][kind] for kind in ("world_model", "pixel_model"))
     ratio = theirs["flops_per_tick"] / ours["flops_per_tick"]
-    preset = pixel_model["preset"]
-    return f"A pixel model of the size of `{preset}` takes {ratio:.1f} times the operations a tick"
+    of = f"A pixel model of the size of `{pixel_model['preset']}`"
+    return f"{of} takes {ratio:.1f} times the operations for a tick"
 
 
 def _beats(report, label, others):
@@ -268,8 +260,7 @@ def _turns_better(agent):
     names = {"planner": "agent", "random": "random actions", "inverse_model": "inverse model alone"}
     counts = [
         f"{names[name]} {rows[name]['successes']} of {rows[name]['episodes']}"
-        for name in names
-        if name in rows
+        for name in filter(rows.get, names)
     ]
     evidence = f"in the game, turns reached: {', '.join(counts)}"
     return rows["planner"]["interval"][0] > rows["random"]["interval"][1], evidence

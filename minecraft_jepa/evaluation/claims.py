@@ -6,8 +6,6 @@
 __all__ = ['judge_prediction', 'judge_content', 'judge_cost', 'judge_labels', 'judge_planning', 'judge_scale', 'judge_claims']
 
 # %% ../../nbs/evaluation/18_claims.ipynb #36c767ea
-import numpy as np
-
 from .paired_comparison import compare_seeds
 from .report import CRITERIA
 

@@ -1,8 +1,10 @@
 """Shards: every window once over ranks and workers, resumed in mid-epoch, on disk, web and S3."""
 
 import ast
+import io
 import json
 import shutil
+import tarfile
 import threading
 import time
 from collections import Counter
@@ -21,7 +23,7 @@ from soak import repeats
 from torch.utils.data import DataLoader
 
 from minecraft_jepa.config import preset
-from minecraft_jepa.data import shard_reader, shards
+from minecraft_jepa.data import segments, shard_reader, shards
 from minecraft_jepa.data.clip_store import ClipStore
 from minecraft_jepa.data.clips import contiguous_runs
 from minecraft_jepa.data.shard_order import assign_evenly, shuffle_windows, stride_windows
@@ -269,6 +271,24 @@ def test_pixels_are_those_of_the_store(store, tmp_path, quality, min_psnr):
     ]
     assert len(errors) == len(frames_by_key)
     assert 10 * np.log10(255**2 / max(np.mean(errors), 1e-20)) > min_psnr
+
+
+def test_frames_of_a_segment_stay_in_order_beyond_ten_thousand():
+    actions = io.BytesIO()
+    np.save(actions, np.zeros((3, 28), np.float32))
+    files = {"s.json": b"{}", "s.actions.npy": actions.getvalue()}
+    for i in range(9998, 10002):
+        files[f"s.{i:04d}.webp"] = shards._encode_image(
+            np.full((3, 2, 2), i - 9990, np.uint8), None
+        )
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, contents in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(contents)
+            tar.addfile(member, io.BytesIO(contents))
+    frames, _, _ = segments._decode_segment(buffer.getvalue())
+    assert frames[:, 0, 0, 0].tolist() == [8, 9, 10, 11]
 
 
 def test_names_and_split_are_kept(written, store):

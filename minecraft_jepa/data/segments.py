@@ -32,8 +32,9 @@ def _decode_segment(tar_bytes):
         for member in tar:
             kind = member.name.split(".", 1)[1]
             files[kind] = tar.extractfile(member).read()
-    encoded = [files[kind] for kind in sorted(files) if kind.endswith((".jpg", ".webp"))]
-    images = [Image.open(io.BytesIO(image)).convert("RGB") for image in encoded]
+    kinds = [kind for kind in files if kind.endswith((".jpg", ".webp"))]
+    kinds.sort(key=lambda kind: int(kind.partition(".")[0]))  # 10000 comes after 9999
+    images = [Image.open(io.BytesIO(files[kind])).convert("RGB") for kind in kinds]
     frames = np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])
     return frames, _read_actions(files["actions.npy"]), json.loads(files["json"])
 

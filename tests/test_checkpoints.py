@@ -108,6 +108,20 @@ def test_no_checkpoint_holds_a_number_that_is_not_finite(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_the_checkpoint_just_saved_stays_beside_a_later_one_that_is_damaged(tmp_path):
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters())
+
+    def save(step, keep):
+        save_checkpoint(tmp_path, step, layer, optimizer, {"run": {}}, keep=keep)
+        return sorted(int(path.name[5:]) for path in tmp_path.glob("step_*"))
+
+    assert [save(step, 3) for step in (1, 2, 4)][-1] == [1, 2, 4]
+    assert save(3, 2) == [2, 3]  # step 4 was damaged, so the run went on from 2
+    save(4, 2)
+    assert save(3, 1) == [3]
+
+
 def spoil(checkpoint, fault):
     """Damage a checkpoint."""
     path = checkpoint / "rank_00000.safetensors"

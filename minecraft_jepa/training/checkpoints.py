@@ -120,7 +120,10 @@ def save_checkpoint(
         if checkpoint_dir.exists():
             shutil.rmtree(checkpoint_dir)
         os.replace(tmp_dir, checkpoint_dir)
-        for old_dir in sorted(Path(folder).glob("step_*"))[:-keep]:
+        others = [path for path in Path(folder).glob("step_*") if path != checkpoint_dir]
+        # A later one can't be read, or the run would have gone on from it: it is the first to go.
+        others.sort(key=lambda path: (path < checkpoint_dir, path), reverse=True)
+        for old_dir in others[keep - 1 :]:
             shutil.rmtree(old_dir, ignore_errors=True)
     barrier()
 

@@ -1087,6 +1087,18 @@ def test_manifest_that_leaks_is_refused(tmp_path, by):
     assert len(load_split(tmp_path)["train"]) == 4
 
 
+@pytest.mark.parametrize("side", ["tset", None, ["test"]])
+def test_side_of_a_manifest_that_is_none_is_named(tmp_path, side):
+    rows = {}
+    for name, row_side in zip("abcd", [*SPLITS, side]):
+        pairs.make_pair(tmp_path, name, 4)
+        rows[name] = {"url": "x", "side": row_side}
+    (tmp_path / "manifest.json").write_text(json.dumps({"recordings": rows}))
+    message = f"manifest.json: the side of d is {side!r}, none of train, validation, test; mend it"
+    with pytest.raises(RecordingError, match=re.escape(message)):
+        load_split(tmp_path)
+
+
 def test_numbered_names_that_count_as_one_recording_are_explained(tmp_path):
     names = [f"rec_{i:03d}" for i in range(6)]
     for name in names:

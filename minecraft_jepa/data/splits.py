@@ -123,8 +123,8 @@ def load_split(folder, seed=0, share=0.15) -> dict[str, list[str]]:
         {'train', 'validation', 'test': names}.
 
     Raises:
-        RecordingError: split.json omits or repeats a recording, or a group is in two splits of
-            it or of the manifest.
+        RecordingError: split.json or the manifest omits or repeats a recording or names another
+            side, or a group is in two splits of it.
     """
     folder = Path(folder)
     seed = whole_number(seed, "seed", 0)
@@ -170,6 +170,12 @@ def _read_manifest_splits(path, names):
             f"{path}: {unlisted[0]} is in the folder, but not listed; move it elsewhere, or write "
             "a split.json"
         )
+    for name in names:
+        if split_of[name] not in SPLITS:
+            raise RecordingError(
+                f"{path}: the side of {name} is {split_of[name]!r}, none of {', '.join(SPLITS)}; "
+                "mend it, or write a split.json"
+            )
     splits = {split: [name for name in names if split_of[name] == split] for split in SPLITS}
     _refuse_leaks(path, splits, by)
     return splits

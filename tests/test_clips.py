@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from soak import repeats
 
 from minecraft_jepa.cli import main
 from minecraft_jepa.config import preset
-from minecraft_jepa.data import clip_store, store_build
+from minecraft_jepa.data import clip_reader, clip_store, store_build
 from minecraft_jepa.data.checks import check_folder
 from minecraft_jepa.data.clip_store import ClipStore, default_store_dir
 from minecraft_jepa.data.clips import CLIP_FORMAT, StaleStoreError
@@ -91,6 +93,24 @@ def test_window_is_a_slice(ticks, rollout, data):
     assert frames[:, 0, 0, 0].tolist() == list(range(t, t + rollout + 1))
     assert actions.shape[1] == 28
     assert actions[:, 0].tolist() == list(range(t - ticks + 1, t + rollout))
+
+
+def test_threads_that_ask_for_clips_at_once_all_get_theirs(monkeypatch):
+    class Slow(OrderedDict):
+        """Other threads run while one looks how many clips are loaded."""
+
+        def __len__(self):
+            time.sleep(0.001)
+            return super().__len__()
+
+    monkeypatch.setattr(clip_reader, "load_clip", str)
+    monkeypatch.setattr(clip_reader, "_MAX_LOADED_CLIPS", 1)
+    names = [str(i) for i in range(40)]
+    metadata = {name: {"ticks": 1} for name in names}
+    reader = clip_reader.ClipReader(dict(zip(names, names)), metadata)
+    reader._loaded = Slow()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(reader.__getitem__, names)) == names
 
 
 @pytest.mark.parametrize("t", [-1, 0, 23, 58, 60])

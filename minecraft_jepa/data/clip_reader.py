@@ -129,6 +129,7 @@ class ClipReader:
         self.folders, self.metadata = folders, metadata
         self._thread_local = threading.local()
         self._loaded = OrderedDict()  # clips, the newest last
+        self._lock = threading.Lock()  # of `_loaded`
         self._lengths = {name: metadata[name]["ticks"] for name in folders}
 
     def __reduce__(self):
@@ -150,11 +151,13 @@ class ClipReader:
 
     def __getitem__(self, name):
         self._require(name)
-        if name not in self._loaded:
-            self._loaded[name] = load_clip(self.folders[name])
-        while len(self._loaded) > _MAX_LOADED_CLIPS:
-            self._loaded.popitem(last=False)
-        return self._loaded[name]
+        with self._lock:
+            clip = self._loaded.get(name)
+            if clip is None:
+                clip = self._loaded[name] = load_clip(self.folders[name])
+            while len(self._loaded) > _MAX_LOADED_CLIPS:
+                self._loaded.popitem(last=False)
+        return clip
 
     def window_ranges(self, name, ticks=25, rollout=1):
         """Ranges [first, end) of the t whose window crosses no gap and no end.

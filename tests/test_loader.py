@@ -1,6 +1,7 @@
 """Training batches: random windows by seed and step, from a store or from shards."""
 
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -92,3 +93,32 @@ def test_an_epoch_without_a_batch_is_an_error(shards):
     message = "no batch of 5000 for each of 2 readers; take a smaller batch"
     with pytest.raises(ShardError, match=message):
         next(loader.window_batches(shards, TRAIN, 25, 2, 10_000, 0, 0, 0, 2))
+
+
+def next_in_time(batches):
+    """What the next call gives, or raises, in five seconds; None where it hangs."""
+    answers = []
+
+    def ask():
+        try:
+            answers.append(batches.__next__())
+        except (StopIteration, RuntimeError) as error:
+            answers.append(type(error))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(5)
+    return answers[0] if answers else None
+
+
+def failing():
+    yield 1
+    raise RuntimeError
+
+
+@pytest.mark.parametrize(("batches", "end"), [([1], StopIteration), (failing(), RuntimeError)])
+def test_batches_read_ahead_end_at_every_call_after_the_last(batches, end):
+    batches = loader.Prefetcher(batches)
+    assert [next_in_time(batches) for _ in range(3)] == [1, end, end]
+    batches.close()
+    assert next_in_time(batches) is StopIteration

@@ -121,10 +121,13 @@ class Prefetcher:
         return False
 
     def __next__(self):
+        if self.stopped.is_set():
+            raise StopIteration
         start_time = time.monotonic()
         batch, error = self.queue.get()
         self.waited += time.monotonic() - start_time
         if error:
+            self.queue.put((batch, error))  # the thread has ended: the next call ends as well
             raise error
         return batch
 

@@ -207,3 +207,18 @@ def test_time_is_counted_over_a_kill(store, tmp_path, monkeypatch):
     monkeypatch.setattr(time_budget.TimeBudget, "last_step", last_step_and_note)
     train_small(store, tmp_path, minutes=elapsed[-1] / 60, **changes)  # all is spent: it ends
     assert spent[0] > elapsed[-1]
+
+
+def test_without_its_time_limit_a_run_goes_on_to_the_full_number_of_steps(
+    store, tmp_path, monkeypatch
+):
+    changes = {"steps": 12, "save_every": 2, "evaluate_every": 12}
+    with monkeypatch.context() as m:
+        m.setattr(time_budget.TimeBudget, "last_step", lambda self, step, seconds: 6)
+        train_until(store, tmp_path, 5, m, minutes=5, **changes)
+    _, history = train_small(store, tmp_path, **changes)
+    assert [row["step"] for row in history] == list(range(1, 13))
+    # The rest of the schedule is stretched over the steps that are left.
+    rates = [row["lr"] for row in history[4:]]
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] < 0.1 * rates[0]

@@ -103,7 +103,7 @@ class _ResumableTrainer:
         self.seconds_spent = metadata.get("seconds", 0.0)
 
     def _prepare_steps(self):
-        """Warm-up before the first step of this run."""
+        """Warm-up before the first step of this run, and the step at which it is to end."""
         if self.step >= self.schedule.end_step:
             return
         if self.accelerator.num_processes >= 3 and not self.learner.sharded:
@@ -112,6 +112,8 @@ class _ResumableTrainer:
             self._dry_step()
         if self.time_budget.minutes:
             self.plan_time_budget()
+        else:  # a time limit of an earlier call may have moved the end
+            self.schedule.move(self.step, self.task.steps)
 
     def _dry_step(self):
         """Forward and backward pass on the first batch. They change nothing."""

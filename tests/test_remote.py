@@ -186,8 +186,9 @@ def write_part(folder, *members):
     return folder
 
 
-def make_member(name, kind=tarfile.REGTYPE, target=""):
+def make_member(name, kind=tarfile.REGTYPE, target="", **headers):
     member = tarfile.TarInfo(name)
+    member.pax_headers = headers
     member.type, member.linkname = kind, target
     return member
 
@@ -207,6 +208,7 @@ HOSTILE = {
     "device": make_member("a.mp4", tarfile.CHRTYPE),
     "block device": make_member("a.mp4", tarfile.BLKTYPE),
     "folder": make_member("a.mp4", tarfile.DIRTYPE),
+    "sparse": make_member("a.mp4", **{"GNU.sparse.map": "0,0", "GNU.sparse.size": "1000000000"}),
 }
 
 

@@ -199,7 +199,8 @@ def _is_plain_file(member):
     """Whether a member is a regular file, with a plain name and one of the known suffixes."""
     name = member.name
     has_plain_name = Path(name).name == name and "\\" not in name and name.isprintable()
-    if not (member.isreg() and has_plain_name):
+    # A sparse member of a few bytes unpacks to any size.
+    if not member.isreg() or member.issparse() or not has_plain_name:
         return False
     return not name.startswith(".") and Path(name).suffix in CARRIED
 

@@ -125,6 +125,15 @@ def test_split_is_the_same_without_a_split_file(tmp_path, by):
     assert load_split(arrived) == load_split(folder)
 
 
+def test_suffixes_in_capitals_arrive_in_small_letters(recordings, tmp_path):
+    folder, name = tmp_path / "capitals", WHOLE_NAMES[0]
+    folder.mkdir()
+    shutil.copy(recordings / f"{name}.mp4", folder / f"{name}.MP4")
+    shutil.copy(recordings / f"{name}.jsonl", folder / f"{name}.Jsonl")
+    arrived = pack_and_unpack(folder, tmp_path)
+    assert file_bytes(arrived, [name]) == file_bytes(recordings, [name])
+
+
 def test_links_are_carried_as_the_files_they_point_to(recordings, tmp_path):
     links = tmp_path / "links"
     links.mkdir()

@@ -17,6 +17,7 @@ import tarfile
 from pathlib import Path
 
 from ..data.checks import CHECK_RULES, CHECKS_FILE, find_recordings, read_checks
+from ..data.recording_files import find_pair
 from ..data.splits import load_split
 
 # %% ../../nbs/training/15_packing.ipynb #c0713b30
@@ -124,12 +125,13 @@ def pack(folder, out, limit=60 * MIB, wheel=None) -> list[Path]:
                 "made from"
             )
     recordings = find_recordings(folder)
-    paths = [path.with_suffix(s) for path in recordings for s in (".mp4", ".jsonl")]
+    paths = [half for path in recordings for half in find_pair(path)]
     metadata = _metadata_files(folder, [path.stem for path in recordings])
     out.mkdir(parents=True, exist_ok=True)
     if wheel:
         paths += _download_av(out / "wheels", wheel)
-    files = [(path.name, path) for path in paths] + list(metadata.items())
+    files = [(path.with_suffix(path.suffix.lower()).name, path) for path in paths]
+    files += metadata.items()
     return _write_parts(out, _group_by_size(folder, files, limit))
 
 

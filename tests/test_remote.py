@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from minecraft_jepa.data.checks import CHECKS_FILE, check_folder, find_recording
 from minecraft_jepa.data.splits import load_split
 from minecraft_jepa.planning.inverse_model import InverseModel
 from minecraft_jepa.planning.temporal_distance import TemporalDistance
-from minecraft_jepa.training import remote
+from minecraft_jepa.training import remote, weight_parts
 from minecraft_jepa.training.model_card import write_model_card
 from minecraft_jepa.training.packing import MIB, pack, unpack
 from minecraft_jepa.training.run_identity import PLANNING_FILES
@@ -367,6 +368,64 @@ def test_the_same_weights_brought_again_keep_their_evaluation(tmp_path):
     assert "0.125" in evaluate(target)
     join_weights(run / "parts", target)
     assert "0.125" in (target / "README.md").read_text()
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def interrupt_replacing(monkeypatch, number):
+    """The file of this number is not put in its place: Ctrl-C comes before it."""
+    replace, numbers = os.replace, itertools.count()
+
+    def replace_or_stop(source, place):
+        if next(numbers) == number:
+            raise KeyboardInterrupt
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", replace_or_stop)
+
+
+@pytest.mark.parametrize("weights", ["old", "new"])
+def test_weights_stay_whole_wherever_joining_is_interrupted(tmp_path, monkeypatch, weights):
+    run, target = write_run(tmp_path / "run", "new", with_log=False), tmp_path / "weights"
+    split_weights(run, run / "parts")
+    write_run(target, weights, with_log=weights == "old")
+    before, num_interrupted = files_of(target), 0
+    monkeypatch.setattr(weight_parts, "write_model_card", lambda target: None)
+    while True:
+        with monkeypatch.context() as m:
+            interrupt_replacing(m, num_interrupted)
+            try:
+                join_weights(run / "parts", target)
+                break
+            except KeyboardInterrupt:
+                assert files_of(target) == before
+        num_interrupted += 1
+    assert num_interrupted >= 10
+    assert files_of(target) == {path.name: path.read_bytes() for path in run.glob("*.*")}
+
+
+@pytest.mark.parametrize("number", range(1, 11, 3))
+def test_weights_that_a_kill_left_aside_come_back(tmp_path, monkeypatch, number):
+    run, target = write_run(tmp_path / "run", "new"), write_run(tmp_path / "weights", "old")
+    split_weights(run, run / "parts")
+    before = files_of(target)
+    with monkeypatch.context() as m:
+        m.setattr(weight_parts, "_complete_or_undo", lambda *_: None)
+        interrupt_replacing(m, number)
+        with pytest.raises(KeyboardInterrupt):
+            join_weights(run / "parts", target)
+    assert files_of(target / ".earlier")
+    with monkeypatch.context() as m:
+        interrupt_replacing(m, number + 6)
+        with pytest.raises(KeyboardInterrupt):
+            join_weights(run / "parts", target)
+    assert files_of(target) == before
+    join_weights(run / "parts", target)
+    assert not (target / ".earlier").exists()
+    brought = {path.name: path.read_bytes() for path in run.glob("*.*")}
+    assert files_of(target).items() >= brought.items()
 
 
 def test_card_shows_no_evaluation_of_other_weights(tmp_path, capsys):

@@ -80,15 +80,40 @@ def join_weights(parts, target):
     """
     target, files = Path(target), _join_files(Path(parts))
     target.mkdir(parents=True, exist_ok=True)
+    _complete_or_undo(target, files)  # what a kill left
+    try:
+        _replace_weights(target, files)
+    finally:
+        _complete_or_undo(target, files)
+    write_model_card(target)
+
+# %% ../../nbs/training/17_weight_parts.ipynb #5d1c7a02
+def _replace_weights(target, files):
+    """Put files in the place of earlier weights, which lie in `.earlier` meanwhile."""
     for name, file_bytes in files.items():
         (target / f"{name}.part").write_bytes(file_bytes)
-    if not _has_same_weights(target, files):
-        # First, so that nothing ever stands beside weights that it does not belong to.
-        for name in (*WEIGHT_FILES, *BESIDE):
-            (target / name).unlink(missing_ok=True)
+    is_same = _has_same_weights(target, files)
+    (target / ".earlier").mkdir()
+    # First, so that nothing ever stands beside weights that it does not belong to.
+    for name in files if is_same else (*WEIGHT_FILES, *BESIDE):
+        if (target / name).exists():
+            os.replace(target / name, target / ".earlier" / name)
     for name in files:
         os.replace(target / f"{name}.part", target / name)
-    write_model_card(target)
+
+
+def _complete_or_undo(target, files):
+    """Where a file is not in its place yet, put all earlier ones back; clear up."""
+    earlier = target / ".earlier"
+    waiting = [name for name in files if (target / f"{name}.part").exists()]
+    if waiting and earlier.is_dir():
+        for name in files.keys() - waiting:
+            (target / name).unlink(missing_ok=True)
+        for path in list(earlier.iterdir()):
+            os.replace(path, target / path.name)
+    for name in waiting:
+        (target / f"{name}.part").unlink()
+    shutil.rmtree(earlier, ignore_errors=True)
 
 # %% ../../nbs/training/17_weight_parts.ipynb #43308d86
 def _join_files(parts):

@@ -465,6 +465,18 @@ def test_parts_without_a_whole_model_change_nothing(tmp_path, missing):
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [None, 1, {}, {"parts": []}, {"sha256": "0", "parts": "a"}, {"sha256": 0, "parts": [1]}],
+)
+def test_list_of_parts_that_is_malformed_is_told(tmp_path, entry):
+    files = ["config.json", "training.json", "world_model.safetensors"]
+    content = files if entry is None else dict.fromkeys(files, entry)
+    (tmp_path / "parts.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"parts.json: expected {file: .* bring it again"):
+        join_weights(tmp_path, tmp_path / "weights")
+
+
 def test_no_folder_of_something_else_is_emptied_for_parts(tmp_path):
     run = write_run(tmp_path / "run", "new", with_log=False)
     before = sorted(run.iterdir())

@@ -136,7 +136,7 @@ def _join_files(parts):
             )
     return files
 
-
+# %% ../../nbs/training/17_weight_parts.ipynb #2b9f60ce
 def _read_parts_json(parts):
     """What `parts.json` lists. ValueError where it is missing, or lists no whole model."""
     path = parts / "parts.json"
@@ -148,12 +148,24 @@ def _read_parts_json(parts):
         ) from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); bring it again") from None
+    if not (isinstance(listed, dict) and all(map(_is_entry, listed.values()))):
+        raise ValueError(
+            f'{path}: expected {{file: {{"sha256", "parts"}}}}, as `train` writes it into '
+            "RUN/parts; bring it again"
+        )
     for name in WHOLE:
         if name not in listed:
             raise ValueError(
                 f"{path}: {name} is not listed, so this is no whole model; cut the weights again"
             )
     return listed
+
+
+def _is_entry(entry):
+    """Whether JSON has the form of a file's entry in `parts.json`."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("parts"), list):
+        return False
+    return all(isinstance(text, str) for text in (entry.get("sha256"), *entry["parts"]))
 
 
 def _has_same_weights(target, files):

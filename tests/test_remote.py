@@ -21,6 +21,7 @@ from minecraft_jepa.training import remote, weight_parts
 from minecraft_jepa.training.model_card import write_model_card
 from minecraft_jepa.training.packing import MIB, pack, unpack
 from minecraft_jepa.training.run_identity import PLANNING_FILES
+from minecraft_jepa.training.run_lock import FolderLock, InUseError
 from minecraft_jepa.training.weight_parts import join_weights, split_weights
 
 NAMES = [name_of(player) for player in ("a", "b", "c", "d", "e")]
@@ -288,13 +289,24 @@ def test_several_processes_are_refused_before_anything_is_unpacked(tmp_path, mon
 def test_recordings_of_other_parts_are_not_trained_on_too(recordings, tmp_path, monkeypatch):
     parts, run = tmp_path / "parts", tmp_path / "run"
     monkeypatch.setattr(remote, "run_training", lambda *args: {})
-    monkeypatch.setattr(remote, "make_accelerator", lambda *args: None)
     pack(recordings, parts)
-    remote.train_packed(parts, run, None)
-    remote.train_packed(parts, run, None)  # again after a stop
+    remote.train_packed(parts, run, None, device="cpu")
+    remote.train_packed(parts, run, None, device="cpu")  # again after a stop
     write_pair(run / "recordings", "stray", 4, lines_of(4))
     with pytest.raises(ValueError, match=r"stray.jsonl is there, and not in .*parts"):
-        remote.train_packed(parts, run, None)
+        remote.train_packed(parts, run, None, device="cpu")
+
+
+def test_two_trainings_in_one_folder_do_not_unpack_at_once(recordings, tmp_path, monkeypatch):
+    parts, run = tmp_path / "parts", tmp_path / "run"
+    monkeypatch.setattr(remote, "run_training", lambda *args: {})
+    pack(recordings, parts)
+    lock = FolderLock(run)
+    with pytest.raises(InUseError, match="a run is at work here already"):
+        remote.train_packed(parts, run, None, device="cpu")
+    assert not (run / "recordings").exists()
+    lock.release()
+    remote.train_packed(parts, run, None, device="cpu")
 
 
 # Weights: no networks are needed, files of bytes will do

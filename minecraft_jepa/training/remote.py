@@ -17,6 +17,7 @@ from ..data.checks import CHECKS_FILE
 from .distributed import make_accelerator
 from .packing import CARRIED, list_members, unpack
 from .pipeline import run_training
+from .run_lock import exclusive_run
 from .weight_parts import split_weights
 
 # %% ../../nbs/training/18_remote.ipynb #b35a25d3
@@ -38,6 +39,7 @@ def train_packed(parts, run, config, max_minutes=None, seed=0, device="cuda"):
         What `training.json` holds.
 
     Raises:
+        InUseError: another run is using the folder.
         ValueError: several processes were started, or the run's folder holds recordings of other
             parts.
     """
@@ -49,12 +51,12 @@ def train_packed(parts, run, config, max_minutes=None, seed=0, device="cuda"):
             f"minecraft_jepa train --data {shlex.quote(str(run / 'recordings'))} --out OTHER "
             f"--preset {config.name}"
         )
-    _refuse_other_recordings(run / "recordings", parts)
-    unpack(parts, run / "recordings")
-    _ensure_av(run / "recordings")
-    make_accelerator(device)
-    summary = run_training(config, run / "recordings", run, seed, device, max_minutes)
-    split_weights(run, run / "parts")
+    with exclusive_run(run, make_accelerator(device)):
+        _refuse_other_recordings(run / "recordings", parts)
+        unpack(parts, run / "recordings")
+        _ensure_av(run / "recordings")
+        summary = run_training(config, run / "recordings", run, seed, device, max_minutes)
+        split_weights(run, run / "parts")
     return summary
 
 # %% ../../nbs/training/18_remote.ipynb #c7a1ad7d

@@ -8,6 +8,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import fsspec
 import pairs
 import pytest
 from commands import refused
@@ -283,6 +284,21 @@ def test_from_recordings_to_a_store_to_shards(tmp_path, monkeypatch, capsys):
     assert f"{len(about['shards'])} tars" in said.out
     assert "the shards hold no split, and training on them is refused" in said.err
     refused(capsys, ["shards", "v", "more"], "not a clip store")
+
+
+def test_a_storage_that_refuses_shards_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+    class NoCredentialsError(Exception):
+        """As botocore raises it."""
+
+    def refuse(url, **storage):
+        raise NoCredentialsError("Unable to locate credentials")
+
+    pairs.make_pair(tmp_path / "v", "toy", 60)
+    ClipStore.build(tmp_path / "v", preset("tiny").frame, tmp_path / "s", progress=False, workers=1)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", refuse)
+    words = ["shards", tmp_path / "s", "s3://bucket/shards", "--no-progress"]
+    line = refused(capsys, words, "s3://bucket/shards can.t be written: NoCredentialsError: Unable")
+    assert line.endswith("check the address, and the credentials of the storage")
 
 
 def test_weights_that_do_not_say_what_they_saw_are_told(tmp_path, capsys):

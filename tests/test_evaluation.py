@@ -48,6 +48,7 @@ from minecraft_jepa.evaluation.report import (
 from minecraft_jepa.evaluation.retrieval import rank_of_target, retrieval
 from minecraft_jepa.evaluation.ridge import fit_ridge, fit_ridges
 from minecraft_jepa.evaluation.rollouts import action_sensitivity, future_leakage
+from minecraft_jepa.evaluation.unseen import unseen_recordings
 from minecraft_jepa.evaluation.windows import (
     evaluation_windows,
     excluded_recordings,
@@ -56,6 +57,7 @@ from minecraft_jepa.evaluation.windows import (
 )
 from minecraft_jepa.model.collapse import collapse_alarm, collapse_metrics
 from minecraft_jepa.model.inverse_dynamics import row_correlation
+from minecraft_jepa.planning.networks import training_sides
 from minecraft_jepa.viz.plots import plot_comparison
 
 CONFIG = preset("tiny", height=48, frame_width=80, patch_size=8)
@@ -664,6 +666,24 @@ def test_one_movement_late_in_a_recording_is_seen():
     assert list(excluded_recordings(store, store.names, 25, 15)) == ["a_0"]
     store.clips["a_0"].frames[299, 0, 0, 0] ^= 1
     assert excluded_recordings(store, store.names, 25, 15) == {}
+
+
+def test_a_new_session_of_a_player_trained_on_is_not_judged(tmp_path):
+    sides = {"ann": "train", "cy": "validation", "dee": "test", "eve": "test"}
+    rows = {}
+    for player, side in sides.items():
+        for session in range(2):
+            name = f"{player}-{session:012x}-20220101-000000"
+            rows[name] = {"url": "x", "side": side}
+            for suffix in (".mp4", ".jsonl"):
+                (tmp_path / f"{name}{suffix}").touch()
+    (tmp_path / "manifest.json").write_text(json.dumps({"split_by": "player", "recordings": rows}))
+    names = sorted(rows)  # the weights saw the first session of Ann and of Cy
+    training = {"train": names[:1], "validation": names[2:3]}
+    (tmp_path / "training.json").write_text(json.dumps(training))
+    assert unseen_recordings(tmp_path, tmp_path) == names[4:]
+    sides = training_sides(tmp_path, tmp_path, SimpleNamespace(names=names))
+    assert sides == {"train": names[:2], "validation": names[2:4]}
 
 
 def test_latents_that_are_all_alike_are_told_and_no_nan(store):

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .splits import load_split
+from .splits import has_split_file, load_split
 from ..utils import cores_allowed, whole_number, write_json
 
 # %% ../../nbs/data/20_shards.ipynb #0e49d2a5
@@ -186,7 +186,7 @@ def _write_numbered_shard(fs, root, number, store, segments, quality):
 def _store_split(store, names):
     """Split of the store's recordings; None where it has none."""
     folder = next(iter(store.folders.values())).parent
-    if not any((folder / file).is_file() for file in ("split.json", "manifest.json")):
+    if not has_split_file(folder):
         return None
     split, names = load_split(folder), set(names)
     return {part: [n for n in members if n in names] for part, members in split.items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..data.checks import find_recordings
 from ..data.recording_files import session_of
-from ..data.splits import load_split
+from ..data.splits import has_split_file, load_split
 
 # %% ../../nbs/evaluation/02_unseen.ipynb #23cf78bc
 def seen_recordings(training) -> list[str]:
@@ -32,8 +32,8 @@ def seen_recordings(training) -> list[str]:
 def unseen_recordings(data_dir, weights):
     """List the recordings to judge these weights on.
 
-    They are the test recordings where the folder has a split.json, else all recordings; never one
-    of a session or world that the weights were trained or validated on.
+    They are the test recordings where split.json or manifest.json tells them, else all recordings;
+    never one of a session or world that the weights were trained or validated on.
 
     Args:
         data_dir: folder of NAME.mp4 + NAME.jsonl.
@@ -54,7 +54,7 @@ def unseen_recordings(data_dir, weights):
     training = json.loads(path.read_text())
     seen_groups = {session_of(name) for name in seen_recordings(training)}
     data_dir = Path(data_dir)
-    if (data_dir / "split.json").is_file():
+    if has_split_file(data_dir):
         names = load_split(data_dir)["test"]
     else:
         names = [path.stem for path in find_recordings(data_dir)]
@@ -73,8 +73,8 @@ def probe_recordings(store, names, splits=None):
     Args:
         store: ClipStore that holds all of them.
         names: recordings that can be judged.
-        splits: {"train", "validation"} of a split.json; None deals the worlds or sessions of
-            `names` into thirds, and where there are fewer than three, the recordings.
+        splits: {"train", "validation"} of the folder; None deals the worlds or sessions of `names`
+            into thirds, and where there are fewer than three, the recordings.
 
     Returns:
         {"train": names, "validation": names, "test": names}. `train` and `validation` are both

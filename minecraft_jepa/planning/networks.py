@@ -14,7 +14,7 @@ import torch
 
 from ..data.clip_store import ClipStore
 from ..data.recording_files import session_of
-from ..data.splits import load_split
+from ..data.splits import has_split_file, load_split
 from ..evaluation.unseen import seen_recordings, unseen_recordings
 from ..model.world_model import WorldModel
 from .action_prior import ActionPrior, fit_action_prior
@@ -33,9 +33,9 @@ def training_sides(weights, data_dir, store) -> dict[str, list[str]]:
 
     Args:
         weights: folder of a world model; its training.json names its recordings.
-        data_dir: folder of recordings; its split.json, where there is one, comes first, then what
-            the weights have seen. Where it has neither, a third each of the others is taken, by
-            world or session.
+        data_dir: folder of recordings; its split.json or manifest.json, where there is one, comes
+            first, then what the weights have seen. Where it has neither, a third each of the
+            others is taken, by world or session.
         store: ClipStore of them.
 
     Returns:
@@ -44,7 +44,7 @@ def training_sides(weights, data_dir, store) -> dict[str, list[str]]:
     Raises:
         ValueError: fewer than three recordings, none of which the weights have seen.
     """
-    if (Path(data_dir) / "split.json").is_file():
+    if has_split_file(data_dir):
         split = load_split(data_dir)
         return {side: split[side] for side in ("train", "validation")}
     training = json.loads((Path(weights) / "training.json").read_text())

@@ -185,6 +185,44 @@ def change_recording(folder, suffix):
             shutil.copy(DATA / f"{OTHER}{half}", folder / f"{SHORT}{half}")
 
 
+def test_what_leaves_the_folder_leaves_the_store(tmp_path):
+    source, store_dir = tmp_path / "v", tmp_path / "store"
+    for name in "abcd":
+        pairs.make_pair(source, name, 4)
+    split = {"train": ["a", "d"], "validation": ["b"], "test": ["c"]}
+    (source / "split.json").write_text(json.dumps(split))
+    build(source, store_dir, workers=1)
+    assert load_split(store_dir) == split
+
+    (source / "split.json").unlink()
+    build(source, store_dir, workers=1)
+    assert load_split(store_dir) == load_split(source) != split
+
+    for suffix in SUFFIXES:
+        shutil.move(source / f"d{suffix}", tmp_path)
+    build(source, store_dir, names=["a"])
+    assert ClipStore.open(store_dir).names == ["a", "b", "c", "d"]  # "a" is not all of the folder
+    build(source, store_dir, workers=1)
+    build(source, store_dir, names=["a"])
+    assert ClipStore.open(store_dir).names == ["a", "b", "c"]
+    assert load_split(store_dir) == load_split(source)
+
+    for suffix in SUFFIXES:
+        shutil.move(tmp_path / f"d{suffix}", source)
+    times = change_times(store_dir, "frames.npy")
+    build(source, store_dir, names=["d"])
+    assert ClipStore.open(store_dir).names == ["a", "b", "c", "d"]
+    assert change_times(store_dir, "frames.npy") == times  # nothing is decoded again
+
+
+@pytest.mark.parametrize("text", ["{", "1", "[1]"])
+def test_damaged_list_of_removed_clips_is_named_with_a_remedy(folder, tmp_path, text):
+    build(folder, tmp_path / "store")
+    (tmp_path / "store/removed.json").write_text(text)
+    with pytest.raises(RecordingError, match=r"removed.json.*; delete it and build the store"):
+        ClipStore.open(tmp_path / "store")
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".mp4"])
 def test_changed_source_is_refused_and_decoded_anew(folder, tmp_path, suffix):
     store_dir = tmp_path / "store"

@@ -167,8 +167,8 @@ class ShardsCommand:
         if not about["split"]:
             print(
                 f"{self.store} has neither split.json nor manifest.json, so the shards hold no "
-                "split, and training on them is refused; write a split.json there and run this "
-                "again",
+                "split, and training on them is refused; write a split.json into the folder of "
+                "recordings, build the store again and run this again",
                 file=sys.stderr,
             )
         size = sum(shard["bytes"] for shard in about["shards"])

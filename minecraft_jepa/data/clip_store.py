@@ -17,6 +17,7 @@ from minecraft_jepa.data.clips import (
     read_metadata,
 )
 from .recording_files import RecordingError, find_pair
+from .splits import list_clips
 from minecraft_jepa.data.store_build import (
     build_command,
     build_store,
@@ -59,7 +60,8 @@ class ClipStore(ClipReader):
     def build(cls, folder, frame, store_dir=None, names=None, progress=True, workers=None):
         """Decode recordings that are new or have changed since, and open the store.
 
-        What is decoded stays when this is killed.
+        What is decoded stays when this is killed. A clip whose recording has left the folder is no
+        longer listed once all of the folder is built; it comes back with its recording.
 
         Args:
             folder: of recordings; or a store, which is then opened.
@@ -79,10 +81,11 @@ class ClipStore(ClipReader):
         if (folder / "store.json").is_file():
             return cls.open(folder, frame, names=names)
         store_dir = Path(store_dir or default_store_dir(folder, frame))
-        names = [p.stem for p in find_recordings(folder)] if names is None else list(names)
+        is_whole = names is None
+        names = [p.stem for p in find_recordings(folder)] if is_whole else list(names)
         paths = {name: find_pair(folder / f"{name}.mp4")[0] for name in names}
         with explain_disk_errors(store_dir):
-            problems = build_store(store_dir, folder, paths, frame, workers, progress)
+            problems = build_store(store_dir, folder, paths, frame, workers, progress, is_whole)
         if problems:
             num_problems = len(problems)
             count = f" ({num_problems} recordings can't be decoded)" if num_problems > 1 else ""
@@ -98,7 +101,7 @@ class ClipStore(ClipReader):
             store_dir: folder that `build` made.
             frame: `config.frame` that it must have; None: any.
             folder: of recordings that it must have been made from; None: not compared.
-            names: of clips; None: all.
+            names: of clips; None: all whose recording is still in the folder.
 
         Raises:
             StaleStoreError: size, format or recordings differ, or a file is damaged; names the
@@ -108,7 +111,7 @@ class ClipStore(ClipReader):
         command = build_command(folder, frame, store_dir)
         _check_settings(store_dir, folder, frame)
         if names is None:
-            names = sorted(path.parent.name for path in store_dir.glob("[!.]*/clip.json"))
+            names = list_clips(store_dir)
         folders = {name: store_dir / name for name in names}
         for name, clip_dir in folders.items():
             if not (clip_dir / "clip.json").is_file():

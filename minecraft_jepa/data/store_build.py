@@ -33,6 +33,7 @@ from minecraft_jepa.data.clips import (
     is_stale,
 )
 from .recording_files import RecordingError
+from .splits import read_removed
 from .video import declared_frames
 from ..folders import lock_folder
 from ..utils import write_json
@@ -107,7 +108,7 @@ def _is_complete(store_dir, paths, frame):
 
 # %% ../../nbs/data/17_store_build.ipynb #e3ded152
 def _write_settings(store_dir, folder, frame):
-    """Write store.json and the split. StaleStoreError where it has clips of another size."""
+    """Write store.json. StaleStoreError where the store has clips of another size."""
     settings, path = store_settings(frame), store_dir / "store.json"
     has_clips = any(store_dir.glob("[!.]*/clip.json"))
     if has_clips and path.is_file() and read_store_settings(store_dir, folder, frame) != settings:
@@ -116,17 +117,30 @@ def _write_settings(store_dir, folder, frame):
             "give another folder, or delete this one"
         )
     write_json(path, settings)
+
+
+def _follow_folder(store_dir, folder, names, is_whole):
+    """Split and list of a store become those of the folder; `is_whole`: `names` are all of it."""
+    removed = noted = read_removed(store_dir)
+    if is_whole:
+        removed = {path.parent.name for path in store_dir.glob("[!.]*/clip.json")}
+    removed = removed - set(names)
+    if removed != noted:
+        write_json(store_dir / "removed.json", sorted(removed))
     _copy_split(store_dir, folder)
 
 
 def _copy_split(store_dir, folder):
-    """Copy the files of the split into the store where they differ.
+    """Copy the files of the split into the store where they differ; remove what the folder lacks.
 
     They are copied whole or not at all, and without the rights of a folder that can only be read.
     """
     for name in ("split.json", "manifest.json"):
         source, target = folder / name, store_dir / name
         if not source.is_file():
+            if target.is_file():
+                target.unlink(missing_ok=True)
+                print(f"{target} is removed: {folder} has none any more", file=sys.stderr)
             continue
         if target.is_file() and target.read_bytes() == source.read_bytes():
             continue
@@ -252,7 +266,7 @@ def _check_space(store_dir, paths, frame):
         raise OSError(errno.ENOSPC, problem, str(store_dir))
 
 
-def build_store(store_dir, folder, paths, frame, workers, progress):
+def build_store(store_dir, folder, paths, frame, workers, progress, is_whole=False):
     """Decode what is missing or stale. A store that is complete stays as it is.
 
     Args:
@@ -262,6 +276,8 @@ def build_store(store_dir, folder, paths, frame, workers, progress):
         frame: `config.frame`.
         workers: recordings decoded side by side.
         progress: show a bar while decoding.
+        is_whole: whether these are all recordings of the folder. Clips of others are not listed
+            any more.
 
     Returns:
         What can't be decoded, as texts.
@@ -271,11 +287,12 @@ def build_store(store_dir, folder, paths, frame, workers, progress):
         StaleStoreError: the store holds clips of another size, or its store.json is damaged.
     """
     if _is_complete(store_dir, paths, frame):
-        with suppress(OSError):  # the split of a store that can only be read stays as it is
-            _copy_split(store_dir, folder)
+        with suppress(OSError):  # a store that can only be read stays as it is
+            _follow_folder(store_dir, folder, paths, is_whole)
         return []
     with _build_lock(store_dir):
         _write_settings(store_dir, folder, frame)
+        _follow_folder(store_dir, folder, paths, is_whole)
         stale = {name: path for name, path in paths.items() if is_stale(store_dir / name, path)}
         _check_space(store_dir, stale.values(), frame)
         return _decode_all(stale, frame, store_dir, workers, progress)

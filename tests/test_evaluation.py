@@ -5,6 +5,7 @@ A model that knows the rule must score perfectly; one that cheats or sees nothin
 
 import json
 import re
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,6 +210,25 @@ def test_small_latents_gain_nothing(store):
     errors, errors_of_small = errors_of(Knows(store), store), errors_of(Small(store), store)
     for method in ("copy_last", "no_op", "shuffled_actions", "linear"):
         assert np.allclose(errors[method], errors_of_small[method], rtol=1e-3)
+
+
+def test_memory_does_not_grow_with_the_recordings(store):
+    class Repeated:
+        def __getitem__(self, name):
+            return store["a_0"]
+
+        def window_starts(self, name, ticks=25, rollout=1):
+            return store.window_starts("a_0", ticks, rollout)
+
+    def peak(count):
+        tracemalloc.start()
+        horizon_errors(Deaf(store), Repeated(), [f"r_{i}" for i in range(count)], [1, 15], 12)
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return held
+
+    window_bytes = 12 * 17 * 3 * 48 * 80
+    assert peak(8) < peak(3) + window_bytes
 
 
 def test_who_heeds_no_action_is_caught(store):

@@ -12,7 +12,11 @@ import torch
 from scipy import stats
 
 from ..data.actions import NOOP
-from .windows import evaluation_windows, recordings_with_window
+from minecraft_jepa.evaluation.windows import (
+    evaluation_actions,
+    evaluation_windows,
+    recordings_with_window,
+)
 
 # %% ../../nbs/evaluation/04_horizon.ipynb #18bd0654
 @torch.no_grad()
@@ -91,15 +95,14 @@ def horizon_errors(model, store, names, horizons, windows_per_recording=64, batc
             "to try the actions of another one"
         )
     history = model.config.conditioner.history_ticks
-    windows = [
-        evaluation_windows(store, name, history, max(horizons), windows_per_recording)
-        for name in names
-    ]
+    window = history, max(horizons), windows_per_recording
     errors = {}
     latent_sum, square_sum, num_windows = 0, 0, 0
-    for i, (frames, actions) in enumerate(windows):
+    for i, name in enumerate(names):
+        frames, actions = evaluation_windows(store, name, *window)
         # Half the list on: another world where a world has several recordings.
-        shuffled = windows[(i + len(names) // 2) % len(names)][1]
+        other = names[(i + len(names) // 2) % len(names)]
+        shuffled = evaluation_actions(store, other, *window)
         shuffled = shuffled[torch.arange(len(actions)) % len(shuffled)]
         chunks = []
         for chunk in zip(frames.split(batch), actions.split(batch), shuffled.split(batch)):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['window_starts', 'recordings_with_window', 'excluded_recordings', 'usable_recordings', 'evaluation_windows',
-           'loss_windows']
+           'evaluation_actions', 'loss_windows']
 
 # %% ../../nbs/evaluation/01_windows.ipynb #86ac97fa
 import numpy as np
@@ -133,10 +133,21 @@ def evaluation_windows(store, name, ticks, horizon, windows_per_recording):
         ValueError: if the recording has no such window.
     """
     starts = window_starts(store, name, ticks, horizon, windows_per_recording)
-    clip = store[name]
-    frames = np.stack([clip.frames[t - 1 : t + horizon + 1] for t in starts])
-    actions = np.stack([clip.actions[t - ticks + 1 : t + horizon] for t in starts])
-    return torch.from_numpy(frames), torch.from_numpy(actions)
+    frames = store[name].frames
+    frames = np.stack([frames[t - 1 : t + horizon + 1] for t in starts])
+    actions = evaluation_actions(store, name, ticks, horizon, windows_per_recording)
+    return torch.from_numpy(frames), actions
+
+
+def evaluation_actions(store, name, ticks, horizon, windows_per_recording):
+    """Read the actions of `evaluation_windows` alone; arguments as there.
+
+    Returns:
+        Actions t-ticks+1 .. t+horizon-1, (B, ticks-1+horizon, 28).
+    """
+    starts = window_starts(store, name, ticks, horizon, windows_per_recording)
+    actions = store[name].actions
+    return torch.from_numpy(np.stack([actions[t - ticks + 1 : t + horizon] for t in starts]))
 
 # %% ../../nbs/evaluation/01_windows.ipynb #a35e4a06
 def loss_windows(store, names, config, recordings=16, count=4):

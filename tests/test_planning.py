@@ -1,6 +1,7 @@
 """Planners on a toy world whose best plan is known by rule, networks on pairs, and the scores."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from minecraft_jepa.config import preset
 from minecraft_jepa.data.actions import CAMERA, NOOP
 from minecraft_jepa.data.clip_store import ClipStore
 from minecraft_jepa.model.world_model import WorldModel
+from minecraft_jepa.planning import action_prior
 from minecraft_jepa.planning.action_prior import ActionPrior, nearest_horizon
 from minecraft_jepa.planning.benchmark import join_guess_and_habit
 from minecraft_jepa.planning.costs import COSTS, squared_distance
@@ -256,6 +258,28 @@ def test_without_a_split_planning_learns_from_none_that_it_is_judged_on(tmp_path
 def test_a_missing_prior_says_how_to_make_it(tmp_path):
     with pytest.raises(ValueError, match="7_planning"):
         ActionPrior.load(tmp_path / "action_prior.json")
+
+
+def test_memory_of_the_prior_has_a_limit(monkeypatch):
+    monkeypatch.setattr(action_prior, "MAX_WINDOW_TICKS", 2**14, raising=False)
+    actions = np.tile(NOOP, (300, 1))
+    actions[:, CAMERA] = np.random.default_rng(0).normal(size=(300, 2))
+
+    class Repeated:
+        def __getitem__(self, name):
+            return SimpleNamespace(actions=actions)
+
+        def window_starts(self, name, ticks, horizon):
+            return np.arange(ticks - 1, 300 - horizon)
+
+    def peak(count):
+        tracemalloc.start()
+        action_prior.fit_action_prior(Repeated(), range(count))
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return held
+
+    assert peak(40) < 1.5 * peak(10)
 
 
 @pytest.mark.parametrize("solver", ["cem", "icem", "mppi", "gradient"])

@@ -42,6 +42,14 @@ def test_imagined_frames_go_in_again():
     assert (future[:, 0] - z).abs().max() > 0.01
 
 
+def test_frames_become_latents_of_the_weights_type_on_their_device():
+    frames = torch.zeros(1, 3, 48, 80, dtype=torch.uint8)
+    model = PixelModel(preset("tiny", **SMALL))
+    assert model.encode(frames).dtype == torch.float32
+    assert model.half().encode(frames).dtype == torch.float16
+    assert model.to("meta").encode(frames).device.type == "meta"
+
+
 def test_a_step_learns_from_as_many_ticks_as_the_schedule_says(store, monkeypatch):
     seen = note_rollouts(monkeypatch, PixelModel)
     train(store, steps=6, evaluate_every=6, rollout_steps=2, rollout_steps_late=5)

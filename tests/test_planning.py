@@ -10,6 +10,7 @@ import numpy as np
 import pairs
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minecraft_jepa.config import preset
 from minecraft_jepa.data.actions import CAMERA, NOOP
@@ -23,7 +24,7 @@ from minecraft_jepa.planning.goal_motion import RelativeMotionNet
 from minecraft_jepa.planning.inverse_model import InverseModel
 from minecraft_jepa.planning.networks import training_sides
 from minecraft_jepa.planning.planners import PLANNERS, default_planner
-from minecraft_jepa.planning.search import CountingModel, imagine_plans, toy_problem
+from minecraft_jepa.planning.search import CountingModel, Search, imagine_plans, toy_problem
 from minecraft_jepa.planning.swm import SwmPlanner, import_solvers
 from minecraft_jepa.planning.temporal_distance import RemainingMotionCost, TemporalDistance
 
@@ -258,6 +259,24 @@ def test_without_a_split_planning_learns_from_none_that_it_is_judged_on(tmp_path
 def test_a_missing_prior_says_how_to_make_it(tmp_path):
     with pytest.raises(ValueError, match="7_planning"):
         ActionPrior.load(tmp_path / "action_prior.json")
+
+
+def test_planners_follow_latents_to_another_device(monkeypatch):
+    def numpy(tensor):
+        assert tensor.device.type == "cpu"
+        return np.zeros(tensor.shape)
+
+    inverse = InverseModel.from_pretrained(WEIGHTS)
+    monkeypatch.setattr(torch.Tensor, "numpy", numpy)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU without memory
+        z, ticks = torch.empty(1, TOKENS, 128, device="cuda:0"), torch.empty(1, device="cuda:0")
+        assert inverse(z, z, ticks)[0].shape == (1, 4)
+        assert inverse.guess(z, z, 4)[0].shape == (2,)
+        z, history = torch.empty(1, 4, 1, device="cuda:0"), torch.empty(24, 28, device="cuda:0")
+        search = Search(CountingModel(), squared_distance, z, z, history, 8)
+        plans = torch.empty(4, 8, 28, requires_grad=True)
+        assert search.costs_with_grad(plans).requires_grad
+    assert [x.shape for x in search.tried[0]] == [(4, 8, 28), (4,)]
 
 
 def test_memory_of_the_prior_has_a_limit(monkeypatch):

@@ -47,9 +47,10 @@ class PixelModel(ImaginationMixin, nn.Module):
             frames: (B, 3, H, W), uint8 or float in 0..1.
 
         Returns:
-            Patches in -1..1, (B, N, D).
+            Patches in -1..1, (B, N, D), of the weights' type and on their device.
         """
-        return patchify(frames, self.config.frame.patch_size)
+        weight = self.predictor.out.weight
+        return patchify(frames, self.config.frame.patch_size).to(weight.device, weight.dtype)
 
     target = encode
 
@@ -85,7 +86,7 @@ class PixelModel(ImaginationMixin, nn.Module):
         z, errors = self.encode(frames[:, 0]), []
         for k in range(min(self.rollout, frames.shape[1] - 1)):
             z = self._predict_next(z, context, k, base=z)
-            errors.append(F.mse_loss(z.float(), self.encode(frames[:, k + 1])))
+            errors.append(F.mse_loss(z.float(), self.encode(frames[:, k + 1]).float()))
         errors = torch.stack(errors)
         return {"loss": errors.mean(), "errors": errors.detach()}
 

@@ -42,7 +42,7 @@ class InverseModel(PretrainedModel):
         self.register_buffer("error_weights", weights)
 
     def forward(self, z, goal, ticks):
-        """Predict what lies between latents.
+        """Predict what lies between latents, which may be on another device than the weights.
 
         Args:
             z: latents of now, (b, N, D).
@@ -50,8 +50,10 @@ class InverseModel(PretrainedModel):
             ticks: between them, (b,).
 
         Returns:
-            Motion (b, 4) in `MOTION_UNITS`, and logits of `MOTION_KEYS`, (b, 9).
+            Motion (b, 4) in `MOTION_UNITS`, and logits of `MOTION_KEYS`, (b, 9), on the device of
+            the weights.
         """
+        z, goal, ticks = (x.to(self.error_weights.device) for x in (z, goal, ticks))
         motion, _, keys = self.network(z, goal, ticks[:, None] / HORIZONS[-1])
         return motion, keys
 
@@ -68,6 +70,7 @@ class InverseModel(PretrainedModel):
             Turn right and down in degrees a tick, (2,), and its expected error (root mean square),
             (2,): large where the two frames hardly overlap.
         """
+        z, goal = (x.to(self.error_weights.device) for x in (z, goal))
         ticks = torch.tensor([float(horizon)], device=z.device)
         motion, _ = self(z, goal, ticks)
         turned = motion[0, :2].cpu() * torch.tensor(MOTION_UNITS[:2])

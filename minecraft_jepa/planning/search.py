@@ -146,9 +146,10 @@ class Search:
     def costs_with_grad(self, plans):
         """Imagine plans (b, H, 28) and return their costs (b,), with a gradient."""
         # clones, because latents may have been made in inference mode
-        latents = imagine_plans(self.model, self.z.clone(), self.history.clone(), plans)
-        costs = self.cost(latents, self.goal.clone())
-        self.tried.append((plans.detach().numpy().copy(), costs.detach().double().numpy()))
+        z, history, goal = self.z.clone(), self.history.clone(), self.goal.clone()
+        costs = self.cost(imagine_plans(self.model, z, history, plans.to(z.device)), goal)
+        tried = plans.detach(), costs.detach().double()
+        self.tried.append(tuple(x.cpu().numpy().copy() for x in tried))
         return costs
 
     def best(self) -> np.ndarray:

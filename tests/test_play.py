@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import copy
 import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -839,6 +841,20 @@ def test_a_late_session_does_not_hurry_afterwards(assets, tmp_path):
     )
     session.work()
     assert session.next_tick_time > time.monotonic() - 1
+
+
+@pytest.mark.parametrize("looks", range(4))
+def test_the_trust_meter_may_arrive_at_any_time(assets, tmp_path, looks):
+    session = Session(copy.copy(assets), tmp_path)
+
+    class Arriving(type(assets)):
+        left = itertools.count()
+        bank = property(lambda self: assets.bank if next(self.left) >= looks else None)
+
+    del session.assets.bank
+    session.assets.__class__ = Arriving
+    header, _ = unpack_frame(session._frame())
+    assert (header["drift"] is None) == (header["drift_p_value"] is None)
 
 
 def test_commands_in_a_flood_are_refused(assets, tmp_path):

@@ -140,10 +140,11 @@ class SessionMessages(_HelloMessages):
     def _frame(self):
         """The message with the frame that is shown now."""
         self._changed, dream, reality = False, self.dream, self.reality
+        bank = self.assets.bank  # another thread sets it
         now = not self.playing or self.drift is None or dream.tick % 4 == 0
-        if self.assets.bank and now:
-            self.drift = float(self.assets.bank.drift(dream.latent))
-            self.detail = float(self.assets.bank.detail(dream.latent))
+        if bank and now:
+            self.drift = float(bank.drift(dream.latent))
+            self.detail = float(bank.detail(dream.latent))
         frame = dream.frame if self.diffusion_frame is None else self.diffusion_frame
         pictures = [frame.transpose(1, 2, 0), *([reality.picture] if reality else [])]
         self.frames_sent += 1
@@ -161,9 +162,7 @@ class SessionMessages(_HelloMessages):
             "ms": float(np.mean(self.tick_ms)) if self.tick_ms else None,
             "drift": self.drift,
             "detail": self.detail,
-            "drift_p_value": self.assets.bank.drift_p_value(self.drift)
-            if self.assets.bank
-            else None,
+            "drift_p_value": bank.drift_p_value(self.drift) if bank else None,
             "correction": getattr(dream.correction, "name", None),
             "errors": self.errors if reality else None,
             "since_look": dream.tick - reality.looked_at if reality else None,

@@ -261,6 +261,21 @@ def test_a_missing_prior_says_how_to_make_it(tmp_path):
         ActionPrior.load(tmp_path / "action_prior.json")
 
 
+@pytest.mark.parametrize("name", PLANNERS)
+def test_a_model_of_one_tick_needs_no_history(name):
+    class Forgetful(CountingModel):
+        config = preset("tiny", history_ticks=1)
+
+        def imagine(self, z, actions):
+            return super().imagine(
+                z, torch.cat([actions.new_zeros(len(actions), 24, 28), actions], 1)
+            )
+
+    z, goal, history, horizon = toy_problem(24, -8)
+    plan = make(name).plan(Forgetful(), z, goal, history, horizon)
+    assert np.abs(turned(plan) - [24, -8]).max() < 12
+
+
 def test_planners_follow_latents_to_another_device(monkeypatch):
     def numpy(tensor):
         assert tensor.device.type == "cpu"

@@ -31,8 +31,11 @@ from PIL import Image
 from served import NAMES, copy_recordings, plan_to_turn, running
 
 from minecraft_jepa.cli import main
+from minecraft_jepa.config import preset
 from minecraft_jepa.data.actions import NOOP
 from minecraft_jepa.data.recordings import open_recording
+from minecraft_jepa.model.decoders import RegressionHead
+from minecraft_jepa.model.world_model import WorldModel
 from minecraft_jepa.play import assets as play_assets
 from minecraft_jepa.play import page as play_page
 from minecraft_jepa.play import session as play_session
@@ -188,6 +191,16 @@ def test_a_trajectory_that_is_full_keeps_its_beginning(assets, tmp_path):
     dream.rewind(4)
     dream.step(FORWARD)
     assert len(dream.trajectory) == 3 or len(dream.trajectory) == dream.tick + 1
+
+
+def test_a_model_of_one_tick_dreams_without_a_history():
+    config = preset("tiny", history_ticks=1, frame_height=36, frame_width=60)
+    dream = Dream(WorldModel(config).eval(), RegressionHead(config).eval())
+    dream.reset(np.zeros((3, 36, 60), np.uint8), np.tile(NOOP, (5, 1)))
+    dream.step(FORWARD)
+    assert dream.step(LEFT).shape == (3, 36, 60)
+    dream.rewind(1)
+    assert dream.tick == 1 and dream.history.shape == (0, 28)
 
 
 def test_a_wrong_action_leaves_the_dream_as_it_was(dream):

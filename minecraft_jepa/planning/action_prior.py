@@ -110,7 +110,7 @@ class ActionPrior:
         """Predict how a player goes on, whatever the goal.
 
         Args:
-            history: actions before now, (k, 28), k at least 1.
+            history: actions before now, (k, 28); what is missing counts as no-op.
             horizon: ticks, H.
 
         Returns:
@@ -118,9 +118,9 @@ class ActionPrior:
             be held, (28,).
         """
         i = nearest_horizon(horizon)
-        last = np.concatenate([np.zeros((MOMENTUM_TICKS, 2)), np.asarray(history)[:, CAMERA]])
-        turn = (self.momentum[i] * last[-MOMENTUM_TICKS:]).sum(0)
-        held = np.asarray(history)[-1] > 0.5
+        last = np.concatenate([np.tile(NOOP, (MOMENTUM_TICKS, 1)), np.asarray(history, float)])
+        turn = (self.momentum[i] * last[-MOMENTUM_TICKS:, CAMERA]).sum(0)
+        held = last[-1] > 0.5
         return turn, np.where(held, self.after_held[i], self.after_free[i])
 
 # %% ../../nbs/planning/01_action_prior.ipynb #99de0dc8
@@ -214,8 +214,8 @@ def draw_primitives(prior, count, groups, history, horizon, random):
         prior: ActionPrior.
         count: how many.
         groups: of `ACTION_GROUPS`.
-        history: actions before now, (k, 28), k at least 1: half of the turns are drawn from what
-            follows such ticks, and the keys too. None: what was done before plays no part.
+        history: actions before now, (k, 28): half of the turns are drawn from what follows such
+            ticks, and the keys too. None: what was done before plays no part.
         horizon: ticks, H.
         random: NumPy's random generator.
 

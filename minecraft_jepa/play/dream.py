@@ -52,7 +52,8 @@ def check_action(action) -> np.ndarray:
 
 def _fit_history(history, ticks):
     """The last `ticks` actions, (ticks, 28), with no-op actions before them where they are few."""
-    rows = [check_action(row) for row in ([] if history is None else history)][-ticks:]
+    rows = [check_action(row) for row in ([] if history is None else history)]
+    rows = rows[max(len(rows) - ticks, 0) :]
     return [NOOP.copy() for _ in range(ticks - len(rows))] + rows
 
 # %% ../../nbs/play/04_dream.ipynb #b211ed04
@@ -177,7 +178,8 @@ class Dream(_Start):
     def history(self) -> np.ndarray:
         """The actions before this tick, (24, 28)."""
         self._require_start()
-        return np.stack([*self._actions][len(self._actions) - self.window + 1 :])
+        rows = [*self._actions][len(self._actions) - self.window + 1 :]
+        return np.array(rows, np.float32).reshape(-1, ACTION_DIM)  # also where there are none
 
     @property
     def kept(self) -> int:

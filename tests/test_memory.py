@@ -79,6 +79,18 @@ def test_run_that_does_not_fit_is_told_what_would():
         memory.check_memory(preset("small"), "cuda", 2**28)
 
 
+def test_processes_share_the_memory_of_the_machine():
+    config, one = preset("small"), memory.plan_memory(preset("small"), "cpu", 4)["total"]
+    assert memory.check_memory(config, "cpu", 5 * one, 4)["total"] == one
+    with pytest.raises(memory.MemoryPlanError, match=r"GiB for each of 4 processes; "):
+        memory.check_memory(config, "cpu", 4 * one, 4)
+
+
+def test_a_batch_may_be_cut_where_the_encoder_is_frozen():
+    assert memory.uses_batch_statistics(preset("tiny"))
+    assert not memory.uses_batch_statistics(preset("tiny", encoder_lr_scale=0.0))
+
+
 def test_paper_preset_fits_the_gpu_of_the_original():
     plan = memory.check_memory(preset("paper"), "cuda", 12 * 2**30)
     assert plan["total"] < 0.9 * 12 * 2**30

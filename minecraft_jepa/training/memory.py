@@ -129,8 +129,11 @@ def _block_bytes(config, batch_size, use_bf16, num_blocks):
 def uses_batch_statistics(config) -> bool:
     """Whether the world model's loss depends on the spread of the whole batch.
 
-    Such a batch must not be cut into chunks.
+    Such a batch must not be cut into chunks. Where the encoder is frozen, the prediction loss is
+    all there is, and it does not.
     """
+    if config.train.freezes_encoder:
+        return False
     uses_ema = ANTI_COLLAPSE[config.jepa.anti_collapse].uses_ema
     return not uses_ema or config.jepa.variance_weight > 0
 
@@ -150,7 +153,8 @@ def check_memory(
     Args:
         config: a `Config`.
         device: 'cuda' or 'cpu'.
-        available: bytes; None: of this machine.
+        available: bytes of each GPU, or of the machine whose processes share them; None: of this
+            machine.
         processes: number of devices.
         sharded: whether FSDP2 shards the training over them.
 
@@ -163,13 +167,16 @@ def check_memory(
     """
     if available is None:
         available = _memory_of(device)
+    shared = ""
+    if device == "cpu" and processes > 1:
+        available, shared = available // processes, f" for each of {processes} processes"
     plan, train = plan_memory(config, device, processes, sharded), config.train
     if plan["total"] <= _USABLE * available:
         return plan
     shares = ", ".join(f"{k} {_gib(v)}" for k, v in plan.items() if k != "total")
     problem = (
         f"{config.name} with batch_size={train.batch_size} needs {_gib(plan['total'])} ({shares}), "
-        f"the device has {_gib(available)}"
+        f"the device has {_gib(available)}{shared}"
     )
     for checkpointing in {train.activation_checkpointing, True}:
         for name, value in _smaller_chunks(config, processes):

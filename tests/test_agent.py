@@ -326,6 +326,16 @@ def test_start_left_out_takes_its_results_with_it(tmp_path):
     assert again.skipped == [["turn", 1]]
 
 
+def test_start_left_out_by_another_process_gets_no_result(tmp_path):
+    one, other = (ResultFile(tmp_path / "world-1.json", {"weights": "a"}) for _ in range(2))
+    one.skip("turn", 0)
+    assert not other.add({"task": "turn", "start": 0, "method": "a"})
+    assert other.add({"task": "tool", "start": 0, "method": "a"})
+    goal = SimpleNamespace(task="turn", start=SimpleNamespace(number=0))
+    assert other.has(goal, "b")  # no method tries it
+    assert [r["task"] for r in ResultFile(one.path, {"weights": "a"}).results] == ["tool"]
+
+
 def test_results_of_other_weights_are_not_mixed(tmp_path):
     run(tmp_path, starts=range(1))
     with pytest.raises(ValueError, match="another weights"):

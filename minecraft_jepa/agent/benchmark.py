@@ -105,18 +105,19 @@ class ResultFile:
             )
 
     def has(self, goal, method):
-        """Whether the episode of a goal and method has been run, by any process."""
+        """Whether the episode of a goal and method has been run or left out, by any process."""
         self._read()
         return self._has(goal.task, goal.start.number, method)
 
     def _has(self, *episode):
-        """Whether the result of a task, start and method is there."""
-        return any((r["task"], r["start"], r["method"]) == episode for r in self.results)
+        """Whether the result of a task, start and method is there, or the start is left out."""
+        done = ((r["task"], r["start"], r["method"]) for r in self.results)
+        return list(episode[:2]) in self.skipped or episode in done
 
     def add(self, result):
         """Keep a result, beside what another process has added since; of an episode the first.
 
-        Returns whether it is the first.
+        Returns whether it is the first, of a start that no process has left out.
         """
         episode = result["task"], result["start"], result["method"]
         with lock_folder(self.path.parent, wait=True):

@@ -262,6 +262,21 @@ def test_a_missing_prior_says_how_to_make_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", PLANNERS)
+def test_futures_that_are_not_finite_count_for_nothing(name):
+    def one_is_finite(latents, goal):
+        costs = squared_distance(latents, goal)
+        return torch.where(costs > costs.min(), torch.nan, costs)
+
+    def none_is_finite(latents, goal):
+        return torch.nan * squared_distance(latents, goal)
+
+    plan = PLANNERS[name](PRIOR, cost=one_is_finite).plan(CountingModel(), *toy_problem(24, -8))
+    assert np.isfinite(plan.actions).all()
+    with pytest.raises(ValueError, match="no plan has a finite cost"):
+        PLANNERS[name](PRIOR, cost=none_is_finite).plan(CountingModel(), *toy_problem(24, -8))
+
+
+@pytest.mark.parametrize("name", PLANNERS)
 def test_a_model_of_one_tick_needs_no_history(name):
     class Forgetful(CountingModel):
         config = preset("tiny", history_ticks=1)

@@ -30,6 +30,15 @@ def _prior_penalty(turns, turn_priors):
     mean = turns.mean(1)
     return sum(w / 2 * (((mean - m) / s) ** 2).sum(1) for m, s, w in turn_priors)
 
+
+def _weigh_elites(total, count):
+    """The best plans, where their total is finite, and their weights: (k,) each."""
+    best = np.argsort(total, kind="stable")[:count]
+    best = best[np.isfinite(total[best])]
+    scale = max(total[best[-1]] - total[best[0]], 1e-9)
+    weights = np.exp(-SHARPNESS * (total[best] - total[best[0]]) / scale)
+    return best, weights / weights.sum()
+
 # %% ../../nbs/planning/08_motion_primitives.ipynb #6fc4568c
 @dataclass(frozen=True)
 class MotionPrimitives:
@@ -147,10 +156,7 @@ class MotionPrimitives:
 
     def _mean(self, turns, keys, total, search):
         """Weighted mean of the best plans; for the keys, habit counts as well."""
-        best = np.argsort(total, kind="stable")[: self.elites]
-        scale = max(total[best[-1]] - total[best[0]], 1e-9)
-        weights = np.exp(-SHARPNESS * (total[best] - total[best[0]]) / scale)
-        weights = weights / weights.sum()
+        best, weights = _weigh_elites(total, self.elites)
         turn = (weights[:, None, None] * turns[best]).sum(0, keepdims=True)
         share = (weights[:, None] * keys[best]).sum(0)  # (28,)
         likely = self.prior.expect(search.history.cpu().numpy(), search.horizon)[1]

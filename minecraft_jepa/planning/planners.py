@@ -118,8 +118,10 @@ class MPPI(RandomShooting):
     sharpness: ClassVar = 3.0  # of the weights: the elites' range of costs counts as so much
 
     def _learn(self, proposal, turns, keys, costs, floor):
-        ordered = np.sort(costs)
-        scale = max(ordered[min(self.elites, len(costs) - 1)] - ordered[0], 1e-9)
+        ordered = np.sort(costs[np.isfinite(costs)])
+        if not len(ordered):
+            return proposal, None
+        scale = max(ordered[min(self.elites, len(ordered) - 1)] - ordered[0], 1e-9)
         weights = np.exp(-self.sharpness * (costs - ordered[0]) / scale)
         return proposal.fit(turns, keys, weights / weights.sum(), None), None
 

@@ -131,7 +131,11 @@ class Search:
     extra_ticks: int = 0
 
     def costs(self, plans) -> np.ndarray:
-        """Imagine plans (b, H, 28) and return their costs (b,)."""
+        """Imagine plans (b, H, 28) and return their costs (b,), infinite where they are no numbers.
+
+        Raises:
+            ValueError: another shape, or no plan so far has a finite cost.
+        """
         with torch.inference_mode():
             actions = torch.from_numpy(np.ascontiguousarray(plans, np.float32)).to(self.z.device)
             latents = imagine_plans(self.model, self.z, self.history, actions)
@@ -141,6 +145,8 @@ class Search:
             raise ValueError(f"the cost gave {costs.shape} for {len(plans)} plans; return (b,)")
         costs = np.where(np.isnan(costs), np.inf, costs)
         self.tried.append((np.asarray(plans, np.float32), costs))
+        if not any(np.isfinite(tried).any() for _, tried in self.tried):
+            raise ValueError("no plan has a finite cost; give other weights or another cost")
         return costs
 
     def costs_with_grad(self, plans):

@@ -276,6 +276,11 @@ def test_futures_that_are_not_finite_count_for_nothing(name):
         PLANNERS[name](PRIOR, cost=none_is_finite).plan(CountingModel(), *toy_problem(24, -8))
 
 
+def test_too_few_first_plans_are_refused_at_once():
+    with pytest.raises(ValueError, match="num_initial_plans=7 must be at least 8"):
+        make("primitives", num_initial_plans=7)
+
+
 @pytest.mark.parametrize("name", PLANNERS)
 def test_a_model_of_one_tick_needs_no_history(name):
     class Forgetful(CountingModel):

@@ -20,6 +20,7 @@ from minecraft_jepa.planning.action_prior import (
 )
 from .costs import squared_distance
 from .search import Plan, Search, check_problem
+from ..utils import whole_number
 
 # %% ../../nbs/planning/08_motion_primitives.ipynb #ec9f05a7
 SHARPNESS = 3.0  # the best elite weighs exp(3) times as much as the worst
@@ -78,6 +79,9 @@ class MotionPrimitives:
     blocks: int = 2
     split_rounds: int = 0
     seed: int = 0
+
+    def __post_init__(self):
+        whole_number(self.num_initial_plans, "num_initial_plans", 8)
 
     def plan(self, model, z, goal, history, horizon, start=None) -> Plan:
         """Plan `horizon` ticks from `z` to `goal`.

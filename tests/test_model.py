@@ -299,6 +299,11 @@ def test_alarm_rings_for_each_kind_of_collapse_and_not_for_health():
     low_rank = torch.randn(32, 60, 4) @ torch.randn(4, 128)
     assert "rank" in collapse_alarm(collapse_metrics(low_rank), config)
     assert collapse_alarm(collapse_metrics(torch.randn(32, 60, 128)), config) is None
+    broken = torch.randn(32, 60, 128)
+    broken[3, 5, 7] = torch.inf
+    metrics = collapse_metrics(broken)
+    assert all(np.isnan(value) for value in metrics.values())
+    assert "not finite" in collapse_alarm(metrics, config)
 
 
 def test_weights_of_another_preset_name_file_line_and_remedy(tmp_path):

@@ -264,6 +264,18 @@ def test_the_best_model_is_given_with_a_folder_and_without(
     assert not np.allclose(errors, history[3]["model"], rtol=1e-2)
 
 
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_latents_that_are_not_finite_end_the_run(store, tmp_path, monkeypatch, with_folder):
+    def break_weights(model, momentum):
+        for parameter in [*model.encoder.parameters(), *model.target_encoder.parameters()]:
+            parameter.data.fill_(math.nan)
+
+    monkeypatch.setattr(WorldModel, "update_target_encoder", break_weights)
+    folder = tmp_path if with_folder else None
+    with pytest.raises(FloatingPointError, match="lower the lr"):
+        train_small(store, folder, steps=3, evaluate_every=1, min_latent_std=0.1)
+
+
 def test_best_is_not_the_one_whose_latents_are_all_alike():
     """At the first evaluations of a run every error is tiny, that of copying too."""
     early = {"model": [0.01, 0.023], "copy_last": [0.012, 0.027]}

@@ -7,6 +7,7 @@ __all__ = ['ANTI_COLLAPSE', 'all_reduce_mean', 'center_over_batch', 'sigreg', 'v
            'anti_collapse_loss', 'rankme', 'collapse_metrics', 'collapse_alarm']
 
 # %% ../../nbs/model/11_collapse.ipynb #fa49724f
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -178,8 +179,10 @@ def collapse_metrics(z):
 
     Returns:
         Dict of `rank` (1..d), `std` over frames (0..1) and `correlation`, the mean absolute
-        correlation of two features (0..1).
+        correlation of two features (0..1). All are nan where a latent is not finite.
     """
+    if not torch.isfinite(z).all():
+        return dict.fromkeys(("rank", "std", "correlation"), math.nan)
     z = z.float() - z.float().mean(0)  # what is left differs between frames
     samples = z.flatten(0, 1)  # (b n, d)
     feature_std = samples.std(0).clamp_min(1e-6)
@@ -192,7 +195,7 @@ def collapse_metrics(z):
         "correlation": float(correlation.abs().sum() / num_pairs),
     }
 
-
+# %% ../../nbs/model/11_collapse.ipynb #c42d9e7f
 def collapse_alarm(metrics, config):
     """Check the collapse metrics against the config's thresholds.
 
@@ -206,6 +209,8 @@ def collapse_alarm(metrics, config):
     settings = config.jepa
     rank, std = metrics["rank"], metrics["std"]
     min_rank = settings.min_rank_fraction * config.encoder.embed_dim
+    if not (math.isfinite(std) and math.isfinite(rank)):
+        return "the latents are not finite. Try a smaller lr, and weights of an earlier step"
     if std < settings.min_latent_std:
         problem = f"std over frames is {std:.3f}, below {settings.min_latent_std}"
     elif rank < min_rank:

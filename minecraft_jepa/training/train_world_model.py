@@ -180,7 +180,10 @@ class _WorldModelTraining:
         summary = (
             f"latent MSE at 2 ticks {error:.3f} (copy {copy_error:.3f})  rank {numbers['rank']:.0f}"
         )
-        return numbers | {"alarm": collapse_alarm(numbers, self.config), "summary": summary}
+        # latents that are not finite are no collapse: the next steps end the run
+        is_finite = math.isfinite(numbers["rank"])
+        alarm = collapse_alarm(numbers, self.config) if is_finite else None
+        return numbers | {"alarm": alarm, "summary": summary}
 
 # %% ../../nbs/training/12_train_world_model.ipynb #93ceaf2a
 def training_batches(config, data, names, seed, step, rank, num_processes):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,6 +185,23 @@ def test_a_recording_that_cannot_begin_lets_go_of_its_names(tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
     with recorder.RecordingWriter(tmp_path, "w", 64, 36) as pair:
         pair.write(np.zeros((36, 64, 3), np.uint8), {})
+
+
+def test_recording_whose_frames_all_came_late_is_kept(tmp_path, monkeypatch):
+    def play(game, player, recording, pair, num_frames, seed):
+        state = {"held": set(), "hotbar": 0, "yaw": 0.0, "pitch": 0.0, "position": (0, 0, 0)}
+        picture, screen = np.zeros((16, 16, 3), np.uint8), (False, (0.5, 0.5))
+        ticks = []
+        for frame in (0, 9):
+            now = state | {"frame": frame, "micros": 50_000 * frame}
+            ticks.append(recorder._Tick(now, (frame, picture, *screen), set(), (0, 0), 0))
+        pair.write(picture, recording.make_line(*ticks, ticks[1].state))
+
+    monkeypatch.setattr(recorder, "Game", lambda *_, **__: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(recorder, "_play", play)
+    counts = recorder.record(tmp_path, minutes=0.01, width=16, height=16)
+    assert counts["frames_a_second"] == 0 and counts["frames"] == 1
+    assert (tmp_path / "world-0.mp4").exists()
 
 
 @pytest.mark.parametrize("error", [recorder.RecordingInUseError, FileNotFoundError])

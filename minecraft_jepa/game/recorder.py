@@ -309,8 +309,9 @@ def record(
             _play(game, player, recording, pair, num_frames, seed)
         finally:
             game.close()
-    frames_a_second = round(recording.counts["frames"] / recording.seconds, 2)
-    return recording.counts | {"frames_a_second": frames_a_second}
+    # 0 where each frame came so late that none of the time counts
+    rate = recording.counts["frames"] / recording.seconds if recording.seconds else 0.0
+    return recording.counts | {"frames_a_second": round(rate, 2)}
 
 # %% ../../nbs/game/06_recorder.ipynb #d847ae5b
 def _play(game, player, recording, pair, num_frames, seed):

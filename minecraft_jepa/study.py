@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import Config, preset
+from .config import Config, load_config, preset
 from .evaluation.report import compare_with_shipped, load_report
 from .notebook_runner import run_notebook
 from minecraft_jepa.utils import (
@@ -85,12 +85,14 @@ def _parameter_number(name, value):
         raise ValueError(f"{e}: whole numbers from 0 on are allowed, as in -p {name} 3") from None
 
 # %% ../nbs/80_study.ipynb #4085996c
-def study_parameters(names: dict, also=()) -> StudyParameters:
+def study_parameters(names: dict, also=(), of_weights=False) -> StudyParameters:
     """Check the parameters of a notebook, seed everything and make `out_dir`.
 
     Args:
         names: `globals()` of the notebook.
         also: parameters of this notebook alone, which it checks itself.
+        of_weights: the notebook reads weights, so the config is theirs where they are of this
+            preset: a training may have changed any field of it.
 
     Returns:
         The checked parameters.
@@ -115,6 +117,10 @@ def study_parameters(names: dict, also=()) -> StudyParameters:
     config = preset(_text("preset_name", names["preset_name"]))
     out_dir = Path(_text("out_dir", names["out_dir"]))
     weights = Path(_text("weights", names.get("weights", ""), empty=True) or out_dir / "weights")
+    if of_weights and (weights / "config.json").is_file():
+        config_of_weights = load_config(weights / "config.json")
+        if config_of_weights.name == config.name:
+            config = config_of_weights
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:

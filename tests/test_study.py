@@ -20,6 +20,7 @@ from PIL import Image
 
 from minecraft_jepa import study
 from minecraft_jepa.cli import main
+from minecraft_jepa.config import preset
 from minecraft_jepa.evaluation.report import load_report
 from minecraft_jepa.notebook_runner import run_notebook
 from minecraft_jepa.study import study_notebooks
@@ -301,6 +302,16 @@ def test_wrong_parameter_is_told_with_its_remedy(wrong, message, sample, tmp_pat
             values(sample, tmp_path / "out") | wrong,
         )
     assert message in str(stop.value)
+
+
+def test_a_notebook_that_judges_weights_has_their_config(sample, tmp_path):
+    smaller = preset("tiny", height=36, width=60)
+    (tmp_path / "config.json").write_text(smaller.to_json())
+    given = values(sample, tmp_path / "out", weights=str(tmp_path))
+    assert study.study_parameters(given, of_weights=True).config == smaller
+    assert study.study_parameters(given).config == preset("tiny")  # one that trains
+    of_another_preset = given | {"preset_name": "small"}
+    assert study.study_parameters(of_another_preset, of_weights=True).config == preset("small")
 
 
 @pytest.mark.parametrize(

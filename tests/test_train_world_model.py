@@ -188,6 +188,9 @@ def test_two_stages_are_two_runs(recordings, tmp_path, capsys, monkeypatch):
     for file in ("world_model.safetensors", "head.safetensors", "dit.safetensors"):
         tensors = [load_file(tmp_path / run / file) for run in ("both", "two")]
         assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
+    longer = replace(config, train=replace(config.train, steps=4))
+    with pytest.raises(ValueError, match=r"first_stage holds another run .*steps was 2, is 4"):
+        run_training(longer, recordings, tmp_path / "both")  # a finished run tells it too
     shutil.rmtree(tmp_path / "both" / "first_stage")  # a finished run does not need it
     assert run_training(config, recordings, tmp_path / "both") == report
     assert "trained already" in capsys.readouterr().out

@@ -147,8 +147,11 @@ def _train_in_two_stages(config, data, out, seed, device, minutes, start, ignore
     first_minutes = minutes and _FIRST_STAGE_SHARE * minutes
     # the decoders' share too: they stay those of the first stage
     second_minutes = minutes and (minutes - first_minutes) / _WORLD_MODEL_SHARE
-    if not (out / "training.json").is_file():
+    if (out / "training.json").is_file():
+        _check_same_run(folder, _read_run(folder), _run_settings(first, seed, folder, start))
+    else:
         run_training(first, data, folder, seed, device, first_minutes, start, ignore_collapse)
+        gc.collect()  # its networks are in cycles, and would stay in memory beside the second's
     return run_training(second, data, out, seed, device, second_minutes, folder, ignore_collapse)
 
 # %% ../../nbs/training/14_pipeline.ipynb #7c7098bb

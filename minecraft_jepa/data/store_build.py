@@ -131,7 +131,7 @@ def _follow_folder(store_dir, folder, names, is_whole):
 
 
 def _copy_split(store_dir, folder):
-    """Copy the files of the split into the store where they differ; remove what the folder lacks.
+    """Copy the files of the split into the store where they differ; set aside what the folder lacks.
 
     They are copied whole or not at all, and without the rights of a folder that can only be read.
     """
@@ -139,8 +139,9 @@ def _copy_split(store_dir, folder):
         source, target = folder / name, store_dir / name
         if not source.is_file():
             if target.is_file():
-                target.unlink(missing_ok=True)
-                print(f"{target} is removed: {folder} has none any more", file=sys.stderr)
+                aside = target.with_name(f"{name}.earlier")  # it may have been written by hand
+                os.replace(target, aside)
+                print(f"{folder} has no {name}: that of the store is now {aside}", file=sys.stderr)
             continue
         if target.is_file() and target.read_bytes() == source.read_bytes():
             continue

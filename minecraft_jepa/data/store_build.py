@@ -131,7 +131,7 @@ def _follow_folder(store_dir, folder, names, is_whole):
 
 
 def _copy_split(store_dir, folder):
-    """Copy the files of the split into the store where they differ; set aside what the folder lacks.
+    """Copy the files of the split into the store where they differ; set aside what is gone.
 
     They are copied whole or not at all, and without the rights of a folder that can only be read.
     """

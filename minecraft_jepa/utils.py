@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['whole_number', 'finite_number', 'did_you_mean', 'select_named', 'atomic_path', 'write_json', 'decode_text',
-           'check_device', 'seed_everything', 'cores_allowed', 'count_parameters', 'count_flops']
+           'check_device', 'seed_everything', 'cores_allowed', 'memory_allowed', 'count_parameters', 'count_flops']
 
 # %% ../nbs/00_utils.ipynb #a1878ca7
 import codecs
@@ -227,22 +227,22 @@ def seed_everything(seed: int):
     torch.manual_seed(seed % 2**64)
 
 # %% ../nbs/00_utils.ipynb #2bea8d75
-def _quota():
-    """CPU cores that the control group (cgroup v2) of this process allows; inf without a limit."""
+def _group_limits(name):
+    """Words of a file of the control groups (cgroup v2) of this process, of each that has it."""
     root = Path("/sys/fs/cgroup")
     try:
         group = root / Path("/proc/self/cgroup").read_text().split("0::/", 1)[1].split("\n")[0]
     except (OSError, IndexError):
         group = root
-    cores = math.inf
     for folder in {group, *group.parents, root}:
-        try:
-            quota, period = (folder / "cpu.max").read_text().split()
-        except (OSError, ValueError):
-            continue
-        if quota != "max":
-            cores = min(cores, int(quota) / int(period))
-    return cores
+        with suppress(OSError):
+            yield (folder / name).read_text().split()
+
+
+def _quota():
+    """CPU cores that the control groups of this process allow; inf without a limit."""
+    limits = [int(n) / int(period) for n, period in _group_limits("cpu.max") if n != "max"]
+    return min(limits, default=math.inf)
 
 
 def cores_allowed() -> int:
@@ -256,6 +256,16 @@ def cores_allowed() -> int:
     except (AttributeError, OSError):
         cores = os.cpu_count() or 1
     return max(1, math.ceil(min(_quota(), cores)))
+
+
+def memory_allowed() -> int:
+    """Memory that this process may use, the machine's or what its control groups leave of it.
+
+    Returns:
+        Bytes.
+    """
+    limits = [int(limit) for limit, *_ in _group_limits("memory.max") if limit != "max"]
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *limits])
 
 # %% ../nbs/00_utils.ipynb #c63d25cd
 def count_parameters(module):

@@ -197,6 +197,17 @@ def test_cores_are_those_allowed(monkeypatch):
         assert cores_allowed() == allowed
 
 
+def test_memory_is_that_allowed(monkeypatch):
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limits, allowed in (
+        ([], whole),
+        ([["max"]], whole),
+        ([["1048576"], ["max"], ["2097152"]], 2**20),
+    ):
+        monkeypatch.setattr(utils, "_group_limits", lambda _, limits=limits: limits)
+        assert utils.memory_allowed() == allowed
+
+
 @pytest.mark.parametrize(
     ("variables", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")]
 )

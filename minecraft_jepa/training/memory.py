@@ -7,7 +7,6 @@ __all__ = ['blank_batch', 'plan_memory', 'uses_batch_statistics', 'MemoryPlanErr
 
 # %% ../../nbs/training/09_memory.ipynb #9e6645c5
 import dataclasses
-import os
 from functools import lru_cache
 
 import torch
@@ -18,6 +17,7 @@ from ..data.actions import ACTION_DIM
 from ..model.collapse import ANTI_COLLAPSE
 from ..model.world_model import WorldModel
 from .distributed import apply_compile_and_checkpointing, transformer_blocks
+from ..utils import memory_allowed
 
 # %% ../../nbs/training/09_memory.ipynb #d6d76989
 @lru_cache
@@ -193,10 +193,10 @@ def check_memory(
 
 # %% ../../nbs/training/09_memory.ipynb #edb6698f
 def _memory_of(device):
-    """Bytes of memory of this machine's GPU or of the machine."""
+    """Bytes of memory of this machine's GPU, or those that this process may use."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory_allowed()
 
 
 def _gib(num_bytes):

@@ -127,10 +127,10 @@ def _follow_folder(store_dir, folder, names, is_whole):
     removed = removed - set(names)
     if removed != noted:
         write_json(store_dir / "removed.json", sorted(removed))
-    _copy_split(store_dir, folder)
+    _copy_split(store_dir, folder, is_whole)
 
 
-def _copy_split(store_dir, folder):
+def _copy_split(store_dir, folder, is_whole):
     """Copy the files of the split into the store where they differ; set aside what is gone.
 
     They are copied whole or not at all, and without the rights of a folder that can only be read.
@@ -138,7 +138,7 @@ def _copy_split(store_dir, folder):
     for name in ("split.json", "manifest.json"):
         source, target = folder / name, store_dir / name
         if not source.is_file():
-            if target.is_file():
+            if is_whole and target.is_file():
                 aside = target.with_name(f"{name}.earlier")  # it may have been written by hand
                 os.replace(target, aside)
                 print(f"{folder} has no {name}: that of the store is now {aside}", file=sys.stderr)

@@ -93,24 +93,29 @@ def _replace_weights(target, files):
     for name, file_bytes in files.items():
         (target / f"{name}.part").write_bytes(file_bytes)
     is_same = _has_same_weights(target, files)
-    (target / ".earlier").mkdir()
+    aside = target / ".earlier.part"
+    aside.mkdir()
     # First, so that nothing ever stands beside weights that it does not belong to.
     for name in files if is_same else (*WEIGHT_FILES, *BESIDE):
         if (target / name).exists():
-            os.replace(target / name, target / ".earlier" / name)
+            os.replace(target / name, aside / name)
+    os.replace(aside, target / ".earlier")  # now all of them are there
     for name in files:
         os.replace(target / f"{name}.part", target / name)
 
 
 def _complete_or_undo(target, files):
     """Where a file is not in its place yet, put all earlier ones back; clear up."""
-    earlier = target / ".earlier"
-    waiting = [name for name in files if (target / f"{name}.part").exists()]
+    earlier, aside = target / ".earlier", target / ".earlier.part"
+    waiting = [name for name in WEIGHT_FILES if (target / f"{name}.part").exists()]
     if waiting and earlier.is_dir():
         for name in files.keys() - waiting:
             (target / name).unlink(missing_ok=True)
-        for path in list(earlier.iterdir()):
+        os.replace(earlier, aside)  # from here on, what lies in `target` is no new file
+    if aside.is_dir():
+        for path in list(aside.iterdir()):
             os.replace(path, target / path.name)
+        aside.rmdir()
     for name in waiting:
         (target / f"{name}.part").unlink()
     shutil.rmtree(earlier, ignore_errors=True)

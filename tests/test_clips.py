@@ -185,7 +185,7 @@ def change_recording(folder, suffix):
             shutil.copy(DATA / f"{OTHER}{half}", folder / f"{SHORT}{half}")
 
 
-def test_what_leaves_the_folder_leaves_the_store(tmp_path):
+def test_what_leaves_the_folder_leaves_the_store(tmp_path, capsys):
     source, store_dir = tmp_path / "v", tmp_path / "store"
     for name in "abcd":
         pairs.make_pair(source, name, 4)
@@ -202,8 +202,12 @@ def test_what_leaves_the_folder_leaves_the_store(tmp_path):
         shutil.move(source / f"d{suffix}", tmp_path)
     build(source, store_dir, names=["a"])
     assert ClipStore.open(store_dir).names == ["a", "b", "c", "d"]  # "a" is not all of the folder
+    capsys.readouterr()
     build(source, store_dir, workers=1)
+    said = capsys.readouterr().err
+    assert f"{source} does not hold 1 clips of {store_dir}" in said and "(d)" in said
     build(source, store_dir, names=["a"])
+    assert not capsys.readouterr().err
     assert ClipStore.open(store_dir).names == ["a", "b", "c"]
     assert load_split(store_dir) == load_split(source)
 

@@ -24,7 +24,13 @@ from minecraft_jepa.planning.goal_motion import RelativeMotionNet
 from minecraft_jepa.planning.inverse_model import InverseModel
 from minecraft_jepa.planning.networks import training_sides
 from minecraft_jepa.planning.planners import PLANNERS, default_planner
-from minecraft_jepa.planning.search import CountingModel, Search, imagine_plans, toy_problem
+from minecraft_jepa.planning.search import (
+    CountingModel,
+    Search,
+    best_plans,
+    imagine_plans,
+    toy_problem,
+)
 from minecraft_jepa.planning.swm import SwmPlanner, import_solvers
 from minecraft_jepa.planning.temporal_distance import RemainingMotionCost, TemporalDistance
 
@@ -274,6 +280,23 @@ def test_futures_that_are_not_finite_count_for_nothing(name):
     assert np.isfinite(plan.actions).all()
     with pytest.raises(ValueError, match="no plan has a finite cost"):
         PLANNERS[name](PRIOR, cost=none_is_finite).plan(CountingModel(), *toy_problem(24, -8))
+
+
+def test_a_gradient_that_is_not_finite_moves_no_plan():
+    def finite_without_a_gradient(latents, goal):
+        costs = squared_distance(latents, goal)
+        return costs + (costs - costs).sqrt()  # adds 0, with an infinite slope
+
+    plan = PLANNERS["gradient"](PRIOR, cost=finite_without_a_gradient).plan(
+        CountingModel(), *toy_problem(24, -8)
+    )
+    assert np.isfinite(plan.actions).all() and np.isfinite(plan.costs).all()
+
+
+def test_best_plans_are_finite_and_in_order():
+    costs = np.array([np.inf, 3.0, 1.0, np.nan, 1.0])
+    assert best_plans(costs, 4).tolist() == [2, 4, 1]
+    assert not len(best_plans(costs[:1], 1))
 
 
 def test_too_few_first_plans_are_refused_at_once():

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 
+import fsspec
 import numpy as np
 import pairs
 import pytest
@@ -344,6 +345,20 @@ def test_writing_goes_on_and_a_half_written_set_is_refused(store, tmp_path, monk
     assert not list(tmp_path.glob("*.part"))
     write_shards(store, tmp_path, quality=50, **SEGMENTS)  # other contents: none is kept
     assert all(change_times()[name] != before[name] for name in before)
+
+
+@pytest.mark.parametrize("module, expected", [("botocore", ShardError), ("builtins", Exception)])
+def test_what_a_storage_says_comes_with_the_address(monkeypatch, module, expected):
+    error = type("NoCredentialsError", (Exception,), {"__module__": module})
+
+    def refuse(url, **storage):
+        raise error("Unable to locate credentials")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", refuse)
+    with pytest.raises(expected, match="Unable to locate credentials") as caught:
+        shard_windows("s3://bucket/shards")
+    explained = "s3://bucket/shards can't be read: NoCredentialsError" in str(caught.value)
+    assert explained == (module == "botocore")
 
 
 def test_damaged_and_missing_shards_are_named(written, tmp_path):

@@ -142,28 +142,23 @@ class ShardsCommand:
     def run(self):
         """Write what is not there yet, and say how much there is."""
         from minecraft_jepa.data.clip_store import ClipStore
-        from minecraft_jepa.data.shards import ShardError, write_shards
+        from minecraft_jepa.data.shards import explain_storage_errors, write_shards
 
-        try:
-            with explain_import_error("pip install -e '.[s3]' brings what shards on S3 need"):
-                about = write_shards(
-                    ClipStore.open(self.store),
-                    self.url,
-                    length=self.length,
-                    per_shard=self.per_shard,
-                    history=self.history,
-                    reach=self.reach,
-                    quality=None if self.lossless else self.quality,
-                    workers=self.workers,
-                    progress=self.progress,
-                )
-        except (ValueError, OSError, ShardError, ImportError, MemoryError):
-            raise
-        except Exception as error:  # whatever the storage's own library raises
-            raise ShardError(
-                f"{self.url} can't be written: {type(error).__name__}: {error}; "
-                "check the address, and the credentials of the storage"
-            ) from error
+        with (
+            explain_import_error("pip install -e '.[s3]' brings what shards on S3 need"),
+            explain_storage_errors(self.url, "can't be written"),
+        ):
+            about = write_shards(
+                ClipStore.open(self.store),
+                self.url,
+                length=self.length,
+                per_shard=self.per_shard,
+                history=self.history,
+                reach=self.reach,
+                quality=None if self.lossless else self.quality,
+                workers=self.workers,
+                progress=self.progress,
+            )
         if not about["split"]:
             print(
                 f"{self.store} has neither split.json nor manifest.json, so the shards hold no "

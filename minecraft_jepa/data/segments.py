@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from .actions import ACTION_DIM
-from .shards import ShardError
+from .shards import ShardError, explain_storage_errors
 
 # %% ../../nbs/data/22_segments.ipynb #1b56da8a
 def _decode_segment(tar_bytes):
@@ -138,13 +138,16 @@ def read_shards_json(url, storage):
     Raises:
         ShardError: there is none, or it is damaged.
     """
-    fs, root = _open_filesystem(url, storage)
     try:
-        return json.loads(fs.cat_file(f"{root}/shards.json"))
+        with explain_storage_errors(url, "can't be read"):
+            fs, root = _open_filesystem(url, storage)
+            contents = fs.cat_file(f"{root}/shards.json")
     except FileNotFoundError:
         raise ShardError(
             f"{url}: no shards.json there; write_shards writes it last, so run it again to finish"
         ) from None
+    try:
+        return json.loads(contents)
     except ValueError as e:
         raise ShardError(
             f"{root}/shards.json: not JSON ({e}); write it again with: minecraft-jepa shards STORE "

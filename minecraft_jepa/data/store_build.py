@@ -33,7 +33,7 @@ from minecraft_jepa.data.clips import (
     is_stale,
 )
 from .recording_files import RecordingError
-from .splits import read_removed
+from .splits import list_clips, read_removed
 from .video import declared_frames
 from ..folders import lock_folder
 from ..utils import write_json
@@ -123,10 +123,17 @@ def _follow_folder(store_dir, folder, names, is_whole):
     """Split and list of a store become those of the folder; `is_whole`: `names` are all of it."""
     removed = noted = read_removed(store_dir)
     if is_whole:
-        removed = {path.parent.name for path in store_dir.glob("[!.]*/clip.json")}
+        removed = noted | set(list_clips(store_dir))
     removed = removed - set(names)
     if removed != noted:
         write_json(store_dir / "removed.json", sorted(removed))
+    if gone := sorted(removed - noted):
+        first = ", ".join(gone[:5]) + (", ..." if len(gone) > 5 else "")
+        print(
+            f"{folder} does not hold {len(gone)} clips of {store_dir}: they are not listed any "
+            f"more ({first}); two folders need two stores",
+            file=sys.stderr,
+        )
     _copy_split(store_dir, folder, is_whole)
 
 

@@ -19,7 +19,7 @@ from minecraft_jepa.planning.action_prior import (
     primitives_to_actions,
 )
 from .costs import squared_distance
-from .search import Plan, Search, check_problem
+from .search import Plan, Search, best_plans, check_problem
 from ..utils import whole_number
 
 # %% ../../nbs/planning/08_motion_primitives.ipynb #ec9f05a7
@@ -34,8 +34,7 @@ def _prior_penalty(turns, turn_priors):
 
 def _weigh_elites(total, count):
     """The best plans, where their total is finite, and their weights: (k,) each."""
-    best = np.argsort(total, kind="stable")[:count]
-    best = best[np.isfinite(total[best])]
+    best = best_plans(total, count)
     scale = max(total[best[-1]] - total[best[0]], 1e-9)
     weights = np.exp(-SHARPNESS * (total[best] - total[best[0]]) / scale)
     return best, weights / weights.sum()
@@ -116,7 +115,7 @@ class MotionPrimitives:
 
     def _refine(self, search, turns, keys, total, deviation, blocks, random):
         """Draw turns around those of the elites: new turns (samples, blocks, 2), keys, costs."""
-        best = np.argsort(total, kind="stable")[: self.elites]
+        best = best_plans(total, self.elites)
         parents = best[random.integers(0, len(best), self.samples)]
         shape = self.samples, blocks, 2
         drawn = turns[parents] + deviation * random.standard_normal(shape)

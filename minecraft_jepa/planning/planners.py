@@ -19,7 +19,7 @@ from .costs import squared_distance
 from .inverse_model import InverseModel
 from .motion_primitives import MotionPrimitives
 from .proposals import Proposal
-from .search import Plan, Search, check_problem
+from .search import Plan, Search, best_plans, check_problem
 
 # %% ../../nbs/planning/10_planners.ipynb #00bd22f8
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ class CEM(RandomShooting):
     """The cross-entropy method: the next round is fitted to the elites. Arguments as above."""
 
     def _learn(self, proposal, turns, keys, costs, floor):
-        best = np.argsort(costs, kind="stable")[: self.elites]
+        best = best_plans(costs, self.elites)
+        if not len(best):
+            return proposal, None
         weights = np.full(len(best), 1 / len(best))
         return proposal.fit(turns[best], keys[best], weights, floor), None
 
@@ -107,7 +109,7 @@ class ICEM(CEM):
         return noise / noise.std()
 
     def _learn(self, proposal, turns, keys, costs, floor):
-        best = np.argsort(costs, kind="stable")[: max(self.elites // 3, 1)]
+        best = best_plans(costs, max(self.elites // 3, 1))
         return super()._learn(proposal, turns, keys, costs, floor)[0], (turns[best], keys[best])
 
 
@@ -169,7 +171,8 @@ class GradientPlanner:
                 for leaf, gradient in zip(
                     leaves, torch.autograd.grad(search.costs_with_grad(plans).sum(), leaves)
                 ):
-                    leaf.grad = gradient * self.samples
+                    # a plan whose gradient is not finite stays where it is
+                    leaf.grad = gradient.nan_to_num(0.0, 0.0, 0.0) * self.samples
                 adam.step()
             plans = self._relaxed(leaves, spread, proposal, search.horizon).detach().numpy()
         keys = free_keys(self.groups)

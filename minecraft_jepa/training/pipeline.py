@@ -19,7 +19,6 @@ from accelerate.state import PartialState
 from ..config import load_config
 from ..data.clip_store import ClipStore
 from ..data.loader import read_shards_metadata
-from ..data.shards import ShardError
 from ..data.splits import load_split
 from ..model.decoders import DiT, RegressionHead
 from ..model.world_model import WorldModel
@@ -273,12 +272,7 @@ def _open_data(config, data, seed, previous):
 
 def _read_shards_split(url):
     """Split of the store that shards were written from."""
-    try:
-        split = read_shards_metadata(url)["split"]
-    except (ValueError, OSError, ShardError, ImportError):
-        raise
-    except Exception as error:  # whatever the storage's own library raises
-        raise ShardError(f"{url} can't be read: {type(error).__name__}: {error}") from error
+    split = read_shards_metadata(url)["split"]
     if not split:
         raise ValueError(f"{url}: the shards have no split; write them from a store that has one")
     return split

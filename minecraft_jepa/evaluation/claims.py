@@ -50,7 +50,7 @@ def judge_prediction(report):
     evidence = (
         f"ticks of 15 at which it is better by pairs: {counts}. At 8 ticks its error is "
         f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}] of that of "
-        f"the best model-free baseline ({row['baseline']})"
+        f"the best baseline ({row['baseline']})"
     )
     return evidence, _verdict(len(at_all_baselines) == 15, at_all_baselines)
 

@@ -97,7 +97,7 @@ FREE_BASELINES = ("copy_last", "linear", *BASELINES)
 def relative_to_best_baseline(
     errors, horizons, method="model", baselines=FREE_BASELINES
 ) -> dict[str, dict]:
-    """Compare a method with the strongest baseline at each horizon.
+    """Compare a method with the best baseline at each horizon.
 
     Args:
         errors: {method: (recordings, horizons)}.
@@ -111,9 +111,9 @@ def relative_to_best_baseline(
     measured = [baseline for baseline in baselines if baseline in errors]
     table = {}
     for i, h in enumerate(horizons):
-        strongest = min(measured, key=lambda baseline: np.nanmean(errors[baseline][:, i]))
-        comparison = paired_comparison(errors[method][:, i], errors[strongest][:, i])
-        table[str(h)] = {"baseline": strongest} | comparison
+        best = min(measured, key=lambda baseline: np.nanmean(errors[baseline][:, i]))
+        comparison = paired_comparison(errors[method][:, i], errors[best][:, i])
+        table[str(h)] = {"baseline": best} | comparison
     return table
 
 # %% ../../nbs/evaluation/06_paired_comparison.ipynb #7b21c0d2

@@ -121,17 +121,17 @@ def judge_frames(model, decode, store, names, windows_per_recording=16) -> dict:
 COMPARED = {  # quantity at 8 ticks -> judged how, measure, 1 where more is better, -1 where less is
     "PSNR in dB": ("frames", "psnr", 1),
     "SSIM": ("frames", "ssim", 1),
-    "error over copying, third encoder": ("seen_by_judge", "error_over_copying", -1),
-    "shuffled / true actions, third encoder": ("seen_by_judge", "action_sensitivity", 1),
-    "retrieval, third encoder": ("seen_by_judge", "top1_without_given_frame", 1),
-    "shuffled / true actions, own space": ("own_space", "action_sensitivity", 1),
-    "retrieval, own space": ("own_space", "top1_without_given_frame", 1),
-    "camera error of plans in degrees, own space": ("plans", "camera_error", -1),
+    "error over copying (third encoder)": ("seen_by_judge", "error_over_copying", -1),
+    "shuffled / true actions (third encoder)": ("seen_by_judge", "action_sensitivity", 1),
+    "retrieval (third encoder)": ("seen_by_judge", "top1_without_given_frame", 1),
+    "shuffled / true actions (own space)": ("own_space", "action_sensitivity", 1),
+    "retrieval (own space)": ("own_space", "top1_without_given_frame", 1),
+    "camera error of plans in degrees (own space)": ("plans", "camera_error", -1),
 }
 REFERENCES = {  # quantity -> measure of what needs no model, and its name
     "PSNR in dB": ("psnr_of_copy", "the given frame"),
     "SSIM": ("ssim_of_copy", "the given frame"),
-    "camera error of plans in degrees, own space": ("camera_error_of_nothing", "doing nothing"),
+    "camera error of plans in degrees (own space)": ("camera_error_of_nothing", "doing nothing"),
 }
 
 

@@ -45,7 +45,7 @@ def error_rows(horizons, ticks) -> dict:
 
 
 def baseline_rows(relative, ticks) -> dict:
-    """Tabulate the comparison with the strongest baseline at each horizon.
+    """Tabulate the comparison with the best baseline at each horizon.
 
     Args:
         relative: `relative_to_best_baseline` of the report, {ticks: comparison}.
@@ -59,7 +59,7 @@ def baseline_rows(relative, ticks) -> dict:
         row = relative[str(h)]
         low, high = row["interval"]
         table[h] = {
-            "best model-free baseline": row["baseline"],
+            "best baseline": row["baseline"],
             "error relative to it": f"{row['ratio']:.2f}",
             "95 % interval": f"[{low:.2f}, {high:.2f}]",
             "better on": f"{row['better']} of {row['of']}",
@@ -162,12 +162,12 @@ HEADLINES = {  # section -> {what: path in the report}
         "error relative to copying at 8 ticks": ("relative_to_copy", "8", "model", "mean"),
     },
     "baselines": {
-        "error relative to the strongest baseline at 1 tick": (
+        "error relative to the best baseline at 1 tick": (
             "relative_to_best_baseline",
             "1",
             "ratio",
         ),
-        "error relative to the strongest baseline at 8 ticks": (
+        "error relative to the best baseline at 8 ticks": (
             "relative_to_best_baseline",
             "8",
             "ratio",
@@ -216,8 +216,8 @@ STUDY_NUMBERS = {
     "error at 1 tick": 0.07,
     "error at 8 ticks": 0.31,
     "error relative to copying at 8 ticks": 0.68,
-    "error relative to the strongest baseline at 1 tick": 0.92,
-    "error relative to the strongest baseline at 8 ticks": 0.92,
+    "error relative to the best baseline at 1 tick": 0.92,
+    "error relative to the best baseline at 8 ticks": 0.92,
     "action sensitivity at 8 ticks": 1.68,
     "true future first of 256 at 4 ticks": 0.14,
     "R2 of pitch": 0.70,

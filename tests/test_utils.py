@@ -12,7 +12,7 @@ import pytest
 
 from minecraft_jepa import utils
 from minecraft_jepa.folders import lock_file, lock_folder, open_alone
-from minecraft_jepa.utils import atomic_path, decode_text, write_json
+from minecraft_jepa.utils import atomic_path, decode_text, read_or_make, write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,6 +61,21 @@ def test_name_of_many_bytes_is_written(tmp_path):
     path = tmp_path / ("\u4e16" * 72 + ".json")  # 221 bytes
     write_json(path, [1])
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_result_is_made_once_and_anew_where_what_decides_it_changes(tmp_path):
+    made = []
+
+    def make():
+        made.append(len(made))
+        return {"value": made[-1]}
+
+    path = tmp_path / "seed-0.json"
+    first = read_or_make(path, {"steps": (3, 4)}, make)
+    assert first["value"] == 0 and first["what"] == {"steps": [3, 4]} and first["seconds"] >= 0
+    assert read_or_make(path, {"steps": (3, 4)}, make) == first
+    assert read_or_make(path, {"steps": (3, 5)}, make)["value"] == 1
+    assert read_or_make(path, {"steps": (3, 5)}, make)["value"] == 1
 
 
 def test_name_of_any_length_is_written(tmp_path):

@@ -155,7 +155,7 @@ def write_json(path, value):
         text = json.dumps(value, indent=1)
         tmp_path.write_text(_NUMBERS.sub(_on_one_line, text) + "\n")
 
-
+# %% ../nbs/00_utils.ipynb #47f36ebd
 def read_or_make(path, identity, make) -> dict:
     """Read the result that an earlier call kept, or make it and keep it.
 

@@ -347,7 +347,9 @@ def test_writing_goes_on_and_a_half_written_set_is_refused(store, tmp_path, monk
     assert all(change_times()[name] != before[name] for name in before)
 
 
-@pytest.mark.parametrize("module, expected", [("botocore", ShardError), ("builtins", Exception)])
+@pytest.mark.parametrize(
+    ("module", "expected"), [("botocore", ShardError), ("builtins", Exception)]
+)
 def test_what_a_storage_says_comes_with_the_address(monkeypatch, module, expected):
     error = type("NoCredentialsError", (Exception,), {"__module__": module})
 

@@ -71,7 +71,7 @@ def segment_starts(segment, ticks, rollout) -> range:
     with_history = segment["actions"] + ticks - 1
     return range(max(first, with_history), min(first + segment["starts"], end - rollout))
 
-# %% ../../nbs/data/20_shards.ipynb #ccc4fc6e
+# %% ../../nbs/data/20_shards.ipynb #80c5bac1
 class ShardError(RuntimeError):
     """Shards can't be written or read; says why, and the remedy."""
 
@@ -99,7 +99,7 @@ def explain_storage_errors(url, what):
             "check the address, and the credentials of the storage"
         ) from error
 
-
+# %% ../../nbs/data/20_shards.ipynb #ccc4fc6e
 def _encode_image(pixels, quality):
     """Encode (3, H, W) as JPEG; as lossless WebP where the quality is None."""
     buffer = io.BytesIO()

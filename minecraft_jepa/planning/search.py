@@ -115,13 +115,13 @@ def check_problem(model, z, goal, history, horizon):
     rows = np.concatenate([np.tile(NOOP, (ticks - len(rows), 1)), rows])
     return z, goal, torch.from_numpy(rows.astype(np.float32)).to(z.device), horizon
 
-# %% ../../nbs/planning/02_search.ipynb #a114dea7
+# %% ../../nbs/planning/02_search.ipynb #bcaebe3d
 def best_plans(costs, count) -> np.ndarray:
     """Indices of the lowest costs (n,) that are finite, the best first: (up to `count`,)."""
     best = np.argsort(costs, kind="stable")[:count]
     return best[np.isfinite(costs[best])]
 
-
+# %% ../../nbs/planning/02_search.ipynb #a114dea7
 @dataclass
 class Search:
     """One planning problem, and what was tried in it so far."""

@@ -160,7 +160,7 @@ def read_or_make(path, identity, make) -> dict:
     """Read the result that an earlier call kept, or make it and keep it.
 
     Args:
-        path: the JSON file; one of another identity is written anew.
+        path: the JSON file; one of another identity, or that is no such result, is written anew.
         identity: what decides the result, in values that `json` can hold.
         make: gives the result, a dict; called without arguments.
 
@@ -168,9 +168,9 @@ def read_or_make(path, identity, make) -> dict:
         The result, with `what`, the identity, and the `seconds` that it took.
     """
     path, identity = Path(path), json.loads(json.dumps(identity))
-    if path.is_file():
-        kept = json.loads(path.read_text())
-        if kept["what"] == identity:
+    with suppress(FileNotFoundError, ValueError):  # a damaged file is no result
+        kept = json.loads(path.read_bytes())
+        if isinstance(kept, dict) and kept.get("what") == identity:
             return kept
     start_time = time.monotonic()
     result = make()

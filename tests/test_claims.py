@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from minecraft_jepa.evaluation import claims
+from minecraft_jepa.evaluation.claim_numbers import load_numbers
 
 FIGURES = Path(__file__).parent.parent / "figures"
 
@@ -214,3 +216,25 @@ def test_scale_asks_for_an_interval_seed_by_seed(double, verdict):
 
 def test_scale_is_not_shown_without_ablations():
     assert claims.judge_scale(None)[1] == "not shown"
+    table = {"predictor blocks": {d: {"error / copying, 4 ticks": [0.8, 0.7]} for d in ("3", "1")}}
+    evidence, verdict = claims.judge_scale({"steps": 3, "table": table})
+    assert (evidence, verdict) == ("no run with more predictor blocks than 3", "not shown")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("sora", "{", "sora.json, line 1: not JSON"),
+        ("agent", "{", "agent.json, line 1: not JSON"),
+        ("agent", '{"tasks": {}}', None),
+    ],
+)
+def test_damaged_numbers_are_named(tmp_path, name, text, said):
+    for kept in ("evaluate", "sora"):
+        shutil.copy(FIGURES / f"{kept}.json", tmp_path)
+    (tmp_path / f"{name}.json").write_text(text)
+    if said is None:
+        assert load_numbers(tmp_path)["agent"] is None
+        return
+    with pytest.raises(ValueError, match=said):
+        load_numbers(tmp_path)

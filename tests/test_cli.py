@@ -17,6 +17,7 @@ from minecraft_jepa import notebook_runner
 from minecraft_jepa.cli import COMMANDS, main, read_command
 from minecraft_jepa.commands.game_commands import read_seeds
 from minecraft_jepa.commands.model_commands import DemoCommand
+from minecraft_jepa.commands.study_commands import StudyCommand
 from minecraft_jepa.commands.training_commands import TrainCommand
 from minecraft_jepa.config import PRESETS, Config, preset
 from minecraft_jepa.data.clip_store import ClipStore
@@ -221,6 +222,8 @@ def test_a_stop_by_the_user_is_told_in_a_line(capsys, monkeypatch):
     refused(capsys, FEW, "stopped; the same command goes on", 1)
     monkeypatch.setattr(DemoCommand, "run", stop)
     assert refused(capsys, ["demo"], "stopped", 1).strip() == "minecraft-jepa demo: stopped"
+    monkeypatch.setattr(StudyCommand, "run", stop)
+    refused(capsys, ["study"], "the same command runs every notebook anew", 1)
 
 
 def test_a_full_memory_is_told_with_a_remedy(capsys, monkeypatch):

@@ -38,7 +38,7 @@ from minecraft_jepa.evaluation.horizon import (
 from minecraft_jepa.evaluation.pair_features import pixel_pair_features, pixel_tokens
 from minecraft_jepa.evaluation.paired_comparison import paired_table, ticks_better
 from minecraft_jepa.evaluation.pixels import pixel_metrics, psnr, ssim
-from minecraft_jepa.evaluation.probes import linear_probe
+from minecraft_jepa.evaluation.probes import linear_probe, probe_by_world
 from minecraft_jepa.evaluation.report import (
     SCHEMA,
     check_criteria,
@@ -381,6 +381,17 @@ def shuffled(examples, random):
     return frames, later_frames, labels, owner
 
 
+def test_worlds_without_a_change_of_the_label_are_no_worlds_without_skill():
+    worlds = np.repeat([f"world-{i}" for i in range(8)], 20)
+    truth = np.zeros(160)
+    truth[:10] = 1  # a screen is open in one world of eight
+    found = probe_by_world({"gui_open": (truth.copy(), truth)}, worlds, 200)["gui_open"]
+    assert found["worlds"]["world-0"] == 1 and found["worlds"]["world-1"] is None
+    assert found["interval"] == [1, 1]
+    never = probe_by_world({"gui_open": (truth[20:], truth[20:])}, worlds[20:], 200)["gui_open"]
+    assert never["interval"] == [0, 0]
+
+
 def test_shuffled_labels_take_probes_to_chance():
     random = np.random.default_rng(0)
 
@@ -704,6 +715,9 @@ def test_a_new_session_of_a_player_trained_on_is_not_judged(tmp_path):
     assert unseen_recordings(tmp_path, tmp_path) == names[4:]
     sides = training_sides(tmp_path, tmp_path, SimpleNamespace(names=names))
     assert sides == {"train": names[:2], "validation": names[2:4]}
+    (tmp_path / "training.json").write_text("{")
+    with pytest.raises(ValueError, match=r"training.json, line 1: not JSON.*copy the whole"):
+        unseen_recordings(tmp_path, tmp_path)
 
 
 def test_latents_that_are_all_alike_are_told_and_no_nan(store):
@@ -798,3 +812,7 @@ def test_other_recordings_are_not_comparable_and_say_so():
     assert "preset small, the shipped of tiny" in different["summary"]
     first = different["rows"][0]
     assert first == {"what": "pitch_r2", "threshold": 0.8, "yours": 0.7, "shipped": 0.7}
+    report["criteria"][0] |= {"number": 0.85, "interval": [0.75, 0.9]}
+    first = compare_with_shipped(report, report)["rows"][0]
+    assert first["what"] == "pitch_r2, lower end of the interval"
+    assert first["yours"] == 0.75 < first["threshold"]

@@ -293,6 +293,30 @@ def test_a_gradient_that_is_not_finite_moves_no_plan():
     assert np.isfinite(plan.actions).all() and np.isfinite(plan.costs).all()
 
 
+def test_a_gradient_that_is_lost_later_stops_its_plan():
+    rounds = []
+
+    def steep_after_the_first_round(latents, goal):
+        rounds.append(latents.detach()[:, -1, 0, 0])  # yaw at the end, of each plan
+        costs = squared_distance(latents, goal)
+        return costs + (costs - costs).sqrt() if len(rounds) > 1 else costs
+
+    PLANNERS["gradient"](PRIOR, cost=steep_after_the_first_round).plan(
+        CountingModel(), *toy_problem(24, -8)
+    )
+    assert not torch.equal(rounds[0], rounds[1])
+    assert torch.equal(rounds[1], rounds[5])  # in spite of the momentum of the first step
+
+
+def test_plans_without_a_finite_cost_once_their_keys_are_rounded_are_refused():
+    def only_relaxed(latents, goal):
+        costs = squared_distance(latents, goal)
+        return costs if costs.requires_grad else torch.full_like(costs, torch.nan)
+
+    with pytest.raises(ValueError, match="no plan has a finite cost with its keys rounded"):
+        PLANNERS["gradient"](PRIOR, cost=only_relaxed).plan(CountingModel(), *toy_problem(24, -8))
+
+
 def test_best_plans_are_finite_and_in_order():
     costs = np.array([np.inf, 3.0, 1.0, np.nan, 1.0])
     assert best_plans(costs, 4).tolist() == [2, 4, 1]

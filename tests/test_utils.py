@@ -76,6 +76,10 @@ def test_a_result_is_made_once_and_anew_where_what_decides_it_changes(tmp_path):
     assert read_or_make(path, {"steps": (3, 4)}, make) == first
     assert read_or_make(path, {"steps": (3, 5)}, make)["value"] == 1
     assert read_or_make(path, {"steps": (3, 5)}, make)["value"] == 1
+    for damaged in ("{", "[]", "{}"):
+        path.write_text(damaged)
+        assert read_or_make(path, {}, make)["what"] == {}
+    assert len(made) == 5
 
 
 def test_name_of_any_length_is_written(tmp_path):

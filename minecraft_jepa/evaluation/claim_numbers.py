@@ -6,9 +6,9 @@
 __all__ = ['find_numbers', 'load_numbers']
 
 # %% ../../nbs/evaluation/19_claim_numbers.ipynb #e4b53ab5
-import json
 from pathlib import Path
 
+from ..data.lines import read_json
 from .report import load_report
 from .unseen import weights_identity
 
@@ -46,7 +46,7 @@ def load_numbers(folder, weights=None):
         other weights, another preset or other recordings.
 
     Raises:
-        ValueError: if a file is missing, or the report is of other weights.
+        ValueError: if a file is missing or damaged, or the report is of other weights.
     """
     folder = Path(folder)
     report = load_report(folder / "evaluate.json")
@@ -67,7 +67,7 @@ def load_numbers(folder, weights=None):
         numbers[name] = made
     for name in ("planning", "agent"):
         made = _load_if_made(folder / f"{name}.json")
-        if made and identity and made["weights"]["sha256"] != identity["sha256"]:
+        if made and identity and made.get("weights", {}).get("sha256") != identity["sha256"]:
             print(f"{folder / name}.json is of other weights than the evaluation, and is not used")
             made = None
         numbers[name] = made
@@ -81,12 +81,13 @@ def _load_json(path, made_by):
             f"{path}: no such file; run nbs/study/{made_by}.ipynb with the same out_dir first, "
             "or give the folder with its numbers as out_dir"
         )
-    return json.loads(path.read_text())
+    return _load_if_made(path)
 
 
 def _load_if_made(path):
     """Read numbers; None where there are none."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    remedy = "delete it, or run the notebook that makes it with the same out_dir"
+    return read_json(path, remedy) if path.is_file() else None
 
 
 def _difference(trainings, report, key):

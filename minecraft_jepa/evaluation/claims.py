@@ -285,6 +285,8 @@ def judge_scale(ablations):
         ), "not shown"
     quantity = "error / copying, 4 ticks"
     own, double = next(iter(depths)), max(depths, key=int)
+    if double == own:
+        return f"no run with more predictor blocks than {own}", "not shown"
     own_errors, double_errors = depths[own][quantity], depths[double][quantity]
     found = compare_seeds(own_errors, double_errors, -1)
     if found["difference"] is None:
@@ -295,8 +297,7 @@ def judge_scale(ablations):
         f"{found['difference']:+.3f} ({low:+.3f} to {high:+.3f}, {found['seeds']} seeds of "
         f"{ablations['steps']} steps). The encoder and the recordings stayed as they are"
     )
-    is_better = int(double) > int(own) and found["verdict"] == "better"
-    return evidence, _verdict(False, is_better)
+    return evidence, _verdict(False, found["verdict"] == "better")
 
 # %% ../../nbs/evaluation/18_claims.ipynb #f5b17389
 def judge_claims(

@@ -152,7 +152,8 @@ def probe_by_world(answers, worlds, resamples=2000, seed=0) -> dict[str, dict]:
 
     Returns:
         {label: {"worlds": {world: score}, "interval": [low, high]}}, the 95 % interval over worlds.
-        A world in which the label never changes has no score of its own (None).
+        A world in which the label never changes has no score of its own (None), and draws of
+        such worlds alone are left out of the interval.
     """
     names, index = np.unique(worlds, return_inverse=True)
     draws = np.random.default_rng(seed).integers(0, len(names), (resamples, len(names)))
@@ -170,7 +171,8 @@ def probe_by_world(answers, worlds, resamples=2000, seed=0) -> dict[str, dict]:
         scores = []
         for draw in draws:
             examples = np.concatenate([examples_of[i] for i in draw])
-            scores.append(_probe_score(label, predictions[examples], truth[examples]))
-        interval = np.quantile(scores, [0.025, 0.975]).tolist()
+            if np.ptp(truth[examples].astype(float)):
+                scores.append(_probe_score(label, predictions[examples], truth[examples]))
+        interval = np.quantile(scores or [0.0], [0.025, 0.975]).tolist()
         table[label] = {"worlds": by_world, "interval": interval}
     return table

@@ -19,6 +19,12 @@ CRITERIA = {
 }
 
 
+def _deciding_number(row):
+    """The number of a criterion that has to reach its threshold."""
+    is_probe = row["criterion"].endswith("_r2") and row.get("interval")
+    return row["interval"][0] if is_probe else row["number"]
+
+
 def check_criteria(found):
     """Check the criteria that a model which follows its actions should meet.
 
@@ -46,8 +52,7 @@ def check_criteria(found):
         rows.append({"criterion": name, "number": row["mean"], "interval": row["interval"]})
     for row in rows:
         row.setdefault("threshold", CRITERIA.get(row["criterion"]))
-        is_probe = row["criterion"].endswith("_r2") and row["interval"]
-        value = row["interval"][0] if is_probe else row["number"]
+        value = _deciding_number(row)
         row["passed"] = value is not None and value >= row["threshold"]
     return rows
 
@@ -141,12 +146,16 @@ def compare_with_shipped(yours, shipped):
         for who, report in reports.items()
     }
     numbers = {
-        who: {b["criterion"]: b["number"] for b in r["criteria"]} for who, r in reports.items()
+        who: {row["criterion"]: _deciding_number(row) for row in report["criteria"]}
+        for who, report in reports.items()
     }
     rows = []
     for criterion in yours["criteria"]:
         values = {who: numbers[who].get(criterion["criterion"]) for who in reports}
-        rows.append({"what": criterion["criterion"], "threshold": criterion["threshold"]} | values)
+        what = criterion["criterion"]
+        if what.endswith("_r2") and criterion.get("interval"):
+            what = f"{what}, lower end of the interval"
+        rows.append({"what": what, "threshold": criterion["threshold"]} | values)
     for h in ticks:
         name = f"error over copying, {h} tick{'s' * (h != '1')}"
         values = {who: share[who][h]["mean"] for who in reports}

@@ -8,10 +8,10 @@ __all__ = ['seen_recordings', 'unseen_recordings', 'probe_recordings', 'weights_
 
 # %% ../../nbs/evaluation/02_unseen.ipynb #d2dba413
 import hashlib
-import json
 from pathlib import Path
 
 from ..data.checks import find_recordings
+from ..data.lines import read_json
 from ..data.recording_files import session_of
 from ..data.splits import has_split_file, load_split
 
@@ -29,6 +29,17 @@ def seen_recordings(training) -> list[str]:
     return [*training["train"], *training["validation"], *earlier]
 
 
+def _read_training(weights):
+    """What training.json of a folder of weights holds."""
+    path = Path(weights) / "training.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such file, so nobody knows what these weights were trained on; "
+            "train with nbs/study/2_train.ipynb or copy the whole weights folder"
+        )
+    return read_json(path, "copy the whole weights folder again")
+
+
 def unseen_recordings(data_dir, weights):
     """List the recordings to judge these weights on.
 
@@ -43,15 +54,9 @@ def unseen_recordings(data_dir, weights):
         Names of at least two recordings.
 
     Raises:
-        ValueError: if training.json is missing or fewer than two recordings are left.
+        ValueError: if training.json is missing or damaged, or fewer than two recordings are left.
     """
-    path = Path(weights) / "training.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: no such file, so nobody knows what these weights were trained on; "
-            "train with nbs/study/2_train.ipynb or copy the whole weights folder"
-        )
-    training = json.loads(path.read_text())
+    training = _read_training(weights)
     seen_groups = {session_of(name) for name in seen_recordings(training)}
     data_dir = Path(data_dir)
     if has_split_file(data_dir):
@@ -120,7 +125,7 @@ def weights_identity(weights):
         {"sha256" of the world model, "preset", "steps", "seed"}.
     """
     weights = Path(weights)
-    training = json.loads((weights / "training.json").read_text())
+    training = _read_training(weights)
     digest = hashlib.sha256((weights / "world_model.safetensors").read_bytes()).hexdigest()
     return {"sha256": digest} | {key: training.get(key) for key in ("preset", "steps", "seed")}
 
@@ -153,7 +158,7 @@ def describe_relation(data_dir, weights):
     Returns:
         The sentence.
     """
-    training = json.loads((Path(weights) / "training.json").read_text())
+    training = _read_training(weights)
     trained_on = {session_of(name) for name in seen_recordings(training)}
     present = {session_of(path.stem) for path in find_recordings(data_dir)}
     num_shared = len(trained_on & present)

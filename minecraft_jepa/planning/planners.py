@@ -168,16 +168,26 @@ class GradientPlanner:
             adam = torch.optim.Adam(leaves, self.rate)
             for _ in range(self.rounds):
                 plans = self._relaxed(leaves, spread, proposal, search.horizon)
-                for leaf, gradient in zip(
-                    leaves, torch.autograd.grad(search.costs_with_grad(plans).sum(), leaves)
-                ):
-                    # a plan whose gradient is not finite stays where it is
-                    leaf.grad = gradient.nan_to_num(0.0, 0.0, 0.0) * self.samples
-                adam.step()
+                costs = search.costs_with_grad(plans)
+                self._move(leaves, torch.autograd.grad(costs.sum(), leaves), adam)
             plans = self._relaxed(leaves, spread, proposal, search.horizon).detach().numpy()
         keys = free_keys(self.groups)
         plans[..., keys] = plans[..., keys] > 0.5
-        return search.finish(plans[int(np.argmin(search.costs(plans)))])
+        best = best_plans(search.costs(plans), 1)
+        if not len(best):
+            raise ValueError("no plan has a finite cost with its keys rounded; give another cost")
+        return search.finish(plans[best[0]])
+
+    def _move(self, leaves, gradients, adam):
+        """A step of Adam; a plan whose gradient is not finite stays where it is."""
+        stays = torch.stack([~g.isfinite().flatten(1).all(1) for g in gradients]).any(0)
+        earlier = [leaf.detach()[stays] for leaf in leaves]
+        for leaf, gradient in zip(leaves, gradients):
+            leaf.grad = gradient.nan_to_num(0.0, 0.0, 0.0) * self.samples
+        adam.step()
+        with torch.no_grad():
+            for leaf, values in zip(leaves, earlier):
+                leaf[stays] = values
 
     def _relaxed(self, leaves, spread, proposal, horizon):
         """Actions (n, H, 28) with keys in 0..1, with a gradient."""

@@ -170,7 +170,7 @@ def compare_with_shipped(yours, shipped):
         "about": about,
     }
 
-
+# %% ../../nbs/evaluation/16_report.ipynb #3994ad1d
 def _describe_comparison(yours, shipped):
     """Say whether the numbers of two reports can be compared."""
     num_yours, num_shipped = len(yours["recordings"]), len(shipped["recordings"])

@@ -86,6 +86,16 @@ def test_processes_share_the_memory_of_the_machine():
         memory.check_memory(config, "cpu", 4 * one, 4)
 
 
+def test_of_a_gpu_that_others_use_only_what_is_free_counts(monkeypatch):
+    one = memory.plan_memory(preset("small"), "cuda")["total"]
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * one, 9 * one))
+    assert memory.check_memory(preset("small"), "cuda")["total"] == one
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (one // 2, 9 * one))
+    with pytest.raises(memory.MemoryPlanError):
+        memory.check_memory(preset("small"), "cuda")
+
+
 def test_a_batch_may_be_cut_where_the_encoder_is_frozen():
     assert memory.uses_batch_statistics(preset("tiny"))
     assert not memory.uses_batch_statistics(preset("tiny", encoder_lr_scale=0.0))

@@ -193,9 +193,9 @@ def check_memory(
 
 # %% ../../nbs/training/09_memory.ipynb #edb6698f
 def _memory_of(device):
-    """Bytes of memory of this machine's GPU, or those that this process may use."""
+    """Bytes that this process may use: of the GPU what is free or its own, or of the machine."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[1]
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     return memory_allowed()
 
 

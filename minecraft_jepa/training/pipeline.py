@@ -9,6 +9,7 @@ __all__ = ['run_training', 'split_stages']
 import gc
 import json
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from accelerate.state import PartialState
 from ..config import load_config
 from ..data.clip_store import ClipStore
 from ..data.loader import read_shards_metadata
+from ..data.recording_files import session_of
 from ..data.splits import load_split
 from ..model.decoders import DiT, RegressionHead
 from ..model.world_model import WorldModel
@@ -83,6 +85,7 @@ def run_training(
             return json.loads((out / "training.json").read_text())
         data, split = _open_data(config, data, seed, previous)
         if accelerator.is_main_process:
+            _tell_what_the_start_has_seen(init_from, split["validation"])
             write_json(out / "run.json", {"settings": settings, **split})
         return _train_both(
             config, data, split, out, seed, device, max_minutes, init_from, ignore_collapse
@@ -97,6 +100,22 @@ def _run_settings(config, seed, out, start):
     if start:
         start = os.path.relpath(Path(start).resolve(), Path(out).resolve())
     return {"seed": seed, "start": start or None} | result_settings(config)
+
+
+def _tell_what_the_start_has_seen(start, validation):
+    """Print a warning where the weights of the start were trained on what is validated on."""
+    path, trained_on = Path(start or "") / "training.json", set()
+    training = json.loads(path.read_text()) if start and path.is_file() else None
+    while training:
+        trained_on |= {session_of(name) for name in training["train"]}
+        training = training.get("start")
+    seen = [name for name in validation if session_of(name) in trained_on]
+    if seen:
+        print(
+            f"{start} was trained on {len(seen)} of the {len(validation)} recordings to validate "
+            f"on ({', '.join(seen[:3])}): errors on them are too small to judge the run by",
+            file=sys.stderr,
+        )
 
 
 def _is_same_start(out, earlier, start):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minecraft_jepa.data.actions import ACTION_NAMES, NOOP
-from minecraft_jepa.viz import action_panel, plots, style, video
+from minecraft_jepa.viz import action_panel, data_plots, plots, style, video
 
 HEIGHT, WIDTH = 96, 640
 NAMES = [n.removeprefix("key.keyboard.") for n in ACTION_NAMES]
@@ -243,6 +243,31 @@ def test_filmstrip_and_its_numbers(tmp_path, frames):
 def test_errors_say_what_does_not_fit(frames, actions, call, message):
     with pytest.raises(ValueError, match=message):
         call(frames, actions)
+
+
+def test_key_bars_are_as_long_as_the_key_is_held():
+    """Two ticks, and one tick at the very end, of ten that begin at tick 40."""
+    play = np.tile(NOOP, (10, 1))
+    play[[2, 3, 9], NAMES.index("w")] = 1
+    fig, ax = plt.subplots()
+    data_plots.plot_piano_roll(ax, play, 40, 44, 3, 2)
+    (bars,) = ax.collections
+    ticks = [20 * path.get_extents().intervalx for path in bars.get_paths()]
+    np.testing.assert_allclose(ticks, [[42, 44], [49, 50]])
+    np.testing.assert_allclose(ax.get_xlim(), [2.0, 2.5])
+    plt.close(fig)
+
+
+@pytest.mark.parametrize(("side", "told"), [("train", "none on two"), ("test", "1 on two")])
+def test_title_of_the_split_counts_players_on_two_sides(side, told):
+    """After a split by session a player may be on two sides."""
+    rows = [("a", "train"), ("a", side), ("b", "test")]
+    rows = [{"player": p, "side": s, "seconds": 60.0, "windows": 9} for p, s in rows]
+    fig, ax = plt.subplots()
+    data_plots.plot_split(ax, rows)
+    title = ax.get_title(loc=matplotlib.rcParams["axes.titlelocation"])
+    assert title == f"2 players or worlds, {told} sides"
+    plt.close(fig)
 
 
 # A user's own settings, and a notebook

@@ -7,6 +7,8 @@ __all__ = ['GREY', 'SPLIT_COLORS', 'plot_moment', 'plot_piano_roll', 'plot_split
            'plot_lags']
 
 # %% ../../nbs/viz/06_data_plots.ipynb #5e5ca041
+from collections import Counter
+
 import numpy as np
 
 from minecraft_jepa.data.actions import (
@@ -64,12 +66,11 @@ def plot_piano_roll(ax, actions, first, t, history, horizon):
         history: ticks of history, the last of which is t.
         horizon: ticks to imagine.
     """
-    seconds = (first + np.arange(len(actions))) / TICKS_PER_SECOND
+    edges = (first + np.arange(len(actions) + 1)) / TICKS_PER_SECOND  # of ticks, in seconds
     pressed = [i for i in BINARY_ACTIONS if actions[:, i].any()]
     for y, i in enumerate(reversed(pressed)):
-        is_held = actions[:, i] > 0
-        band = (y - 0.36, y + 0.36)
-        ax.fill_between(seconds, *band, where=is_held, step="post", color=COLORS["model"], lw=0)
+        bars = [(edges[a], edges[b] - edges[a]) for a, b in _held_runs(actions[:, i] > 0)]
+        ax.broken_barh(bars, (y - 0.36, 0.72), color=COLORS["model"], lw=0)
     center = len(pressed) + 1.2
     camera = actions[:, CAMERA]
     largest = max(np.abs(camera).max(initial=0), 1)
@@ -78,25 +79,33 @@ def plot_piano_roll(ax, actions, first, t, history, horizon):
         peak = np.abs(turn).max(initial=0)
         label = f"camera {direction} (largest here {peak:.1f}° a tick)"
         curve = center + turn / largest * 1.4
-        ax.plot(seconds, curve, line, color=color, lw=1.3, drawstyle="steps-post", label=label)
+        ax.stairs(curve, edges, baseline=None, color=color, ls=line, lw=1.3, label=label)
     spans = (
         (t - history + 1, t + 1, "#000000", f"{history} ticks of history"),
         (t + 1, t + 1 + horizon, COLORS["copy_last"], f"{horizon} to imagine"),
     )
     for begin, end, color, text in spans:
-        edges = np.array([begin, end]) / TICKS_PER_SECOND
-        ax.axvspan(*edges, color=color, alpha=0.13, linewidth=0, zorder=0)
-        ax.text(edges.mean(), center + 1.55, text, ha="center", va="bottom", fontsize=9)
+        span = np.array([begin, end]) / TICKS_PER_SECOND
+        ax.axvspan(*span, color=color, alpha=0.13, linewidth=0, zorder=0)
+        ax.text(span.mean(), center + 1.55, text, ha="center", va="bottom", fontsize=9)
     names = [ACTION_NAMES[i] for i in reversed(pressed)]
     ax.set_yticks([*range(len(pressed)), center], [*names, "camera"])
     ax.set_ylim(-0.7, center + 2.3)
-    ax.set_xlim(seconds[0], seconds[-1])
+    ax.set_xlim(edges[0], edges[-1])
     ax.grid(axis="y", visible=False)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+
+def _held_runs(is_held):
+    """(first tick, tick after the last) of each run of ticks in which a key is held."""
+    steps = np.diff(is_held.astype(int), prepend=0, append=0)
+    return list(zip(np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)))
 
 # %% ../../nbs/viz/06_data_plots.ipynb #ddd29c3f
 def plot_split(ax, recordings):
     """Draw a bar for each player or world, cut into recordings, in the colour of their split.
+
+    The title says how many of them are on two sides, as a split by session allows.
 
     Args:
         ax: matplotlib axes.
@@ -126,7 +135,10 @@ def plot_split(ax, recordings):
     ax.grid(axis="y", visible=False)
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, labelspacing=1.2)
     shown = f", {len(players)} shown" if len(players) < len(totals) else ""
-    ax.set_title(f"{len(totals)} players or worlds, none on two sides{shown}")
+    pairs = {(row["player"], row["side"]) for row in recordings}
+    num_sides = Counter(player for player, _ in pairs)
+    num_shared = sum(num > 1 for num in num_sides.values()) or "none"
+    ax.set_title(f"{len(totals)} players or worlds, {num_shared} on two sides{shown}")
     return ax
 
 

@@ -22,6 +22,7 @@ from minecraft_jepa.agent.goal_pictures import (
     Goal,
     Start,
     begin_episode,
+    list_fresh_worlds,
     list_test_worlds,
     load_goal,
     make_goal,
@@ -245,6 +246,11 @@ def test_worlds_are_test_worlds():
     assert not {f"world-{seed}" for seed in worlds} & {name.split("_")[0] for name in known}
 
 
+def test_world_that_is_named_twice_is_one_world():
+    split = load_split(ROOT / "data")
+    assert [seed for seed, _ in list_fresh_worlds(split, "933, 934, 933")] == [933, 934]
+
+
 POLICIES = {
     "oracle": lambda goal: Oracle(TASKS[goal.task]),
     "no_op": lambda goal: FixedActions(hold_keys(TASKS[goal.task].budget)),
@@ -316,6 +322,37 @@ def test_start_that_the_game_gives_no_second_time_is_left_out_for_all_methods(tm
     assert run(tmp_path, Moving) == []  # it is not tried again
 
 
+def test_start_without_room_is_left_out_at_once_and_the_others_are_run(tmp_path):
+    """Its spawn points are drawn by its seed, so a second try finds no other."""
+    resets = []
+
+    class Walled(StandIn):
+        def reset(self, seed, options):
+            super().reset(seed, options)
+            resets.append(seed)
+            self.wall_at = 1 if seed < 321_050 else None  # around all points of start 0
+
+    lines = []
+    loop = ClosedLoop(Walled, FRAME, tmp_path, {"weights": "a"})
+    loop.run_world(321, "desert", range(2), ["walk"], POLICIES, lines.append)
+    assert "no room for 'walk'" in lines[0] and "left out for all methods" in lines[1]
+    assert [seed for seed in resets if seed < 321_050] == [*range(321_000, 321_020)]
+    file = ResultFile(tmp_path / "world-321.json", {"weights": "a"})
+    assert [r["start"] for r in file.results] == [1, 1]
+    assert file.skipped == [["walk", 0]]
+
+
+def test_goals_of_another_size_of_frames_are_made_anew(tmp_path):
+    """Who deletes results as the error about other weights says keeps the goals."""
+    run(tmp_path, starts=range(1))
+    (tmp_path / "world-321.json").unlink()
+    smaller, settings = SimpleNamespace(height=36, width=60), {"weights": "b"}
+    loop = ClosedLoop(StandIn, smaller, tmp_path, settings)
+    loop.run_world(321, "desert", range(1), ["turn"], POLICIES, print)
+    assert load_goal(tmp_path / "goals/turn-321-0.json").frame.shape == (3, 36, 60)
+    assert load_goal(tmp_path / "goals/tool-321-0.json").frame.shape == (3, 48, 80)
+
+
 def test_start_left_out_takes_its_results_with_it(tmp_path):
     file = ResultFile(tmp_path / "world-1.json", {"weights": "a"})
     for number in range(2):
@@ -364,6 +401,14 @@ def test_films_are_drawn(tmp_path):
     assert len(film["actions"]) == len(film["reality"]) - 1
     pictures = stack_films({"reached": draw_film(film), "again": draw_film(film)})
     assert len({p.tobytes() for p in pictures}) > 3
+
+
+def test_film_of_an_episode_that_ends_at_its_first_look_is_one_picture(tmp_path):
+    stops = {"oracle": lambda goal: SimpleNamespace(act=lambda *told: hold_keys(0))}
+    run(tmp_path, starts=range(1), policies=stops)
+    film = load_film(tmp_path / "films" / "turn-321-0-oracle.npz")
+    assert film["actions"].shape == (0, 28)
+    assert len(draw_film(film)) == 1
 
 
 def test_film_says_where_nothing_was_imagined_and_counts_ticks(monkeypatch):

@@ -14,12 +14,14 @@ from scipy import stats
 
 from .closed_loop import Episode
 from minecraft_jepa.agent.goal_pictures import (
+    NoRoomError,
     StartChangedError,
     load_goal,
     make_goal,
     save_goal,
 )
 from .tasks import TASKS
+from ..data.actions import ACTION_DIM
 from ..folders import lock_folder
 from ..game.luanti import LuantiError
 from ..utils import atomic_path, whole_number, write_json
@@ -153,6 +155,7 @@ def save_film(film, goal, path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.array(values) for name, values in film.items()}
+    arrays["actions"] = arrays["actions"].reshape(-1, ACTION_DIM)  # none: stopped at the first look
     with atomic_path(path) as tmp_path, open(tmp_path, "wb") as file:
         np.savez_compressed(file, goal=goal.frame, **arrays)
     return path
@@ -174,10 +177,12 @@ class ClosedLoop:
         self.settings, self.filmed, self.env = settings, filmed, None
 
     def goal(self, name, world, biome, number):
-        """The goal of a start, made once and kept."""
+        """The goal of a start, made once for a size of frames and kept."""
         path = self.folder / "goals" / f"{name.replace(' ', '_')}-{world}-{number}.json"
         if path.exists():
-            return load_goal(path)
+            goal = load_goal(path)
+            if goal.frame.shape[1:] == (self.frame.height, self.frame.width):
+                return goal
         goal = make_goal(self.env, name, world, biome, number, self.frame)
         save_goal(goal, path.parent)
         return goal
@@ -205,7 +210,8 @@ class ClosedLoop:
     def _run_start(self, file, start, policies, tell):
         """Run all methods from one start; a game that fails is started again, twice.
 
-        A start that the game does not give a third time either is left out for all methods.
+        A start that the game does not give a third time either is left out for all methods, and
+        one without room at once.
         """
         for attempt in range(3):
             try:
@@ -215,6 +221,9 @@ class ClosedLoop:
                     if not file.has(goal, method):
                         self._run(file, goal, method, policies[method](goal), tell)
                 return
+            except NoRoomError as error:
+                tell(f"{start}: {error}")
+                break
             except LuantiError as error:
                 self._close()
                 tell(f"{start}: {str(error).splitlines()[0]}")

@@ -32,7 +32,7 @@ def find_walking_window(store, name, history, ticks) -> int:
     Args:
         store: ClipStore.
         name: recording.
-        history: ticks before.
+        history: ticks of history, the last of which is the moment itself.
         ticks: ticks to imagine.
 
     Returns:
@@ -44,8 +44,8 @@ def find_walking_window(store, name, history, ticks) -> int:
     starts = store.window_starts(name, max(history, 2), ticks)
     if not len(starts):
         raise ValueError(
-            f"{name}: no {history} ticks before and {ticks} after without a gap; imagine fewer "
-            "ticks, or give a longer recording"
+            f"{name}: no window of {history} ticks of history and {ticks} to imagine without a "
+            "gap; imagine fewer ticks, or give a longer recording"
         )
     futures = [store[name].actions[t : t + ticks] for t in starts]
     walk = np.array([actions[:, ACTION_NAMES.index("w")].mean() for actions in futures])
@@ -150,7 +150,7 @@ def table_lines(table) -> list[str]:
     """Write the table of errors as text.
 
     Args:
-        table: {ticks: {"model", "copy_last", "other_actions"}}.
+        table: {ticks: {"model", "copy_last", "shuffled_actions"}}.
 
     Returns:
         Its lines, the heading first.

@@ -26,7 +26,8 @@ def test_the_moment_is_the_walk_with_the_least_turn():
 
 def test_a_recording_without_a_window_is_named():
     actions = np.tile(NOOP, (100, 1))
-    with pytest.raises(ValueError, match="short: no 10 ticks before and 95 after without a gap"):
+    message = "short: no window of 10 ticks of history and 95 to imagine without a gap"
+    with pytest.raises(ValueError, match=message):
         find_walking_window(Store(short=SimpleNamespace(actions=actions)), "short", 10, 95)
 
 

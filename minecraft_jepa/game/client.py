@@ -232,7 +232,7 @@ class Game(_GameProcess):
             number: of the frame.
 
         Returns:
-            As `Screen.grab`.
+            As `XDisplay.grab`, and never None.
         """
         try:
             shot = self.screen.grab(number)

@@ -105,7 +105,7 @@ class CameraPolicy:
         """The turn of one tick.
 
         Args:
-            mode: one of PITCH.
+            mode: one of PITCH_STATS.
             pitch: degrees down, now.
             bored: whether there is nothing to see.
 
@@ -208,7 +208,7 @@ class ScriptedPlayer:
         self.begin("explore")
 
     def begin(self, mode):
-        """Change the mode to `mode`, one of LENGTH."""
+        """Change the mode to `mode`, one of MODE_TICKS."""
         self.mode = mode
         self.left, self.age = self.between(MODE_TICKS[mode]), 0  # ticks to go, ticks since
         self.keys = {}  # by key: whether it is held, and for how many ticks more

@@ -148,7 +148,7 @@ def plot_drift(ax, drift):
 
     Args:
         ax: matplotlib axes.
-        drift: `rollout_drift` of the report: "ticks", "imagined" and "real".
+        drift: `drift` of the report, of `rollout_drift`: "ticks", "imagined" and "real".
     """
     labels = {"spread": "variance over rollouts", "nearest": "distance to the nearest real latent"}
     for (key, label), color in zip(labels.items(), (COLORS["model"], COLORS["dit"])):

@@ -247,7 +247,7 @@ def loader_figure(reading, building, formats, peak_bytes, size):
     """Draw the benchmark of the loader.
 
     Args:
-        reading: windows a second: "seed_way", "ours" and "memory_copy".
+        reading: windows a second: "original_way", "ours" and "memory_copy".
         building: frames a second: "decode", and "by_workers" {processes: speed}.
         formats: {format: {"gigabytes_per_hour", "windows_per_second", "psnr"}}; "raw" is ours.
         peak_bytes: {number of recordings: bytes at the peak}.
@@ -303,7 +303,7 @@ def step_figure(step_seconds, peak_bytes, growth, setting):
     """Draw the benchmark of a training step.
 
     Args:
-        step_seconds: "seed_way", "ours_activations_kept" and "ours", seconds a step.
+        step_seconds: "original_way", "ours_activations_kept" and "ours", seconds a step.
         peak_bytes: the same keys, bytes at the peak.
         growth: {setting: {"values", "seconds", "exponent"}}.
         setting: preset, batch and device, as text.

@@ -270,6 +270,15 @@ def test_title_of_the_split_counts_players_on_two_sides(side, told):
     plt.close(fig)
 
 
+def test_column_without_a_number_is_drawn_as_no_curve():
+    fig, ax = plt.subplots()
+    rows = [{"step": i, "loss": 1.0, "rank": None} for i in range(40)]
+    plots.plot_curves(ax, rows, ["loss", "rank"], smooth=5)
+    assert [len(line.get_xdata()) for line in ax.lines] == [40, 40, 0]  # faint, smooth, none
+    assert len(ax.get_legend().get_texts()) == 2
+    plt.close(fig)
+
+
 # A user's own settings, and a notebook
 
 

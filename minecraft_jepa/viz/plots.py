@@ -153,6 +153,8 @@ def plot_horizons(ax, horizons, series, ylabel="latent error"):
 def plot_curves(ax, rows, names, x="step", smooth: int = 1, ylabel="loss"):
     """Draw one curve for each column of a log, over the rows that have it.
 
+    Of a column that is None in all rows only the legend tells.
+
     Args:
         ax: matplotlib axes.
         rows: list of dicts, one for each line of the log.
@@ -173,8 +175,8 @@ def plot_curves(ax, rows, names, x="step", smooth: int = 1, ylabel="loss"):
             listed = ", ".join(columns) or "no rows"
             raise ValueError(f"no row of the log has {name!r}; it has {listed}")
     for name, colour in method_colors(names).items():
-        points = [(row[x], row[name]) for row in rows if x in row and row.get(name) is not None]
-        xs, ys = zip(*points)
+        drawn = [row for row in rows if x in row and row.get(name) is not None]
+        xs, ys = [row[x] for row in drawn], [row[name] for row in drawn]
         is_sparse = len(ys) <= 30  # evaluations, drawn as points
         if smooth > 1 and not is_sparse:
             ax.plot(xs, ys, color=colour, alpha=0.25, linewidth=0.8)
@@ -220,7 +222,7 @@ def plot_comparison(compared, names=("first", "second")):
 
     Args:
         compared: {quantity: (first, second, whether the second is better)}, of
-            `evaluation.compare`.
+            `evaluation.report.compare_reports`.
         names: names of the two runs.
 
     Returns:
@@ -280,7 +282,7 @@ def plot_beside_shipped(found) -> plt.Figure:
     """Draw two runs side by side: criteria on the left, error relative to copying on the right.
 
     Args:
-        found: of `evaluation.beside`.
+        found: of `evaluation.report.compare_with_shipped`.
 
     Returns:
         The figure.

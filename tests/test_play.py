@@ -44,6 +44,7 @@ from minecraft_jepa.play.assets import PlayAssets
 from minecraft_jepa.play.dream import Dream, replay
 from minecraft_jepa.play.images import read_image
 from minecraft_jepa.play.messages import Refused, unpack_frame
+from minecraft_jepa.play.plan_commands import choose_candidates
 from minecraft_jepa.play.session import Session
 from minecraft_jepa.play.trajectory import save_film, save_pair
 
@@ -1049,6 +1050,23 @@ def test_a_key_takes_over_from_a_plan_and_a_search_that_fails_is_told(
 
     planner.plan = fail
     assert "too long" in did(session, "plan", ticks=6)[1]["why"]
+
+
+def test_plans_of_no_finite_cost_are_not_shown(assets, tmp_path, monkeypatch):
+    """JSON has no infinity: the page could not read the message."""
+
+    def plan(*problem):
+        found = plan_to_turn(*problem)
+        found.costs = np.array([0.1, np.inf, np.nan])
+        return found
+
+    assert choose_candidates(np.array([np.inf, 3.0, np.nan, 1.0]), 4) == [3, 1]
+    monkeypatch.setattr(assets, "planner", lambda: SimpleNamespace(plan=plan))
+    session = begun(assets, tmp_path)
+    did(session, "goal", ticks=6)
+    searched = did(session, "plan", ticks=6)[1]
+    assert [strip["cost"] for strip in searched["strips"]] == [0.1]
+    json.dumps(searched, allow_nan=False)
 
 
 def test_a_full_disk_does_not_end_a_dream(assets, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..data.actions import NOOP
-from ..planning.search import imagine_plans
+from ..planning.search import best_plans, imagine_plans
 from .messages import Refused, picture_url
 from .session_messages import SessionMessages
 
@@ -24,13 +24,13 @@ def choose_candidates(costs, count=4) -> list[int]:
     """Choose plans to show: the best one, and others evenly spread over the ranks.
 
     Args:
-        costs: of all plans that were tried, (n,).
+        costs: of all plans that were tried, (n,); one of them is finite at least.
         count: plans to choose, at most.
 
     Returns:
-        Indices, from the lowest cost to the highest.
+        Indices, from the lowest cost to the highest that is finite.
     """
-    order = np.argsort(costs, kind="stable")
+    order = best_plans(costs, len(costs))
     ranks = np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))
     return [int(order[rank]) for rank in ranks]
 

@@ -36,6 +36,12 @@ class TqdmStream:
         for line in lines:
             tqdm.write("    " + line.rstrip("\r").rsplit("\r")[-1])
 
+    def finish(self):
+        """Write the last line where nothing has ended it."""
+        if self.rest.rstrip("\r").rsplit("\r")[-1].strip():
+            self.write("\n")
+        self.rest = ""
+
     def flush(self):
         """Flush stdout."""
         sys.stdout.flush()
@@ -130,6 +136,7 @@ def run_notebook(notebook, copy, parameters):
                 **kernel,
             )
         finally:
+            prints.finish()
             _keep_last_states(copy)
 
 # %% ../nbs/79_notebook_runner.ipynb #0af7e6f3

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import nbformat
@@ -370,6 +371,40 @@ def test_recordings_without_movement_or_window_can_be_looked_at(tmp_path):
     assert not any(any(change) for change in numbers["mean_change_of_a_pixel"].values())
 
 
+def cell_of(name, words):
+    """Source of the cell of a study notebook that holds these words."""
+    cells = nbformat.read(ROOT / f"nbs/study/{name}.ipynb", 4).cells
+    (found,) = (c.source for c in cells if c.cell_type == "code" and words in c.source)
+    return found
+
+
+def test_recording_without_a_turn_has_no_lag():
+    """Its correlation is no number, and would make the mean over the recordings none."""
+    names = {"np": np}
+    exec(cell_of("6_luanti", "def correlate("), names)
+    turn = np.random.default_rng(0).normal(size=200)
+    still, sure = np.zeros(200), np.ones(199, bool)
+    assert names["in_step"](names["correlate"](turn[:-1], sure, turn))
+    assert names["correlate"](turn[:-1], sure, still) is None
+    assert names["correlate"](still[:-1], sure, turn) is None
+    once = still.copy()
+    once[100] = 1
+    late = np.arange(199) > 97  # at some of the lags no turn is left
+    assert names["correlate"](turn[:-1], late, once) is None
+
+
+def test_recordings_of_another_length_are_kept_apart(tmp_path):
+    """Recordings that are there are not made again, whatever their length."""
+
+    def folder(steps):
+        given = SimpleNamespace(steps=steps, out_dir=tmp_path)
+        names = {"study": given, "missing": "not installed"}
+        exec(cell_of("11_appearance", "def record_world("), names)
+        return names["recordings_dir"]
+
+    assert folder(0) == folder(400) != folder(40)
+
+
 # The runner
 
 
@@ -445,6 +480,13 @@ def test_a_progress_bar_leaves_one_line_in_the_executed_notebook(tmp_path):
     run_notebook(tmp_path / "1_a.ipynb", tmp_path / "copy.ipynb", dict.fromkeys(PARAMETERS, 0))
     outputs = nbformat.read(tmp_path / "copy.ipynb", 4).cells[-1].outputs
     assert sorted(output.text for output in outputs) == ["29\n", "done\n"]
+
+
+def test_last_line_is_shown_where_nothing_ends_it(tmp_path, capsys):
+    toy(tmp_path, "1_a.ipynb", "print('first\\n 10%\\rlast', end='')")
+    run_notebook(tmp_path / "1_a.ipynb", tmp_path / "copy.ipynb", dict.fromkeys(PARAMETERS, 0))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[-2:] == ["first", "last"]
 
 
 @pytest.mark.parametrize("lacking", ["papermill", "jupyter_client", "ipykernel"])

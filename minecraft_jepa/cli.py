@@ -237,10 +237,10 @@ def main(
     except WrongUse as e:
         return _complain(program, e, 2)
     except KeyboardInterrupt:
-        begins_anew = name in ("evaluate", "imagine", "demo", "play", "study")
+        begins_anew = name in ("evaluate", "imagine", "demo", "play")
         goes_on = "" if begins_anew else "; the same command goes on from here"
         if name == "study":
-            goes_on = "; the same command runs every notebook anew, and only a training goes on"
+            goes_on = "; the same command begins again; trainings and kept runs go on"
         return _complain(program, f"stopped{goes_on}", 1)
     except SystemExit as e:  # tyro has printed the help
         return e.code or 0

@@ -103,7 +103,7 @@ def _check_combinations(config):
 # %% ../nbs/03_config.ipynb #ca18195e
 PRESETS = {
     # the two losses of the inverse-dynamics head make it use the actions sooner; with these two
-    # settings the decoders draw 2 dB better than with the defaults (LOG.md)
+    # settings true latents are drawn 2 dB better than with the defaults (LOG.md)
     "tiny": Config(
         conditioner=Conditioner(camera_scale="log"),
         jepa=Jepa(inverse_dynamics_weight=0.1, pitch_weight=0.15, variance_weight=0.3),

@@ -223,7 +223,7 @@ def test_a_stop_by_the_user_is_told_in_a_line(capsys, monkeypatch):
     monkeypatch.setattr(DemoCommand, "run", stop)
     assert refused(capsys, ["demo"], "stopped", 1).strip() == "minecraft-jepa demo: stopped"
     monkeypatch.setattr(StudyCommand, "run", stop)
-    refused(capsys, ["study"], "the same command runs every notebook anew", 1)
+    refused(capsys, ["study"], "the same command begins again; trainings", 1)
 
 
 def test_a_full_memory_is_told_with_a_remedy(capsys, monkeypatch):

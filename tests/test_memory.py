@@ -94,6 +94,8 @@ def test_of_a_gpu_that_others_use_only_what_is_free_counts(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (one // 2, 9 * one))
     with pytest.raises(memory.MemoryPlanError):
         memory.check_memory(preset("small"), "cuda")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: one)  # of this process
+    assert memory.check_memory(preset("small"), "cuda")["total"] == one
 
 
 def test_a_batch_may_be_cut_where_the_encoder_is_frozen():

@@ -282,7 +282,7 @@ def test_futures_that_are_not_finite_count_for_nothing(name):
         PLANNERS[name](PRIOR, cost=none_is_finite).plan(CountingModel(), *toy_problem(24, -8))
 
 
-def test_a_gradient_that_is_not_finite_moves_no_plan():
+def test_a_gradient_that_is_not_finite_leaves_plans_finite():
     def finite_without_a_gradient(latents, goal):
         costs = squared_distance(latents, goal)
         return costs + (costs - costs).sqrt()  # adds 0, with an infinite slope
@@ -321,6 +321,7 @@ def test_best_plans_are_finite_and_in_order():
     costs = np.array([np.inf, 3.0, 1.0, np.nan, 1.0])
     assert best_plans(costs, 4).tolist() == [2, 4, 1]
     assert not len(best_plans(costs[:1], 1))
+    assert best_plans(np.array([-np.inf, 2.0, 1.0]), 1).tolist() == [2]
 
 
 def test_too_few_first_plans_are_refused_at_once():

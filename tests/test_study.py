@@ -393,16 +393,21 @@ def test_recording_without_a_turn_has_no_lag():
     assert names["correlate"](turn[:-1], late, once) is None
 
 
-def test_recordings_of_another_length_are_kept_apart(tmp_path):
+def test_recordings_of_another_length_are_refused(tmp_path):
     """Recordings that are there are not made again, whatever their length."""
+    path = tmp_path / "recordings/standard/world-1.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(400 * "{}\n")
 
-    def folder(steps):
+    def check(steps, missing=None):
         given = SimpleNamespace(steps=steps, out_dir=tmp_path)
-        names = {"study": given, "missing": "not installed"}
-        exec(cell_of("11_appearance", "def record_world("), names)
-        return names["recordings_dir"]
+        exec(cell_of("11_appearance", "expected_ticks ="), {"study": given, "missing": missing})
 
-    assert folder(0) == folder(400) != folder(40)
+    check(0)
+    check(400)
+    check(40, missing="not installed")
+    with pytest.raises(ValueError, match=r"world-1.jsonl has 400 ticks, not 40: .*another out_dir"):
+        check(40)
 
 
 # The runner

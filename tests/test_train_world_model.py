@@ -167,12 +167,12 @@ def test_with_a_frozen_encoder_the_decoders_are_taken_over(recordings, tmp_path,
         assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
     assert WorldModel.from_pretrained(tmp_path / "second").config == frozen
     (tmp_path / "first" / "dit.safetensors").unlink()
-    assert "was trained on" not in capsys.readouterr().err
+    assert "to validate on" not in capsys.readouterr().err
     split = {"train": HELD_OUT, "validation": TRAIN, "test": []}
     (recordings / "split.json").write_text(json.dumps(split))
     report = run_training(frozen, recordings, tmp_path / "third", init_from=tmp_path / "first")
     assert report["decoder_steps"] == 2
-    said = f"was trained on {len(TRAIN)} of the {len(TRAIN)} recordings to validate on ({TRAIN[0]}"
+    said = f"trained on {len(TRAIN)} of the {len(TRAIN)} recordings to validate on ({TRAIN[0]}"
     assert said in capsys.readouterr().err
 
 

@@ -130,8 +130,8 @@ def _follow_folder(store_dir, folder, names, is_whole):
     if gone := sorted(removed - noted):
         first = ", ".join(gone[:5]) + (", ..." if len(gone) > 5 else "")
         print(
-            f"{folder} does not hold {len(gone)} clips of {store_dir}: they are not listed any "
-            f"more ({first}); two folders need two stores",
+            f"{store_dir}: no longer listed, since {folder} does not hold their recordings: "
+            f"{first} ({len(gone)} in all). For a second folder, build a second store",
             file=sys.stderr,
         )
     _copy_split(store_dir, folder, is_whole)

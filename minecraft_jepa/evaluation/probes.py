@@ -152,8 +152,8 @@ def probe_by_world(answers, worlds, resamples=2000, seed=0) -> dict[str, dict]:
 
     Returns:
         {label: {"worlds": {world: score}, "interval": [low, high]}}, the 95 % interval over worlds.
-        A world in which the label never changes has no score of its own (None), and draws of
-        such worlds alone are left out of the interval.
+        A world in which the label never changes has no score of its own (None). Draws in which
+        it never changes are left out; where no other is left, the interval is [0, 0].
     """
     names, index = np.unique(worlds, return_inverse=True)
     draws = np.random.default_rng(seed).integers(0, len(names), (resamples, len(names)))

@@ -118,8 +118,8 @@ def check_problem(model, z, goal, history, horizon):
 # %% ../../nbs/planning/02_search.ipynb #bcaebe3d
 def best_plans(costs, count) -> np.ndarray:
     """Indices of the lowest costs (n,) that are finite, the best first: (up to `count`,)."""
-    best = np.argsort(costs, kind="stable")[:count]
-    return best[np.isfinite(costs[best])]
+    order = np.argsort(costs, kind="stable")
+    return order[np.isfinite(costs[order])][:count]
 
 # %% ../../nbs/planning/02_search.ipynb #a114dea7
 @dataclass

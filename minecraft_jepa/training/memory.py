@@ -153,8 +153,8 @@ def check_memory(
     Args:
         config: a `Config`.
         device: 'cuda' or 'cpu'.
-        available: bytes of each GPU, or of the machine whose processes share them; None: of this
-            machine.
+        available: bytes of each GPU, or of the machine whose processes share them; None: what
+            is free on this GPU, or what this process may use.
         processes: number of devices.
         sharded: whether FSDP2 shards the training over them.
 

@@ -19,6 +19,7 @@ from accelerate.state import PartialState
 
 from ..config import load_config
 from ..data.clip_store import ClipStore
+from ..data.lines import read_json
 from ..data.loader import read_shards_metadata
 from ..data.recording_files import session_of
 from ..data.splits import load_split
@@ -105,15 +106,17 @@ def _run_settings(config, seed, out, start):
 def _tell_what_the_start_has_seen(start, validation):
     """Print a warning where the weights of the start were trained on what is validated on."""
     path, trained_on = Path(start or "") / "training.json", set()
-    training = json.loads(path.read_text()) if start and path.is_file() else None
+    remedy = "copy the whole weights folder again"
+    training = read_json(path, remedy) if start and path.is_file() else None
     while training:
         trained_on |= {session_of(name) for name in training["train"]}
         training = training.get("start")
     seen = [name for name in validation if session_of(name) in trained_on]
     if seen:
         print(
-            f"{start} was trained on {len(seen)} of the {len(validation)} recordings to validate "
-            f"on ({', '.join(seen[:3])}): errors on them are too small to judge the run by",
+            f"{start}, or what it began with, was trained on {len(seen)} of the {len(validation)} "
+            f"recordings to validate on ({', '.join(seen[:3])}): errors "
+            "on them are too small to judge the run by",
             file=sys.stderr,
         )
 

@@ -212,6 +212,11 @@ def _describe_error(error):
     return text
 
 
+_FROM_HERE = "; the same command goes on from here"
+_GOES_ON = dict.fromkeys(("evaluate", "imagine", "demo", "play"), "")  # these begin anew
+_GOES_ON["study"] = "; the same command begins again; trainings and kept runs go on"
+
+
 def _complain(program, text, status):
     print(f"{program}: {text}", file=sys.stderr, flush=True)
     return status
@@ -237,11 +242,7 @@ def main(
     except WrongUse as e:
         return _complain(program, e, 2)
     except KeyboardInterrupt:
-        begins_anew = name in ("evaluate", "imagine", "demo", "play")
-        goes_on = "" if begins_anew else "; the same command goes on from here"
-        if name == "study":
-            goes_on = "; the same command begins again; trainings and kept runs go on"
-        return _complain(program, f"stopped{goes_on}", 1)
+        return _complain(program, f"stopped{_GOES_ON.get(name, _FROM_HERE)}", 1)
     except SystemExit as e:  # tyro has printed the help
         return e.code or 0
     except BrokenPipeError:  # who read what is printed has gone, as `head` does

@@ -255,7 +255,7 @@ def pixel_model_figure(compared):
         labels = [_kind_label(kind, row["against"].get(kind)) for kind in measured]
         ax.set_xticks(range(len(measured)), labels, fontsize=8)
         ax.margins(y=0.25)
-        ax.set_title(quantity, fontsize=9)
+        ax.set_title(quantity, fontsize=8)
     fig.suptitle(
         "8 ticks ahead, trainings of equal operations; lines join seeds. "
         "Under a name: pixel model minus this model, 95 % interval"

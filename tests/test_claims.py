@@ -226,6 +226,7 @@ def test_scale_is_not_shown_without_ablations():
     [
         ("sora", "{", "sora.json, line 1: not JSON"),
         ("agent", "{", "agent.json, line 1: not JSON"),
+        ("planning", "[]", "planning.json, line 1: expected an object"),
         ("agent", '{"tasks": {}}', None),
     ],
 )

@@ -816,3 +816,6 @@ def test_other_recordings_are_not_comparable_and_say_so():
     first = compare_with_shipped(report, report)["rows"][0]
     assert first["what"] == "pitch_r2, lower end of the interval"
     assert first["yours"] == 0.75 < first["threshold"]
+    without = dict(report["criteria"][0], interval=None)
+    first = compare_with_shipped(report, report | {"criteria": [without]})["rows"][0]
+    assert (first["yours"], first["shipped"]) == (0.75, None), "a bound beside a value"

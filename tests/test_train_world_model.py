@@ -28,7 +28,7 @@ from training_runs import (
 from minecraft_jepa.config import preset
 from minecraft_jepa.data import loader
 from minecraft_jepa.data.clip_store import ClipStore
-from minecraft_jepa.evaluation.unseen import seen_recordings
+from minecraft_jepa.data.splits import seen_recordings
 from minecraft_jepa.model.collapse import ANTI_COLLAPSE
 from minecraft_jepa.model.world_model import WorldModel
 from minecraft_jepa.training import train_decoders as decoder_training

@@ -86,8 +86,13 @@ def _load_json(path, made_by):
 
 def _load_if_made(path):
     """Read numbers; None where there are none."""
+    if not path.is_file():
+        return None
     remedy = "delete it, or run the notebook that makes it with the same out_dir"
-    return read_json(path, remedy) if path.is_file() else None
+    made = read_json(path, remedy)
+    if not isinstance(made, dict):
+        raise ValueError(f"{path}, line 1: expected an object, {{...}}; {remedy}")
+    return made
 
 
 def _difference(trainings, report, key):

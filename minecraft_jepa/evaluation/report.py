@@ -19,10 +19,14 @@ CRITERIA = {
 }
 
 
+def _is_judged_by_interval(row):
+    """Whether the lower end of an interval has to reach the threshold."""
+    return row["criterion"].endswith("_r2") and bool(row.get("interval"))
+
+
 def _deciding_number(row):
     """The number of a criterion that has to reach its threshold."""
-    is_probe = row["criterion"].endswith("_r2") and row.get("interval")
-    return row["interval"][0] if is_probe else row["number"]
+    return row["interval"][0] if _is_judged_by_interval(row) else row["number"]
 
 
 def check_criteria(found):
@@ -146,15 +150,13 @@ def compare_with_shipped(yours, shipped):
         for who, report in reports.items()
     }
     numbers = {
-        who: {row["criterion"]: _deciding_number(row) for row in report["criteria"]}
+        who: {_name_of(row): _deciding_number(row) for row in report["criteria"]}
         for who, report in reports.items()
     }
     rows = []
     for criterion in yours["criteria"]:
-        values = {who: numbers[who].get(criterion["criterion"]) for who in reports}
-        what = criterion["criterion"]
-        if what.endswith("_r2") and criterion.get("interval"):
-            what = f"{what}, lower end of the interval"
+        what = _name_of(criterion)
+        values = {who: numbers[who].get(what) for who in reports}
         rows.append({"what": what, "threshold": criterion["threshold"]} | values)
     for h in ticks:
         name = f"error over copying, {h} tick{'s' * (h != '1')}"
@@ -171,6 +173,12 @@ def compare_with_shipped(yours, shipped):
     }
 
 # %% ../../nbs/evaluation/16_report.ipynb #3994ad1d
+def _name_of(criterion):
+    """A criterion in words; an R2 and the lower end of its interval are not the same."""
+    suffix = ", lower end of the interval" if _is_judged_by_interval(criterion) else ""
+    return f"{criterion['criterion']}{suffix}"
+
+
 def _describe_comparison(yours, shipped):
     """Say whether the numbers of two reports can be compared."""
     num_yours, num_shipped = len(yours["recordings"]), len(shipped["recordings"])

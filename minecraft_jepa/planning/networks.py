@@ -14,8 +14,8 @@ import torch
 
 from ..data.clip_store import ClipStore
 from ..data.recording_files import session_of
-from ..data.splits import has_split_file, load_split
-from ..evaluation.unseen import seen_recordings, unseen_recordings
+from ..data.splits import has_split_file, load_split, seen_recordings
+from ..evaluation.unseen import unseen_recordings
 from ..model.world_model import WorldModel
 from .action_prior import ActionPrior, fit_action_prior
 from .inverse_model import InverseModel, train_inverse_model

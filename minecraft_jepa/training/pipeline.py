@@ -22,7 +22,7 @@ from ..data.clip_store import ClipStore
 from ..data.lines import read_json
 from ..data.loader import read_shards_metadata
 from ..data.recording_files import session_of
-from ..data.splits import load_split
+from ..data.splits import load_split, seen_recordings
 from ..model.decoders import DiT, RegressionHead
 from ..model.world_model import WorldModel
 from .checkpoints import describe_differences
@@ -105,12 +105,11 @@ def _run_settings(config, seed, out, start):
 
 def _tell_what_the_start_has_seen(start, validation):
     """Print a warning where the weights of the start were trained on what is validated on."""
-    path, trained_on = Path(start or "") / "training.json", set()
-    remedy = "copy the whole weights folder again"
-    training = read_json(path, remedy) if start and path.is_file() else None
-    while training:
-        trained_on |= {session_of(name) for name in training["train"]}
-        training = training.get("start")
+    path = Path(start or "") / "training.json"
+    if not start or not path.is_file():
+        return
+    training = read_json(path, "copy the whole weights folder again")
+    trained_on = {session_of(name) for name in seen_recordings(training, ["train"])}
     seen = [name for name in validation if session_of(name) in trained_on]
     if seen:
         print(

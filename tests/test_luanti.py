@@ -377,6 +377,22 @@ def test_settings_override_ours_and_are_written_once(tmp_path):
     assert len(settings) == len(lines)
     assert (settings["fov"], settings["texture_path"]) == ("90", "/a/pack")
     assert settings["time_speed"] == "0"
+    assert 0.10 < float(settings["mouse_sensitivity"]) < 0.11, "0.15 would turn 1.4 times as far"
+
+
+@needs_game
+@pytest.mark.parametrize("fov", [62, 72, 90])
+def test_a_pixel_of_the_mouse_turns_as_far_in_every_view(fov):
+    game = client.Game(world=12, frames_per_tick=1, settings={"fov": fov})
+    try:
+        game.spawn(3, "savanna")
+        before = game.wait(game.latest + 1)
+        game.send(set(), 40, -20, 0)
+        after = game.wait(before["frame"] + 5)
+    finally:
+        game.close()
+    turned = [(after[k] - before[k] + 180) % 360 - 180 for k in ("yaw", "pitch")]
+    np.testing.assert_allclose(turned, [40 * 0.15, -20 * 0.15], atol=0.01)
 
 
 @needs_game

@@ -8,6 +8,7 @@ __all__ = ['TICKS_PER_SECOND', 'BIOMES', 'MODES', 'FRAME_ID_BITS', 'FRAME_ID_ROW
            'write_home']
 
 # %% ../../nbs/game/01_luanti.ipynb #6d363087
+import math
 import os
 import shlex
 import shutil
@@ -143,6 +144,15 @@ _SPEEDS = {"walk": 4, "crouch": 1.35, "fast": 20, "climb": 3, "jump": 6.5}
 _ACCELERATIONS = {"gravity": 9.81, "acceleration_default": 3, "acceleration_air": 2}
 
 
+_STANDARD_FOV = 72  # degrees high
+
+
+def _sensitivity(fov):
+    """The game's setting for DEGREES_PER_PIXEL: it turns faster than set where the view is wide."""
+    faster = math.tan(math.radians(fov) / 2) / math.tan(math.radians(_STANDARD_FOV) / 2)
+    return DEGREES_PER_PIXEL / faster
+
+
 def _slow_down(slow_motion):
     """Settings under which everything that the player does takes so many times as long."""
     speeds = {f"movement_speed_{name}": v / slow_motion for name, v in _SPEEDS.items()}
@@ -182,11 +192,10 @@ def _game_settings(world, mode, width, height, frames_per_tick, slow_motion=1):
         "keymap_aux1": "KEY_LCONTROL",
         "keymap_sneak": "KEY_LSHIFT",
         "keymap_drop": "KEY_KEY_Q",
-        "mouse_sensitivity": DEGREES_PER_PIXEL,
         # picture
         "screen_w": width,
         "screen_h": height + FRAME_ID_ROWS,
-        "fov": 72,
+        "fov": _STANDARD_FOV,
         "display_density_factor": width / 512,
         "hud_scaling": 0.5,
         "gui_scaling": 2.2,
@@ -255,11 +264,13 @@ def write_home(
     """
     rows = FRAME_ID_ROWS / (height + FRAME_ID_ROWS)
     items = ", ".join(f'"{item}"' for item in STARTING_ITEMS)
+    chosen = settings or {}
     ours = _game_settings(world, mode, width, height, frames_per_tick, slow_motion)
+    ours["mouse_sensitivity"] = _sensitivity(chosen.get("fov", _STANDARD_FOV))
     world_dir = "worlds/world"
     server_dir, client_dir = f"{world_dir}/worldmods/vpt_server", "clientmods/vpt_client"
     files = {
-        "minetest.conf": _to_lines(ours | (settings or {})),
+        "minetest.conf": _to_lines(ours | chosen),
         f"{world_dir}/world.mt": _to_lines(_world_settings(mode)),
         f"{server_dir}/init.lua": f"local KIT, REACH = {{{items}}}, {SPAWN_RADIUS}\n{SERVER_MOD}",
         f"{server_dir}/mod.conf": "name = vpt_server\n",

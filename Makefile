@@ -81,7 +81,7 @@ outputs: .venv/installed
 	@echo 'Installing into .venv, without further output: about a minute, five where uv is missing.'
 	@$(BIN)/python -m pip install --quiet uv \
 		&& $(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]' \
-		|| { echo 'uv did not do it, so pip does: about five minutes.'; \
+		|| { echo 'uv did not do it, so pip does: about five minutes. pip takes the large torch.'; \
 			$(BIN)/python -m pip install --quiet -e '.[dev]'; }
 	@touch $@
 

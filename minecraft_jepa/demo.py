@@ -141,7 +141,7 @@ def demo(
     elapsed = time.monotonic() - start_time
     print(
         "Details are blurred: the networks are small. `make study` trains such a model "
-        f"and judges it in full.\n{gif}: imagined beside real ({elapsed:.0f} s)"
+        f"and judges it in full.\n{gif}: imagined beside real; this took {elapsed:.0f} s"
     )
     return gif
 

@@ -116,6 +116,10 @@ def test_the_version_is_told(capsys):
         (["demo", "--sed", "1"], "--sed"),
         (["evaluate", "--weights", "nowhere"], "nowhere: no such folder"),
         (["imagine", "nowhere.mp4"], "nowhere.mp4: no such recording"),
+        (
+            ["imagine", "data/world-321_0740.mp4", "--out", "a.png"],
+            "a.png: it becomes a GIF; give a name that ends in .gif",
+        ),
         (["record", "out", "--seeds", "9-7"], "'9-7'"),
         (["record", "out", "--biome", "moon"], "moon"),
         (["record", "out", "--minuts", "1"], "--minutes"),

@@ -85,7 +85,7 @@ class ImagineCommand:
     # right, up or down to turn five degrees a tick, or nothing
     hold: str | None = None
     weights: Path = Path("data/weights/tiny")  # folder that a training wrote
-    out: Path = Path("_runs/imagine.gif")  # to write
+    out: Path = Path("_runs/imagine.gif")  # GIF to write
     steps: int | None = None  # of the diffusion; by default the config's
     seed: int = 0  # of the noise that diffusion starts from
     device: Device | None = None  # by default cuda where there is a GPU
@@ -95,6 +95,8 @@ class ImagineCommand:
         require_folders(self.weights)
         if not self.recording.is_file():
             raise WrongUse(f"{self.recording}: no such recording; give the path of NAME.mp4")
+        if self.out.suffix.lower() != ".gif":
+            raise WrongUse(f"--out {self.out}: it becomes a GIF; give a name that ends in .gif")
         from minecraft_jepa.evaluation.pixels import psnr
         from minecraft_jepa.viz.video import comparison_frames, save_gif
 

@@ -149,7 +149,8 @@ _STANDARD_FOV = 72  # degrees high
 
 def _sensitivity(fov):
     """The game's setting for DEGREES_PER_PIXEL: it turns faster than set where the view is wide."""
-    faster = math.tan(math.radians(fov) / 2) / math.tan(math.radians(_STANDARD_FOV) / 2)
+    drawn = min(max(float(fov), 45), 160)  # the game's own limits
+    faster = math.tan(math.radians(drawn) / 2) / math.tan(math.radians(_STANDARD_FOV) / 2)
     return DEGREES_PER_PIXEL / faster
 
 
@@ -264,13 +265,13 @@ def write_home(
     """
     rows = FRAME_ID_ROWS / (height + FRAME_ID_ROWS)
     items = ", ".join(f'"{item}"' for item in STARTING_ITEMS)
-    chosen = settings or {}
     ours = _game_settings(world, mode, width, height, frames_per_tick, slow_motion)
-    ours["mouse_sensitivity"] = _sensitivity(chosen.get("fov", _STANDARD_FOV))
+    all_settings = ours | (settings or {})
+    mouse = {"mouse_sensitivity": _sensitivity(all_settings["fov"])}
     world_dir = "worlds/world"
     server_dir, client_dir = f"{world_dir}/worldmods/vpt_server", "clientmods/vpt_client"
     files = {
-        "minetest.conf": _to_lines(ours | chosen),
+        "minetest.conf": _to_lines(mouse | all_settings),
         f"{world_dir}/world.mt": _to_lines(_world_settings(mode)),
         f"{server_dir}/init.lua": f"local KIT, REACH = {{{items}}}, {SPAWN_RADIUS}\n{SERVER_MOD}",
         f"{server_dir}/mod.conf": "name = vpt_server\n",

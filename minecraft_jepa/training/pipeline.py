@@ -105,8 +105,8 @@ def _run_settings(config, seed, out, start):
 
 def _tell_what_the_start_has_seen(start, validation):
     """Print a warning where the weights of the start were trained on what is validated on."""
-    path = Path(start or "") / "training.json"
-    if not start or not path.is_file():
+    path = Path(start) / "training.json" if start else None
+    if not path or not path.is_file():
         return
     training = read_json(path, "copy the whole weights folder again")
     trained_on = {session_of(name) for name in seen_recordings(training, ["train"])}

@@ -76,6 +76,7 @@ class CachedModel:
 
 # %% ../../nbs/evaluation/03_cached_model.ipynb #a3cb602e
 def _digest(x):
-    """Digest of a tensor of any type, bfloat16 too."""
+    """Digest of a tensor: its values, type (bfloat16 too) and shape."""
     content = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.blake2b(content, digest_size=16).digest() + str(x.dtype).encode()
+    kind = f"{x.dtype} {tuple(x.shape)}".encode()
+    return hashlib.blake2b(content, digest_size=16).digest() + kind

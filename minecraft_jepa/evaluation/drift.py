@@ -74,7 +74,8 @@ def rollout_drift(model, store, names, ticks=300, every=10, windows_per_recordin
 
     Returns:
         `ticks`, and for `imagined` (a list each) and `real` (a number each): `spread`, the
-        variance over frames; `nearest`, the distance to the nearest real latent of another time;
+        variance over frames; `nearest`, the distance to the nearest real latent, of another
+        time where it is real itself;
         `change`, that in a tick, the mean since the last measurement; and of decoded frames
         `brightness` and `contrast`. Distances are mean squares over the variance of real latents.
         Besides `recordings`, how many were taken, and whether their actions are `repeated`.

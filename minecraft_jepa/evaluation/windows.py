@@ -161,8 +161,9 @@ def loss_windows(store, names, config, recordings=16, count=4):
         count: windows a recording.
 
     Returns:
-        Frames (B, 1+K, 3, H, W) uint8, with one more for the pitch loss where that looks further
-        ahead than the rollout, and actions (B, ticks-1+K, 28); None if no recording is long enough.
+        Frames (B, 1+K, 3, H, W) uint8 and actions (B, ticks-1+K, 28); None if no recording is long
+        enough. Where the pitch loss looks P > K ticks ahead, one more frame, that of t+P, and
+        actions (B, ticks-1+P, 28).
     """
     history, jepa = config.conditioner.history_ticks, config.jepa
     horizon = max(jepa.max_rollout_steps, jepa.extra_frame_offset)

@@ -257,9 +257,13 @@ def test_without_a_split_planning_learns_from_none_that_it_is_judged_on(tmp_path
     assert len(learned) == 4  # and two are left to be judged on
     with pytest.raises(ValueError, match="2 recordings that the weights have not seen"):
         sides_of(range(901, 903))
-    seen = json.loads((WEIGHTS / "training.json").read_text())["train"][0].partition("_")[0]
-    sides = sides_of([*range(901, 904), int(seen.removeprefix("world-"))])
-    assert sides["train"] == sides["validation"] == [f"{seen}_0000"]
+    worlds = json.loads((WEIGHTS / "training.json").read_text())["train"][:3]
+    seeds = [int(name.partition("_")[0].removeprefix("world-")) for name in worlds]
+    one = sides_of([*range(901, 904), seeds[0]])
+    assert one == {"train": ["world-901_0000"], "validation": ["world-902_0000"]}
+    three = sides_of([*seeds, 904, 905])  # whose pieces have other names than those it learned from
+    first, second, third = (f"world-{seed}_0000" for seed in sorted(seeds))
+    assert three == {"train": [first, third], "validation": [second]}
 
 
 def test_a_missing_prior_says_how_to_make_it(tmp_path):

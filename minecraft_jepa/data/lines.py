@@ -17,22 +17,26 @@ from .recording_files import RECORDING_REMEDY, RecordingError
 from ..utils import decode_text
 
 # %% ../../nbs/data/03_lines.ipynb #4b2c7d11
-def read_json(path, remedy):
+def read_json(path, remedy, is_object=False):
     """Read a JSON file.
 
     Args:
         path: of the file.
         remedy: what to do where it is broken, for the message.
+        is_object: whether it must hold an object.
 
     Raises:
-        RecordingError: it is not JSON; names file, line and remedy.
+        RecordingError: it is not JSON, or no object; names file, line and remedy.
     """
     try:
-        return json.loads(decode_text(path.read_bytes(), "replace"), strict=False)
+        value = json.loads(decode_text(path.read_bytes(), "replace"), strict=False)
     except json.JSONDecodeError as e:
         raise RecordingError(f"{path}, line {e.lineno}: not JSON ({e.msg}); {remedy}") from None
     except (ValueError, RecursionError) as e:
         raise RecordingError(f"{path}: not JSON ({e}); {remedy}") from None
+    if is_object and not isinstance(value, dict):
+        raise RecordingError(f"{path}, line 1: expected an object, {{...}}; {remedy}")
+    return value
 
 # %% ../../nbs/data/03_lines.ipynb #fb3c9efc
 # not strict: the text that a player typed may hold control characters

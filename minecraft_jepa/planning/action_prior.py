@@ -123,6 +123,13 @@ class ActionPrior:
         held = last[-1] > 0.5
         return turn, np.where(held, self.after_held[i], self.after_free[i])
 
+    def deviation(self, horizon) -> np.ndarray:
+        """Standard deviation of the turn from what `expect` says, (2,): a hundredth degree or more.
+
+        Nobody may ever have turned about an axis. Plans are weighed by this, so it is not 0.
+        """
+        return np.maximum(self.residual[nearest_horizon(horizon)].std(0), 0.01)
+
 # %% ../../nbs/planning/01_action_prior.ipynb #99de0dc8
 def nearest_horizon(horizon) -> int:
     """Index of the entry of `HORIZONS` that is nearest to a plan of `horizon` ticks."""

@@ -18,7 +18,6 @@ from ..data.actions import ACTION_DIM, CAMERA, NOOP
 from ..model.inverse_dynamics import camera_moves
 from minecraft_jepa.planning.action_prior import (
     draw_primitives,
-    nearest_horizon,
     primitives_to_actions,
 )
 from .search import Search, check_problem
@@ -194,7 +193,7 @@ def join_guess_and_habit(prior, guess, window) -> np.ndarray:
     horizon = len(window.actions)
     habit, likely = prior.expect(window.history, horizon)
     mean, deviation = guess.guess(window.z, window.goal, horizon)
-    precision = 1 / prior.residual[nearest_horizon(horizon)].std(0) ** 2, 1 / deviation**2
+    precision = 1 / prior.deviation(horizon) ** 2, 1 / deviation**2
     turn = (precision[0] * habit + precision[1] * mean) / sum(precision)
     keys = (likely[None] > 0.5).astype(np.float32)
     return primitives_to_actions(turn.clip(-prior.limit, prior.limit)[None], keys, horizon)[0]

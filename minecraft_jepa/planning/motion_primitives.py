@@ -15,7 +15,6 @@ from minecraft_jepa.planning.action_prior import (
     ActionPrior,
     draw_primitives,
     free_keys,
-    nearest_horizon,
     primitives_to_actions,
 )
 from .costs import squared_distance
@@ -149,9 +148,8 @@ class MotionPrimitives:
     def _turn_priors(self, search):
         """[(mean (2,), deviation (2,), weight)] of the turn, by habit and by guess."""
         history = search.history.cpu().numpy()
-        deviation = self.prior.residual[nearest_horizon(search.horizon)].std(0)
         expected = self.prior.expect(history, search.horizon)[0]
-        turn_priors = [(expected, deviation, self.habit_weight)]
+        turn_priors = [(expected, self.prior.deviation(search.horizon), self.habit_weight)]
         if self.guess is not None:
             guessed = self.guess.guess(search.z, search.goal, search.horizon)
             turn_priors.append((*guessed, self.guess_weight))

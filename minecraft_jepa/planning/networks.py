@@ -6,7 +6,6 @@
 __all__ = ['training_sides', 'train_planning_networks']
 
 # %% ../../nbs/planning/13_networks.ipynb #1ebda77d
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,12 @@ import torch
 
 from ..data.clip_store import ClipStore
 from ..data.recording_files import session_of
-from ..data.splits import has_split_file, load_split, seen_recordings
+from minecraft_jepa.data.splits import (
+    has_split_file,
+    load_split,
+    read_training,
+    seen_recordings,
+)
 from ..evaluation.unseen import unseen_recordings
 from ..model.world_model import WorldModel
 from .action_prior import ActionPrior, fit_action_prior
@@ -34,39 +38,47 @@ def training_sides(weights, data_dir, store) -> dict[str, list[str]]:
     Args:
         weights: folder of a world model; its training.json names its recordings.
         data_dir: folder of recordings; its split.json or manifest.json, where there is one, comes
-            first, then what the weights have seen. Where it has neither, a third each of the
-            others is taken, by world or session.
+            first, then what the weights have seen. Where those can't be dealt out to both sides, a
+            third each of the others is taken, by world or session.
         store: ClipStore of them.
 
     Returns:
-        {"train": names, "validation": names}. What is learned from these is to be judged on others.
+        {"train": names, "validation": names}, none of them in both. What is learned from these is
+        to be judged on others.
 
     Raises:
-        ValueError: fewer than three recordings, none of which the weights have seen.
+        ValueError: fewer than two recordings that the weights have seen, and fewer than three
+            others.
     """
     if has_split_file(data_dir):
         split = load_split(data_dir)
         return {side: split[side] for side in ("train", "validation")}
-    training = json.loads((Path(weights) / "training.json").read_text())
+    training = read_training(weights)
     sides = {
         side: [name for name in training[side] if name in store.names]
         for side in ("train", "validation")
     }
     worlds = {session_of(name) for name in seen_recordings(training)}
     seen = [name for name in store.names if session_of(name) in worlds]
-    if seen:  # planning is never judged on these
-        return {side: names or seen for side, names in sides.items()}
+    if not all(sides.values()):
+        sides = dict(zip(sides, _deal(seen, 2)))
+    if all(sides.values()):  # planning is never judged on these
+        return sides
     unseen = unseen_recordings(data_dir, weights)
-    group = session_of if len({session_of(name) for name in unseen}) > 2 else str
-    groups = sorted({group(name) for name in unseen})
-    if len(groups) < 3:
+    thirds = _deal(unseen, 3)  # the last third is to be judged on
+    if not all(thirds):
         raise ValueError(
-            f"{data_dir}: {len(groups)} recordings that the weights have not seen: one each to "
+            f"{data_dir}: {len(unseen)} recordings that the weights have not seen: one each to "
             "learn planning from, to stop by and to judge it on are needed; give more"
         )
-    third = {g: i % 3 for i, g in enumerate(groups)}  # the third third is to be judged on
-    sides = enumerate(("train", "validation"))
-    return {side: [name for name in unseen if third[group(name)] == k] for k, side in sides}
+    return dict(zip(sides, thirds))
+
+
+def _deal(names, count):
+    """Deal recordings out, by world or session where there are enough: a list for each part."""
+    group = session_of if len({session_of(name) for name in names}) >= count else str
+    part = {g: i % count for i, g in enumerate(sorted({group(name) for name in names}))}
+    return [[name for name in names if part[group(name)] == k] for k in range(count)]
 
 # %% ../../nbs/planning/13_networks.ipynb #c3bf931d
 def train_planning_networks(
@@ -78,7 +90,9 @@ def train_planning_networks(
     starts_per_recording=2,
     seed=0,
 ) -> dict[str, list]:
-    """Train what is missing of the three files, and write it into the folder of the weights.
+    """Write the three files that planning needs into the folder of the weights.
+
+    The prior is fitted where it is missing. The two networks are trained where one of them is.
 
     Args:
         weights: folder of a world model.

@@ -123,7 +123,7 @@ class MPPI(RandomShooting):
         ordered = np.sort(costs[np.isfinite(costs)])
         if not len(ordered):
             return proposal, None
-        scale = max(ordered[min(self.elites, len(ordered) - 1)] - ordered[0], 1e-9)
+        scale = max(ordered[min(self.elites, len(ordered)) - 1] - ordered[0], 1e-9)
         weights = np.exp(-self.sharpness * (costs - ordered[0]) / scale)
         return proposal.fit(turns, keys, weights / weights.sum(), None), None
 

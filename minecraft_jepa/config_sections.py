@@ -141,7 +141,8 @@ class Jepa(Section):
     # weight of the pitch loss: the camera's change of pitch over `pitch_horizon` ticks, predicted
     # as the difference of one score per frame; 0: none
     pitch_weight: float = _within(0.0, **_WEIGHT)
-    pitch_horizon: int = _within(16, 1, 1000)  # horizon of the pitch loss, in ticks
+    # horizon of the pitch loss, in ticks; the longest rollout, where that is longer
+    pitch_horizon: int = _within(16, 1, 1000)
     min_rank_fraction: float = _within(0.08, **_WEIGHT)  # alarm when RankMe / width falls below
     # alarm when the mean std over frames falls below
     min_latent_std: float = _within(0.05, **_WEIGHT)

@@ -117,6 +117,24 @@ def test_a_run_may_start_from_the_weights_of_another(store, tmp_path):
         train(store, start=tmp_path / "nowhere", **changes)
 
 
+def test_a_start_with_another_predictor_is_another_run(store, tmp_path, monkeypatch):
+    starts = []
+
+    def note_start(task, *_):
+        starts.append(task.run_identity["start"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(world_model_training, "fit", note_start)
+    model = WorldModel(preset("tiny", **SMALL))
+    for change in (0, 0, 1):
+        with torch.no_grad():
+            model.predictor.out.weight += change
+        model.save_pretrained(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            train(store, start=tmp_path)
+    assert starts[0] == starts[1] != starts[2]
+
+
 def test_a_frozen_encoder_keeps_its_latents_while_the_prediction_improves(store, tmp_path):
     start = tmp_path / "start"
     changes = {"evaluate_every": 20, "min_rank_fraction": 0.0}

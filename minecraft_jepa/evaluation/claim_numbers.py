@@ -89,10 +89,7 @@ def _load_if_made(path):
     if not path.is_file():
         return None
     remedy = "delete it, or run the notebook that makes it with the same out_dir"
-    made = read_json(path, remedy)
-    if not isinstance(made, dict):
-        raise ValueError(f"{path}, line 1: expected an object, {{...}}; {remedy}")
-    return made
+    return read_json(path, remedy, is_object=True)
 
 
 def _difference(trainings, report, key):

@@ -10,22 +10,15 @@ import hashlib
 from pathlib import Path
 
 from ..data.checks import find_recordings
-from ..data.lines import read_json
 from ..data.recording_files import session_of
-from ..data.splits import has_split_file, load_split, seen_recordings
+from minecraft_jepa.data.splits import (
+    has_split_file,
+    load_split,
+    read_training,
+    seen_recordings,
+)
 
 # %% ../../nbs/evaluation/02_unseen.ipynb #23cf78bc
-def _read_training(weights):
-    """What training.json of a folder of weights holds."""
-    path = Path(weights) / "training.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: no such file, so nobody knows what these weights were trained on; "
-            "train with nbs/study/2_train.ipynb or copy the whole weights folder"
-        )
-    return read_json(path, "copy the whole weights folder again")
-
-
 def unseen_recordings(data_dir, weights):
     """List the recordings to judge these weights on.
 
@@ -42,7 +35,7 @@ def unseen_recordings(data_dir, weights):
     Raises:
         ValueError: if training.json is missing or damaged, or fewer than two recordings are left.
     """
-    training = _read_training(weights)
+    training = read_training(weights)
     seen_groups = {session_of(name) for name in seen_recordings(training)}
     data_dir = Path(data_dir)
     if has_split_file(data_dir):
@@ -111,7 +104,7 @@ def weights_identity(weights):
         {"sha256" of the world model, "preset", "steps", "seed"}.
     """
     weights = Path(weights)
-    training = _read_training(weights)
+    training = read_training(weights)
     digest = hashlib.sha256((weights / "world_model.safetensors").read_bytes()).hexdigest()
     return {"sha256": digest} | {key: training.get(key) for key in ("preset", "steps", "seed")}
 
@@ -144,7 +137,7 @@ def describe_relation(data_dir, weights):
     Returns:
         The sentence.
     """
-    training = _read_training(weights)
+    training = read_training(weights)
     trained_on = {session_of(name) for name in seen_recordings(training)}
     present = {session_of(path.stem) for path in find_recordings(data_dir)}
     num_shared = len(trained_on & present)

@@ -180,7 +180,12 @@ def collapse_metrics(z):
     Returns:
         Dict of `rank` (1..d), `std` over frames (0..1) and `correlation`, the mean absolute
         correlation of two features (0..1). All are nan where a latent is not finite.
+
+    Raises:
+        ValueError: fewer than two frames.
     """
+    if len(z) < 2:
+        raise ValueError(f"latents of {len(z)} frames can't be compared; give two or more")
     if not torch.isfinite(z).all():
         return dict.fromkeys(("rank", "std", "correlation"), math.nan)
     z = z.float() - z.float().mean(0)  # what is left differs between frames

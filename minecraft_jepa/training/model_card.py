@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from ..data.splits import read_training
 from ..utils import atomic_path
 from ..viz.plots import plot_curves
 from ..viz.style import pack_png, set_style
@@ -29,7 +30,7 @@ def write_model_card(folder, command=None, data=None):
         data: one line on the recordings; None: as `training.json` says.
     """
     folder = Path(folder)
-    summary = json.loads((folder / "training.json").read_text())
+    summary = read_training(folder)
     config = json.loads((folder / "config.json").read_text())
     command = command or summary.get("command")
     if not command:
@@ -123,7 +124,7 @@ def _read_own_report(folder):
     report = json.loads(path.read_text())
     identity = report.get("weights_identity", {})
     if identity.get("sha256"):
-        summary = json.loads((folder / "training.json").read_text())
+        summary = read_training(folder)
         has_same_hash = identity["sha256"] == hashlib.sha256(weights_path.read_bytes()).hexdigest()
         has_same_run = all(summary.get(k) == v for k, v in identity.items() if k != "sha256")
         belongs = has_same_hash and has_same_run

@@ -19,10 +19,9 @@ from accelerate.state import PartialState
 
 from ..config import load_config
 from ..data.clip_store import ClipStore
-from ..data.lines import read_json
 from ..data.loader import read_shards_metadata
 from ..data.recording_files import session_of
-from ..data.splits import load_split, seen_recordings
+from ..data.splits import load_split, read_training, seen_recordings
 from ..model.decoders import DiT, RegressionHead
 from ..model.world_model import WorldModel
 from .checkpoints import describe_differences
@@ -83,7 +82,7 @@ def run_training(
             forget_checkpoints(out, "decoders")
             if accelerator.is_main_process:
                 print(f"{out}: trained already; give another folder to train anew")
-            return json.loads((out / "training.json").read_text())
+            return read_training(out)
         data, split = _open_data(config, data, seed, previous)
         if accelerator.is_main_process:
             _tell_what_the_start_has_seen(init_from, split["validation"])
@@ -105,11 +104,10 @@ def _run_settings(config, seed, out, start):
 
 def _tell_what_the_start_has_seen(start, validation):
     """Print a warning where the weights of the start were trained on what is validated on."""
-    path = Path(start) / "training.json" if start else None
-    if not path or not path.is_file():
+    if not start or not (Path(start) / "training.json").is_file():
         return
-    training = read_json(path, "copy the whole weights folder again")
-    trained_on = {session_of(name) for name in seen_recordings(training, ["train"])}
+    seen = seen_recordings(read_training(start), ["train"])
+    trained_on = {session_of(name) for name in seen}
     seen = [name for name in validation if session_of(name) in trained_on]
     if seen:
         print(
@@ -205,7 +203,7 @@ def _train_both(config, data, split, out, seed, device, minutes, start, ignore_c
         "validation": split["validation"],
     }
     if start and (Path(start) / "training.json").is_file():
-        summary["start"] = json.loads((Path(start) / "training.json").read_text())
+        summary["start"] = read_training(start)
     if PartialState().is_main_process:
         write_json(out / "training.json", summary)
     forget_checkpoints(out, "decoders")
@@ -256,7 +254,7 @@ def _settings_without_run_json(out):
     """Settings of a run of an older version, as far as its other files tell."""
     settings = {}
     if (out / "training.json").is_file():
-        settings["seed"] = json.loads((out / "training.json").read_text()).get("seed", 0)
+        settings["seed"] = read_training(out).get("seed", 0)
     if (out / "config.json").is_file():
         settings |= result_settings(load_config(out / "config.json"))
     return settings

@@ -7,6 +7,7 @@ __all__ = ['MetricLogger', 'read_rows', 'ProgressPrinter']
 
 # %% ../../nbs/training/02_tracking.ipynb #50d0d978
 import json
+import math
 import time
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class MetricLogger:
         """Append a row: a dict with `step`, of numbers, texts, and lists or dicts of numbers."""
         self.rows.append(row)
         if self.path:
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(json.dumps(_without_nan(row)) + "\n")
         for key, value in row.items():
             if type(value) is float:
                 self._to_tensorboard("add_scalar", key, value, row["step"])
@@ -101,6 +102,15 @@ def read_rows(path):
             break
         rows.append(row)
     return rows
+
+
+def _without_nan(value):
+    """The value with None for each number that is not finite, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _open_tensorboard(folder, step):

@@ -100,7 +100,7 @@ def train_decoders(
     """Train both decoders. A run that was killed resumes from its folder.
 
     Args:
-        model: the `WorldModel`; it stays as it is.
+        model: the `WorldModel`. It is moved to the device and set to eval mode; its weights stay.
         data: a `ClipStore`, or the URL of shards.
         train_names: recordings to train on.
         steps: length of the run; None: `config.train.decoder_steps`.

@@ -307,7 +307,7 @@ def train_world_model(
     run_identity = make_run_identity(
         config, data, train_names, val_names, seed, train.batch_size, "world_model", steps
     )
-    run_identity["start"] = hash_weights(model.encoder) if init_from else None
+    run_identity["start"] = hash_weights(model) if init_from else None
     best = _BestModel(folder)
     task = TrainingTask(
         name="world_model",

@@ -58,36 +58,49 @@ def test_without_extras_a_module_is_imported_or_says_what_to_install():
         assert "pip install" in why, f"{module}: {why}"
 
 
-def test_unpacked_source_has_no_tests_without_their_data(tmp_path):
-    """Tests need recordings, weights and notebooks, which are not given away with the package."""
+def build(copy, call):
+    """Copy what a package is built from, and call setuptools there; it writes into `dist`."""
     pytest.importorskip("setuptools", "77")
-    copy = tmp_path / "copy"
-    for name in ("minecraft_jepa", "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "minecraft_jepa", copy / "minecraft_jepa", ignore=ignore)
     for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    code = "from setuptools import build_meta; build_meta.build_sdist('dist')"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    words = [sys.executable, "-c", f"from setuptools import build_meta; build_meta.{call}('dist')"]
+    done = subprocess.run(words, cwd=copy, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_unpacked_source_has_no_tests_without_their_data(tmp_path):
+    """Tests need recordings, weights and notebooks, which are not given away with the package."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    build(copy, "build_sdist")
     with tarfile.open(next((copy / "dist").glob("*.tar.gz"))) as tar:
         names = {n.partition("/")[2] for n in tar.getnames()}
     assert not [n for n in names if "test" in n]
     assert {f"minecraft_jepa/{p.name}" for p in (ROOT / "minecraft_jepa").glob("*.py")} <= names
 
 
+def test_an_editable_install_is_found_beside_a_clone_of_the_same_name(tmp_path):
+    """From the folder that holds the clone, a finder would find the clone's folder first."""
+    build(tmp_path / "minecraft_jepa", "build_editable")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(next((tmp_path / "minecraft_jepa/dist").glob("*.whl"))) as wheel:
+        wheel.extractall(site)
+    source = (
+        f"import site; site.addsitedir({str(site)!r})\n"
+        "import minecraft_jepa; print(minecraft_jepa.__file__)"
+    )
+    words = [sys.executable, "-E", "-S", "-c", source]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == tmp_path / "minecraft_jepa/minecraft_jepa/__init__.py"
+
+
 def test_wheel_holds_every_sub_package_and_the_command(tmp_path):
     """What pip installs: the modules of all folders, and `minecraft-jepa`."""
-    pytest.importorskip("setuptools", "77")
     copy = tmp_path / "copy"
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "minecraft_jepa", copy / "minecraft_jepa", ignore=ignore)
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    code = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
-    words = [sys.executable, "-c", code]
-    done = subprocess.run(words, cwd=copy, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    build(copy, "build_wheel")
     with zipfile.ZipFile(next((copy / "dist").glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
         (entry_points,) = [n for n in names if n.endswith("entry_points.txt")]

@@ -164,7 +164,7 @@ def study_notebooks(folder) -> list[Path]:
     notebooks = [path for path in numbered if path.stem not in LONG_NOTEBOOKS]
     if not notebooks:
         raise FileNotFoundError(
-            f"{folder}: no notebook named like 1_data.ipynb; run from the root of the repository"
+            f"{folder}: no notebook named like 1_data.ipynb; give nbs/study of the repository"
         )
     return sorted(notebooks, key=lambda path: int(path.name.split("_")[0]))
 

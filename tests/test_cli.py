@@ -111,10 +111,21 @@ def test_the_version_is_told(capsys):
         (["study", "--stpes", "3"], "--stpes"),
         (["study", "--preset", "tinny"], "tiny"),
         (["study", "--notebooks", "nowhere"], "nowhere"),
-        (["demo", "--data", "nowhere"], "nowhere: no such folder; run from the root"),
+        (["demo", "--data", "nowhere"], "nowhere: no such folder.*check the path"),
         (["demo", "--weights", "nowhere"], "nowhere: no such folder"),
         (["demo", "--sed", "1"], "--sed"),
         (["evaluate", "--weights", "nowhere"], "nowhere: no such folder"),
+        (["study", "--data", "nowhere"], "nowhere: no such folder"),
+        (["store", "nowhere", "s"], "nowhere: no such folder"),
+        (["shards", "nowhere", "s"], "nowhere: no such folder"),
+        (["train", "--data", "nowhere", "--out", "o"], "nowhere: no such folder"),
+        (
+            ["train", "--data", "data", "--out", "o", "--start", "nowhere"],
+            "nowhere: no such folder",
+        ),
+        (["remote", "pack", "nowhere", "p"], "nowhere: no such folder"),
+        (["remote", "train", "nowhere", "r"], "nowhere: no such folder"),
+        (["remote", "bring", "nowhere", "w"], "nowhere: no such folder"),
         (["imagine", "nowhere.mp4"], "nowhere.mp4: no such recording"),
         (
             ["imagine", "data/world-321_0740.mp4", "--out", "a.png"],
@@ -134,6 +145,11 @@ def test_the_version_is_told(capsys):
 def test_wrong_command_line_names_what_is_wrong(words, said, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     refused(capsys, words, said, 2)
+
+
+def test_a_default_folder_that_is_missing_is_the_repositorys(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, ["demo"], "data: no such folder.*run from the root of the repository", 2)
 
 
 def test_a_wrong_command_line_is_a_status_of_the_process():
@@ -259,7 +275,6 @@ def test_a_fault_of_the_code_keeps_its_traceback(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["NONE", "s"], "no such folder"),
         (["v", "v/toy.mp4"], "File exists"),
         (["v", "s", "--workers", "0"], "workers=0 must be at least 1"),
         (["v", "s", "--height", "0"], "height"),
@@ -356,6 +371,13 @@ def test_an_evaluation_that_fails_says_where(tmp_path, monkeypatch, capsys):
     refused(capsys, ["evaluate", *words], "none.ipynb")
 
 
+@pytest.mark.parametrize("command", ["evaluate", "study"])
+def test_a_clip_store_is_refused_before_a_notebook_starts(tmp_path, capsys, monkeypatch, command):
+    (tmp_path / "store.json").write_text("{}")
+    monkeypatch.chdir(ROOT)
+    refused(capsys, [command, "--data", tmp_path], "a clip store, not recordings; give the folder")
+
+
 def test_a_future_is_drawn_as_a_gif(tmp_path, capsys):
     recording = DATA / "world-321_0740.mp4"
     words = ["imagine", str(recording), "--weights", str(WEIGHTS), "--ticks", "2", "--steps", "1"]
@@ -370,5 +392,7 @@ def test_a_future_is_drawn_as_a_gif(tmp_path, capsys):
     assert "PSNR" not in capsys.readouterr().out  # what was recorded is another future
     assert (tmp_path / "held.gif").read_bytes() != (tmp_path / "real.gif").read_bytes()
     refused(capsys, [*words, *held, "lfet"], "did you mean 'left'", 2)
+    line = refused(capsys, [*words, *held, "dx"], "unknown action to hold 'dx'", 2)
+    assert line.endswith("8, 9, attack, use, pick")
     refused(capsys, [*words, *out, "--tick", "5"], "no window at tick 5", 2)
     refused(capsys, [*words, *out, "--ticks", "0"], "ticks=0 must be at least 1")

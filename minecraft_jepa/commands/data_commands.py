@@ -13,7 +13,12 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from .options import PresetName, WrongUse, explain_import_error
+from minecraft_jepa.commands.options import (
+    PresetName,
+    WrongUse,
+    explain_import_error,
+    require_folders,
+)
 
 # %% ../../nbs/commands/02_data_commands.ipynb #ad4b250a
 @dataclass
@@ -99,6 +104,7 @@ class StoreCommand:
 
     def run(self):
         """Decode, and say what the store holds."""
+        require_folders(self, "recordings")
         from minecraft_jepa.config import preset
         from minecraft_jepa.data.clip_store import ClipStore
 
@@ -141,6 +147,7 @@ class ShardsCommand:
 
     def run(self):
         """Write what is not there yet, and say how much there is."""
+        require_folders(self, "store")
         from minecraft_jepa.data.clip_store import ClipStore
         from minecraft_jepa.data.shards import explain_storage_errors, write_shards
 

@@ -18,18 +18,24 @@ from .options import Device, WrongUse, choose_device, require_folders
 from ..utils import did_you_mean
 
 # %% ../../nbs/commands/04_model_commands.ipynb #cdc7ade7
+def _check_hold(hold):
+    """WrongUse for what can't be held, such as a movement of the mouse in pixels."""
+    from minecraft_jepa.data.actions import ACTION_NAMES, BINARY_ACTIONS
+
+    keys = [ACTION_NAMES[column] for column in BINARY_ACTIONS]
+    known = ["nothing", "left", "right", "up", "down", *keys]
+    if hold is not None and hold not in known:
+        raise WrongUse(did_you_mean("action to hold", hold, known))
+
+
 def _hold_actions(hold, actions, history):
     """The actions, (history - 1 + ticks, 28); those to come are what is to be held."""
     if hold is None:
         return actions
     import torch
 
-    from minecraft_jepa.data.actions import ACTION_NAMES
     from minecraft_jepa.evaluation.rollouts import constant_actions
 
-    known = ["nothing", "left", "right", "up", "down", *ACTION_NAMES]
-    if hold not in known:
-        raise WrongUse(did_you_mean("action to hold", hold, known))
     past = actions[: history - 1]
     held = torch.from_numpy(constant_actions(hold, len(actions) - len(past)))
     return torch.cat([past, held.to(past.dtype)])
@@ -81,8 +87,8 @@ class ImagineCommand:
     recording: Annotated[Positional[Path], arg(metavar="RECORDING")]
     tick: int | None = None  # of the frame that is given; by default where forward is held most
     ticks: int = 20  # to imagine; 20 are a second
-    # do this all the time in place of the recording's actions: a key such as w or space, left,
-    # right, up or down to turn five degrees a tick, or nothing
+    # do this all the time in place of the recording's actions: a key such as w or space, attack,
+    # use, left, right, up or down to turn five degrees a tick, or nothing
     hold: str | None = None
     weights: Path = Path("data/weights/tiny")  # folder that a training wrote
     out: Path = Path("_runs/imagine.gif")  # GIF to write
@@ -92,7 +98,8 @@ class ImagineCommand:
 
     def run(self):
         """Decode the recording, imagine, draw; the real future stands beside it if it applies."""
-        require_folders(self.weights)
+        require_folders(self, "weights")
+        _check_hold(self.hold)
         if not self.recording.is_file():
             raise WrongUse(f"{self.recording}: no such recording; give the path of NAME.mp4")
         if self.out.suffix.lower() != ".gif":
@@ -125,7 +132,7 @@ class PlayCommand:
 
     def run(self):
         """Serve until it is stopped."""
-        require_folders(self.data, self.weights)
+        require_folders(self, "data", "weights")
         if not (0 <= self.port < 2**16 and 0 < self.pages <= 64):
             raise WrongUse("--port is from 0 to 65535, --pages from 1 to 64")
         from minecraft_jepa.play.page import run_page
@@ -150,7 +157,7 @@ class DemoCommand:
 
     def run(self):
         """Imagine, draw, judge a few."""
-        require_folders(self.data, self.weights)
+        require_folders(self, "data", "weights")
         from minecraft_jepa.demo import demo
 
         demo(str(self.data), str(self.weights), str(self.out), seed=self.seed)

@@ -30,11 +30,17 @@ def choose_device(device):
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def require_folders(*folders):
-    """Raise WrongUse for the first of the folders that is missing."""
-    for folder in folders:
+def require_folders(command, *names):
+    """Raise WrongUse for the first of these fields of a command whose folder is missing.
+
+    A default is a folder of the repository; another path was given by the user.
+    """
+    for name in names:
+        folder = getattr(command, name)
         if not Path(folder).is_dir():
-            raise WrongUse(f"{folder}: no such folder; run from the root of the repository")
+            is_default = folder == getattr(type(command), name, None)
+            remedy = "run from the root of the repository" if is_default else "check the path"
+            raise WrongUse(f"{folder}: no such folder (looked from {Path.cwd()}); {remedy}")
 
 
 @contextlib.contextmanager

@@ -51,9 +51,13 @@ class EvaluateCommand:
 
     def run(self):
         """Execute the notebook; 1 when a cell failed."""
-        require_folders(self.data, self.weights)
+        require_folders(self, "data", "weights")
+        from minecraft_jepa.data.checks import find_recordings
+        from minecraft_jepa.evaluation.unseen import unseen_recordings
         from minecraft_jepa.notebook_runner import run_notebook
 
+        find_recordings(self.data)  # the notebook would tell what is wrong in a traceback
+        unseen_recordings(self.data, self.weights)
         stopped = _failures()
         parameters = {
             "preset_name": load_config(self.weights / "config.json").name,
@@ -92,6 +96,8 @@ class StudyCommand:
 
     def run(self):
         """Run them; 1 when one failed, and later ones are not run."""
+        require_folders(self, "data")
+        from minecraft_jepa.data.checks import find_recordings
         from minecraft_jepa.study import run_study, study_notebooks
 
         stopped = _failures()
@@ -99,6 +105,7 @@ class StudyCommand:
             study_notebooks(self.notebooks)
         except FileNotFoundError as e:
             raise WrongUse(str(e)) from None
+        find_recordings(self.data)
         try:
             run_study(
                 self.preset,

@@ -20,6 +20,7 @@ from minecraft_jepa.commands.options import (
     WrongUse,
     choose_device,
     explain_import_error,
+    require_folders,
 )
 from ..config import PRESETS, Config
 from ..config_sections import Conditioner, Dit, Encoder, Frame, Jepa, Predictor, Train
@@ -67,6 +68,10 @@ class TrainCommand:
     def run(self):
         """Train both, and print what training.json tells."""
         config = self.config()
+        if "://" not in self.data:
+            require_folders(self, "data")
+        if self.start is not None:
+            require_folders(self, "start")
         from accelerate.state import PartialState
 
         from minecraft_jepa.training.distributed import shutdown_distributed
@@ -104,6 +109,7 @@ class RemotePackCommand:
 
     def run(self):
         """Pack, and list the parts."""
+        require_folders(self, "recordings")
         from minecraft_jepa.training.packing import MIB, pack
 
         for part in pack(self.recordings, self.parts, int(self.limit * MIB), self.wheel):
@@ -127,6 +133,7 @@ class RemoteTrainCommand:
 
     def run(self):
         """Train; again after any stop."""
+        require_folders(self, "parts")
         from minecraft_jepa.training.remote import train_packed
 
         config = PRESETS[self.preset]
@@ -147,6 +154,7 @@ class RemoteBringCommand:
 
     def run(self):
         """Bring them, and say so."""
+        require_folders(self, "parts")
         from minecraft_jepa.training.weight_parts import join_weights
 
         join_weights(self.parts, self.target)

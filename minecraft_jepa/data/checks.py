@@ -275,6 +275,9 @@ def _save_checks(folder, checks):
         )
 
 # %% ../../nbs/data/06_checks.ipynb #9c7ed04a
+_MADE_FROM_RECORDINGS = {"store.json": "a clip store", "shards.json": "a folder of shards"}
+
+
 def find_recordings(folder) -> list[Path]:
     """The recordings of a folder, without those that `check_folder` found unusable.
 
@@ -291,6 +294,12 @@ def find_recordings(folder) -> list[Path]:
     folder = Path(folder)
     names, checks = list_names(folder), read_checks(folder)
     if not names:
+        for file, kind in _MADE_FROM_RECORDINGS.items():
+            if (folder / file).is_file():
+                raise RecordingError(
+                    f"{folder}: {kind}, not recordings; give the folder of NAME.mp4 + NAME.jsonl "
+                    "that it was made from"
+                )
         raise RecordingError(
             f"{folder}: no recordings (NAME.mp4 + NAME.jsonl) in this folder; give another one"
         )

@@ -117,13 +117,6 @@ def pack(folder, out, limit=60 * MIB, wheel=None) -> list[Path]:
         ValueError: a file is larger than a part, or the folder holds no recordings but a store.
     """
     folder, out = Path(folder), Path(out)
-    not_recordings = {"store.json": "a clip store", "shards.json": "a folder of shards"}
-    for file, kind in not_recordings.items():
-        if (folder / file).is_file():
-            raise ValueError(
-                f"{folder}: {kind}, not recordings; pack the folder of recordings that it was "
-                "made from"
-            )
     recordings = find_recordings(folder)
     paths = [half for path in recordings for half in find_pair(path)]
     metadata = _metadata_files(folder, [path.stem for path in recordings])

@@ -100,7 +100,8 @@ class Conditioner(Section):
     depth: int = _within(2, 1, 1000)  # blocks
     num_heads: int = _within(4, 1, 1024)  # of attention
     history_ticks: int = _within(25, 1, 10_000)  # length of the action history, t-24 .. t
-    # how the camera's degrees enter: times 0.3; their logarithm; sine and cosine besides
+    # how the camera's degrees enter. linear: times 0.3; log: their logarithm; fourier: as linear,
+    # with sines and cosines besides
     camera_scale: str = _one_of("linear", "log", "fourier")
 
 
@@ -132,9 +133,9 @@ class Jepa(Section):
     variance_target_std: float = _within(0.5, **_WEIGHT)
     sigreg_weight: float = _within(0.05, **_WEIGHT)  # weight of SIGReg, LeJEPA sec. 6
     sigreg_num_slices: int = _within(1024, 1, 2**20)  # random directions that SIGReg projects on
-    # weights of VICReg's two terms relative to the prediction's, VICReg sec. 4.1
+    # weight of VICReg's variance term relative to the prediction's, VICReg sec. 4.1
     vicreg_std_weight: float = _within(1.0, **_WEIGHT)
-    vicreg_cov_weight: float = _within(0.04, **_WEIGHT)
+    vicreg_cov_weight: float = _within(0.04, **_WEIGHT)  # weight of VICReg's covariance term
     # weight of the inverse-dynamics head, which predicts the action between two frames and is
     # used in training alone; 0: no head
     inverse_dynamics_weight: float = _within(0.0, **_WEIGHT)

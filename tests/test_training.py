@@ -63,6 +63,7 @@ def test_command_line_trains_and_goes_on(few, tmp_path, capsys):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert '"steps": 4' in result.stdout, result.stderr[-2000:]
+    assert f" s: {few}\n" in result.stdout  # where the store is
     summary = read_summary(out)
     assert (summary["train"], summary["validation"]) == (TRAIN, HELD_OUT)
     files = {"dit.safetensors", "head.safetensors", "world_model.safetensors"}
@@ -89,7 +90,7 @@ FRAME_OPTIONS = ["--frame.height", "48", "--frame.width", "80", "--frame.patch-s
             "multiple of 2",
             2,
         ),
-        (["--start", "/nonexistent", *FRAME_OPTIONS], "/nonexistent: no such folder", 1),
+        (["--start", "/nonexistent", *FRAME_OPTIONS], "/nonexistent: no such folder", 2),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(few, tmp_path, capsys, options, message, status):
@@ -102,7 +103,7 @@ def test_a_folder_that_cannot_be_written_is_told_in_a_line(few, tmp_path, capsys
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file/in"):
         refused(capsys, command(few, out), "can't be written .*give another folder")
-    refused(capsys, command("/nonexistent", tmp_path / "out"), "/nonexistent")
+    refused(capsys, command("/nonexistent", tmp_path / "out"), "/nonexistent", 2)
     assert not (tmp_path / "out").exists()
 
 

@@ -279,7 +279,9 @@ def _open_data(config, data, seed, previous):
         split, start_time = split or load_split(data, seed), time.monotonic()
         data = ClipStore.build(data, config.frame, names=split["train"] + split["validation"])
         if is_main:
-            print(f"store ready after {time.monotonic() - start_time:.0f} s", flush=True)
+            places = sorted({str(clip_dir.parent) for clip_dir in data.folders.values()})
+            seconds = time.monotonic() - start_time
+            print(f"store ready after {seconds:.0f} s: {', '.join(places)}", flush=True)
     for name in ("train", "validation"):
         if not split[name]:
             raise ValueError(

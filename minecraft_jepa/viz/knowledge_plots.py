@@ -47,24 +47,30 @@ _PROBE_LABELS |= {"gui_open": "screen\nopen"}
 def plot_probes(ax, probes, by_world):
     """Draw what linear probes read in latents, in untrained latents and in pixels.
 
+    A label that no probe reads, as one that hardly varies in the recordings, is left out.
+
     Args:
         ax: matplotlib axes.
         probes: `probes` of the report, {"model" | "untrained" | "pixels": {label: score}}.
         by_world: `probes_by_world` of the report; its intervals are those of the model.
     """
-    labels = list(probes["model"])
+    labels = [k for k in probes["model"] if any(probes[source].get(k) for source in _PROBED)]
     for i, (source, color) in enumerate(_PROBED.items()):
         scores = [max(probes[source].get(label, 0.0), -0.2) for label in labels]
         positions = np.arange(len(labels)) + 0.27 * (i - 1)
         ax.bar(positions, scores, 0.25, label=source, color=color)
     for i, label in enumerate(labels):
-        if label in by_world:
-            ax.plot([i - 0.27] * 2, np.clip(by_world[label]["interval"], -0.2, 1), color="#222222")
         value = probes["model"].get(label, 0.0)
-        ax.annotate(f"{value:.2f}", (i - 0.27, max(value, 0) + 0.02), ha="right", fontsize=8)
+        top = max(value, 0)
+        if label in by_world:
+            interval = np.clip(by_world[label]["interval"], -0.2, 1)
+            ax.plot([i - 0.27] * 2, interval, color="#222222")
+            top = max(top, interval[1])
+        ax.annotate(f"{value:.2f}", (i - 0.27, top + 0.02), ha="center", fontsize=8)
     ax.axhline(0, color="#222222", linewidth=0.8)
     ax.set_xticks(range(len(labels)), [_PROBE_LABELS.get(k, k) for k in labels])
-    ax.set_ylabel("R2 (slot, screen: kappa), cut at -0.2")
+    of_kappa = [name for k, name in (("slot", "slot"), ("gui_open", "screen")) if k in labels]
+    ax.set_ylabel(f"R2 ({', '.join(of_kappa) or 'none'}: kappa), cut at -0.2")
     if not labels:
         ax.set_title("No probe: no recording to learn from")
         return ax
@@ -193,6 +199,9 @@ def appearance_figure(frames, looks, ticks):
         ax.imshow(frame.transpose(1, 2, 0), interpolation="nearest")
         ax.set_title(look.replace("_", " "), fontsize=10)
         ax.set_axis_off()
+    rows[0].suptitle(
+        "A frame of one world, played anew in each look: the paths differ", fontsize=10
+    )
     ax = rows[1].subplots()
     positions = np.arange(len(ticks))
     for i, (look, numbers) in enumerate(looks.items()):
@@ -229,7 +238,7 @@ def appearance_figure(frames, looks, ticks):
 # %% ../../nbs/viz/09_knowledge_plots.ipynb #6c910a4d
 _KIND_COLORS = {"world_model": COLORS["model"], "without_heads": "#56b4e9"}
 _KIND_COLORS |= {"pixel_model": COLORS["dit"]}
-_KIND_LABELS = {"world_model": "world model", "without_heads": "without action losses"}
+_KIND_LABELS = {"world_model": "world model", "without_heads": "without\naction losses"}
 _KIND_LABELS |= {"pixel_model": "pixel model"}
 
 
@@ -239,7 +248,7 @@ def pixel_model_figure(compared):
     Args:
         compared: of `compare_models`; a line joins the models of a seed.
     """
-    fig, axes = plt.subplots(2, 4, figsize=(15, 6.8), layout="constrained")
+    fig, axes = plt.subplots(2, 4, figsize=(15, 7.2), layout="constrained")
     for ax, (quantity, row) in zip(axes.flat, compared.items()):
         measured = {kind: v for kind, v in row["values"].items() if None not in v}
         for seed in zip(*measured.values()):
@@ -248,14 +257,15 @@ def pixel_model_figure(compared):
             color = _KIND_COLORS[kind]
             ax.scatter([x] * len(values), values, color=color, zorder=2)
             ax.plot([x - 0.15, x + 0.15], [np.mean(values)] * 2, color=color, linewidth=2.5)
+        title = quantity
         if "reference" in row:
             ax.axhline(row["reference"], color=GREY, linestyle="--", linewidth=1)
-            ax.text(-0.45, row["reference"], row["reference_name"], fontsize=8, va="bottom")
+            title += f"\ndashed: {row['reference_name']}"
         ax.set_xlim(-0.5, len(measured) - 0.5)
         labels = [_kind_label(kind, row["against"].get(kind)) for kind in measured]
         ax.set_xticks(range(len(measured)), labels, fontsize=8)
         ax.margins(y=0.25)
-        ax.set_title(quantity, fontsize=8)
+        ax.set_title(title, fontsize=8)
     fig.suptitle(
         "8 ticks ahead, trainings of equal operations; lines join seeds. "
         "Under a name: pixel model minus this model, 95 % interval"
@@ -270,7 +280,7 @@ def _kind_label(kind, against):
     low, high = against["interval"]
     digits = 3 if max(abs(low), abs(high)) < 0.1 else 2
     interval = f"{against['difference']:+.{digits}f}\n({low:+.{digits}f} to {high:+.{digits}f})"
-    verdict = against["verdict"]
+    verdict = against["verdict"].replace("no clear ", "no clear\n")
     if verdict in ("better", "worse"):
-        verdict = f"pixel model {verdict}"
+        verdict = f"pixel model\n{verdict}"
     return f"{_KIND_LABELS[kind]}\n{interval}\n{verdict}"

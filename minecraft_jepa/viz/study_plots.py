@@ -91,14 +91,16 @@ def cost_figure(world_models, flops, sampling_steps):
     labels |= {"with_few_steps": f"+ diffusion,\n{few} steps"}
     labels |= {"with_pixels": f"+ diffusion,\n{many} steps"}
     teraflops = [flops[key] / 1e12 for key in labels]
+    latents, drawing = teraflops[0], [value - teraflops[0] for value in teraflops]
     colors = [COLORS["model"], COLORS["head"], COLORS["dit"], COLORS["dit"]]
-    cost.bar(labels.values(), teraflops, color=colors)
-    for x, value in enumerate(teraflops):
-        text = f"{value:,.1f}"
+    cost.bar(labels.values(), latents, color=COLORS["model"])
+    cost.bar(labels.values(), drawing, bottom=latents, color=colors)
+    for x, (value, part) in enumerate(zip(teraflops, drawing)):
+        text = f"{latents:,.1f}" + (f" + {part:,.1f}" if part else "")
         cost.text(x, value + max(teraflops) * 0.01, text, ha="center", va="bottom", fontsize=9)
     cost.set_ylabel("TFLOP for one second (20 ticks), paper")
     cost.set_ylim(top=max(teraflops) * 1.15)
-    times = [value / teraflops[0] - 1 for value in teraflops[2:]]
+    times = [part / latents for part in drawing[2:]]
     cost.set_title(
         f"Drawing by diffusion costs {times[0]:.1f} ({few} steps)\n"
         f"to {times[1]:.0f} times ({many}) what imagining costs"

@@ -205,6 +205,18 @@ def test_two_tabs_have_two_dreams(visit, server):
     other.until_tick(5)
 
 
+def test_recordings_that_were_seen_in_training_are_marked(visit):
+    for width, height in ((1280, 720), (390, 844)):
+        seen = visit(width, height)
+        page = seen.page
+        marked = page.locator(".starts button.seen").evaluate_all("all => all.map(b => b.title)")
+        assert len(marked) == 2 and all("(seen in training)" in title for title in marked)
+        assert page.locator(".starts button:not(.seen):not(.more)").count() == 2
+        options = page.locator(".names option").all_inner_texts()
+        assert sum("(seen in training)" in text for text in options) == 2
+        seen.shot(f"starts_{width}")
+
+
 def test_everything_is_reached_by_the_keyboard(visit):
     seen = visit()
     page, reached = seen.page, set()
@@ -225,8 +237,11 @@ def test_everything_is_reached_by_the_keyboard(visit):
     page.keyboard.press("h")
     page.wait_for_selector("dialog.help[open]")
     seen.shot("help")
-    page.keyboard.press("Escape")
-    page.wait_for_selector("dialog.help:not([open])", state="attached")
+    page.keyboard.press("p")  # the dialog has the keys
+    for key, state in (("h", ":not([open])"), ("h", "[open]"), ("Escape", ":not([open])")):
+        page.keyboard.press(key)
+        page.wait_for_selector(f"dialog.help{state}", state="attached")
+    seen.until("one frame is given")  # p did not play
     page.locator(".stage.dream").focus()
     page.keyboard.press("Enter")
     page.keyboard.down("ArrowRight")

@@ -17,7 +17,7 @@ import torch
 from ..data.checks import find_recordings
 from ..data.clip_store import ClipStore
 from ..data.recording_files import RecordingError
-from ..evaluation.unseen import unseen_recordings
+from ..evaluation.unseen import seen_names, unseen_recordings
 from ..evaluation.windows import window_starts
 from ..model.decoders import DiT, RegressionHead
 from ..model.world_model import WorldModel
@@ -116,9 +116,12 @@ class PlayAssets(StartFrames):
             unseen = unseen_recordings(data_dir, weights)
         except ValueError:  # too few, or unknown which were trained on
             unseen = []
-        seen = [n for n in names if n not in unseen]
-        super().__init__(model, data_dir, names, [*unseen, *seen][:starts])
-        self.weights, self._bank_recordings = Path(weights), seen or names
+        others = [n for n in names if n not in unseen]
+        super().__init__(model, data_dir, names, [*unseen, *others][:starts])
+        self.seen = set()  # of worlds or sessions that training has seen, as far as known
+        with contextlib.suppress(ValueError):
+            self.seen = seen_names(names, weights)
+        self.weights, self._bank_recordings = Path(weights), others or names
         self._max_bank_recordings, self._planner = max_bank_recordings, None
         self.bank, self.corrections, self.bank_error = None, {}, ""
         self.game = threading.Lock()  # one game at a time

@@ -113,6 +113,7 @@ class _HelloMessages(_SessionState):
             "type": "hello",
             "starts": starts,
             "names": self.assets.names,
+            "seen": sorted(self.assets.seen),
             "board": PANEL_SIZE,
             "boxes": action_panel_layout(*PANEL_SIZE[::-1]),
             "size": [size.height, size.width],

@@ -13,13 +13,8 @@ import torch
 
 from ..data.clip_store import ClipStore
 from ..data.recording_files import session_of
-from minecraft_jepa.data.splits import (
-    has_split_file,
-    load_split,
-    read_training,
-    seen_recordings,
-)
-from ..evaluation.unseen import unseen_recordings
+from ..data.splits import has_split_file, load_split, read_training
+from ..evaluation.unseen import seen_names, unseen_recordings
 from ..model.world_model import WorldModel
 from .action_prior import ActionPrior, fit_action_prior
 from .inverse_model import InverseModel, train_inverse_model
@@ -58,10 +53,8 @@ def training_sides(weights, data_dir, store) -> dict[str, list[str]]:
         side: [name for name in training[side] if name in store.names]
         for side in ("train", "validation")
     }
-    worlds = {session_of(name) for name in seen_recordings(training)}
-    seen = [name for name in store.names if session_of(name) in worlds]
     if not all(sides.values()):
-        sides = dict(zip(sides, _deal(seen, 2)))
+        sides = dict(zip(sides, _deal(sorted(seen_names(store.names, weights)), 2)))
     if all(sides.values()):  # planning is never judged on these
         return sides
     unseen = unseen_recordings(data_dir, weights)

@@ -16,12 +16,13 @@ from minecraft_jepa.config import preset
 from minecraft_jepa.data.actions import CAMERA, NOOP
 from minecraft_jepa.data.clip_store import ClipStore
 from minecraft_jepa.model.world_model import WorldModel
-from minecraft_jepa.planning import action_prior
+from minecraft_jepa.planning import action_prior, temporal_distance
 from minecraft_jepa.planning.action_prior import ActionPrior, nearest_horizon
 from minecraft_jepa.planning.benchmark import join_guess_and_habit
 from minecraft_jepa.planning.costs import COSTS, squared_distance
 from minecraft_jepa.planning.goal_motion import RelativeMotionNet
 from minecraft_jepa.planning.inverse_model import InverseModel
+from minecraft_jepa.planning.motion_pairs import LatentClip, Pairs, accumulate_motion
 from minecraft_jepa.planning.networks import training_sides
 from minecraft_jepa.planning.planners import PLANNERS, default_planner
 from minecraft_jepa.planning.search import (
@@ -213,6 +214,28 @@ def test_expected_error_is_larger_where_frames_do_not_overlap():
     near = [inverse.guess(now[None], goal[None], 1)[1][0] for now, goal in latents]
     far = [inverse.guess(latents[i, :1], latents[i - 1, :1], 1)[1][0] for i in range(4)]
     assert max(near) < min(far)  # one tick apart, or in two worlds
+
+
+def test_ticks_are_learned_from_real_pairs_alone(monkeypatch):
+    monkeypatch.setattr(temporal_distance, "train_on_pairs", lambda *given: given)
+    actions, frames = torch.tensor(NOOP).repeat(4, 1), torch.arange(4.0)[:, None, None]
+    clip = LatentClip(torch.stack([frames, frames]), *accumulate_motion(actions), None, actions)
+    start = {"clip": 0, "t": 0, "ticks": [1], "latents": torch.full((2, 1, 1, 1), 9.0)}
+    start["cumulative_motion"] = torch.zeros(2, 1, 13)
+    given = RelativeMotionNet(preset("tiny").frame.grid, 128, extra=1)
+    for imagined, real in (([], 32), ([start], 16)):
+        distance, (_, loss, draw, *_) = temporal_distance.train_temporal_distance(
+            preset("tiny"), [clip], [clip], imagined, 1, network=given
+        )
+        drawn = draw(np.random.default_rng(0))
+        assert (drawn.ticks > 0).tolist() == [True] * real + [False] * (32 - real)
+        assert torch.equal(drawn.now.flatten() == 9, drawn.ticks == 0)
+    own, given = distance.network.state_dict(), given.state_dict()
+    # The network that is given takes one number more.
+    assert [k for k in own if not torch.equal(own[k], given[k])] == ["mlp.0.weight"]
+    distance.network.forward = lambda now, goal: (torch.zeros(2, 4), torch.full((2,), 8.0), None)
+    pair = Pairs(None, None, torch.zeros(2, 4), torch.tensor([24.0, 0.0]), None)
+    assert float(loss(pair)) == pytest.approx(0.225)  # 0.3 times the mean of 1.5 and 0
 
 
 def test_shipped_networks_load_and_plan():

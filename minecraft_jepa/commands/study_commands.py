@@ -34,7 +34,7 @@ def _notebook(path):
             return root / path
     raise WrongUse(f"{path}: no such notebook; run from the root of the repository")
 
-
+# %% ../../nbs/commands/05_study_commands.ipynb #5e0c41d7
 @dataclass
 class EvaluateCommand:
     """Judge weights on recordings that they have not seen, as study/3_evaluate does.

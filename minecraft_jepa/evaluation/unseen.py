@@ -139,7 +139,7 @@ def recordings_identity(data_dir):
         "names_sha256": digest,
     }
 
-
+# %% ../../nbs/evaluation/02_unseen.ipynb #7b2d90e4
 def describe_relation(data_dir, weights):
     """Say in a sentence whether these weights were made from recordings of this folder.
 

@@ -16,7 +16,7 @@ from minecraft_jepa.config import preset
 from minecraft_jepa.data.actions import CAMERA, NOOP
 from minecraft_jepa.data.clip_store import ClipStore
 from minecraft_jepa.model.world_model import WorldModel
-from minecraft_jepa.planning import action_prior, temporal_distance
+from minecraft_jepa.planning import action_prior, inverse_model, temporal_distance
 from minecraft_jepa.planning.action_prior import ActionPrior, nearest_horizon
 from minecraft_jepa.planning.benchmark import join_guess_and_habit
 from minecraft_jepa.planning.costs import COSTS, squared_distance
@@ -236,6 +236,16 @@ def test_ticks_are_learned_from_real_pairs_alone(monkeypatch):
     distance.network.forward = lambda now, goal: (torch.zeros(2, 4), torch.full((2,), 8.0), None)
     pair = Pairs(None, None, torch.zeros(2, 4), torch.tensor([24.0, 0.0]), None)
     assert float(loss(pair)) == pytest.approx(0.225)  # 0.3 times the mean of 1.5 and 0
+
+
+def test_the_inverse_model_learns_the_keys_too(monkeypatch):
+    monkeypatch.setattr(inverse_model, "train_on_pairs", lambda *given: given)
+    monkeypatch.setattr(inverse_model, "fit_expected_error", lambda *given: None)
+    inverse, (_, loss, *_) = inverse_model.train_inverse_model(preset("tiny"), [], [], 1)
+    inverse.network.forward = lambda *given: (torch.zeros(1, 4), None, torch.zeros(1, 9))
+    z, ones = torch.zeros(1, 1, 1), torch.ones(1, 9)
+    pair = Pairs(z, z, torch.zeros(1, 4), torch.ones(1), ones)
+    assert float(loss(pair)) == pytest.approx(0.3 * np.log(2))  # the motion is right
 
 
 def test_shipped_networks_load_and_plan():

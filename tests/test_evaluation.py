@@ -568,6 +568,7 @@ def test_a_copy_that_moves_with_the_mouse_finds_what_a_copy_does_not(store):
     found = scores["top1_without_given_frame"]
     assert set(found) == {"model", "copy_last", "shuffled_actions", "shifted_copy"}
     assert found["model"].mean() == 1
+    assert (found["shifted_copy"][:, 0] == 1).all()
     assert found["shifted_copy"].mean() > found["copy_last"].mean()
     plain = retrieval(Knows(store), store, store.names, [1, 4], 4, candidates=16)
     assert "shifted_copy" not in plain["top1"]

@@ -172,6 +172,7 @@ def ablations_figure(table, comparisons, better):
         mean = np.mean([value for value in own[quantity] if value is not None] or [np.nan])
         ax.set_title(f"{quantity}\npreset: {mean:.3f}", fontsize=10)
         ax.set_xlabel(f"difference; {'less' if sign < 0 else 'more'} is better")
+        ax.locator_params(axis="x", nbins=5)
     axes[0, 0].set_yticks(range(len(rows)), [": ".join(row) for row in rows])
     axes[0, 0].invert_yaxis()
     first = next(iter(better))

@@ -162,7 +162,7 @@ def ablations_figure(table, comparisons, better):
     rows = [(factor, variant) for factor, found in comparisons.items() for variant in found]
     height = 1.8 + 0.36 * len(rows)
     fig, axes = plt.subplots(
-        1, len(better), figsize=(16, height), sharey=True, layout="constrained", squeeze=False
+        1, len(better), figsize=(14, height), sharey=True, layout="constrained", squeeze=False
     )
     for ax, (quantity, sign) in zip(axes[0], better.items()):
         for y, (factor, variant) in enumerate(rows):

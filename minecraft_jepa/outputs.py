@@ -125,7 +125,9 @@ def _keep_in_cell(cell, outputs, executed, notebook):
         raise ValueError(f"{executed}: has no cell {first_line!r}; run {notebook} again")
     is_study = notebook.parent.name in ("study", "bench")
     max_bytes = MAX_PICTURE_BYTES if is_study else MAX_LIBRARY_PICTURE_BYTES
-    cell["outputs"] = [kept for output in outputs[key] if (kept := keep_output(output, max_bytes))]
+    outputs = [kept for output in outputs[key] if (kept := keep_output(output, max_bytes))]
+    # what is shown twice is kept once
+    cell["outputs"] = [kept for i, kept in enumerate(outputs) if kept not in outputs[:i]]
     if cell["outputs"]:
         cell["metadata"]["source_hash"] = key
 

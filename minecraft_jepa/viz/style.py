@@ -167,7 +167,7 @@ def method_label(name):
 def _to_jsonable(value):
     """Convert arrays to lists, and nan and inf, which JSON does not have, to None.
 
-    Numbers keep six significant digits.
+    Numbers keep eight significant digits.
     """
     if isinstance(value, dict):
         return {str(k): _to_jsonable(v) for k, v in value.items()}
@@ -176,7 +176,7 @@ def _to_jsonable(value):
     if hasattr(value, "tolist"):
         return _to_jsonable(value.tolist())  # arrays, tensors and their scalars
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        return float(f"{value:.8g}") if math.isfinite(value) else None
     return value
 
 

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from ..data.clip_store import ClipStore
-from ..data.recording_files import session_of
 from ..data.splits import has_split_file, load_split, read_training
-from ..evaluation.unseen import seen_names, unseen_recordings
+from ..evaluation.unseen import deal_recordings, seen_names, unseen_recordings
 from ..model.world_model import WorldModel
 from .action_prior import ActionPrior, fit_action_prior
 from .inverse_model import InverseModel, train_inverse_model
@@ -54,24 +53,18 @@ def training_sides(weights, data_dir, store) -> dict[str, list[str]]:
         for side in ("train", "validation")
     }
     if not all(sides.values()):
-        sides = dict(zip(sides, _deal(sorted(seen_names(store.names, weights)), 2)))
+        seen = sorted(seen_names(store.names, weights))
+        sides = dict(zip(sides, deal_recordings(seen, 2)))
     if all(sides.values()):  # planning is never judged on these
         return sides
     unseen = unseen_recordings(data_dir, weights)
-    thirds = _deal(unseen, 3)  # the last third is to be judged on
+    thirds = deal_recordings(unseen, 3)  # the last third is to be judged on
     if not all(thirds):
         raise ValueError(
             f"{data_dir}: {len(unseen)} recordings that the weights have not seen: one each to "
             "learn planning from, to stop by and to judge it on are needed; give more"
         )
     return dict(zip(sides, thirds))
-
-
-def _deal(names, count):
-    """Deal recordings out, by world or session where there are enough: a list for each part."""
-    group = session_of if len({session_of(name) for name in names}) >= count else str
-    part = {g: i % count for i, g in enumerate(sorted({group(name) for name in names}))}
-    return [[name for name in names if part[group(name)] == k] for k in range(count)]
 
 # %% ../../nbs/planning/13_networks.ipynb #c3bf931d
 def train_planning_networks(

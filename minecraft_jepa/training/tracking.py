@@ -7,13 +7,12 @@ __all__ = ['MetricLogger', 'read_rows', 'ProgressPrinter']
 
 # %% ../../nbs/training/02_tracking.ipynb #50d0d978
 import json
-import math
 import time
 from pathlib import Path
 
 from PIL import Image
 
-from ..utils import atomic_path
+from ..utils import atomic_path, to_jsonable
 
 # %% ../../nbs/training/02_tracking.ipynb #e0bc350c
 class MetricLogger:
@@ -48,7 +47,7 @@ class MetricLogger:
         """Append a row: a dict with `step`, of numbers, texts, and lists or dicts of numbers."""
         self.rows.append(row)
         if self.path:
-            self.file.write(json.dumps(_without_nan(row)) + "\n")
+            self.file.write(json.dumps(to_jsonable(row)) + "\n")
         for key, value in row.items():
             if type(value) is float:
                 self._to_tensorboard("add_scalar", key, value, row["step"])
@@ -102,15 +101,6 @@ def read_rows(path):
             break
         rows.append(row)
     return rows
-
-
-def _without_nan(value):
-    """The value with None for each number that is not finite, which JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _open_tensorboard(folder, step):

@@ -9,7 +9,6 @@ __all__ = ['COLORS', 'LABELS', 'MARKERS', 'TICKS_PER_SECOND', 'DPI', 'TRUE_LATEN
 # %% ../../nbs/viz/01_style.ipynb #66abaef3
 import io
 import itertools
-import math
 import sys
 from functools import wraps
 from pathlib import Path
@@ -19,7 +18,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from PIL import Image
 
-from ..utils import atomic_path, write_json
+from ..utils import atomic_path, to_jsonable, write_json
 
 # %% ../../nbs/viz/01_style.ipynb #20e5aa88
 COLORS = {  # by method, the same in every figure
@@ -164,22 +163,6 @@ def method_label(name):
     return label if base == name else f"{label}, true latent"
 
 # %% ../../nbs/viz/01_style.ipynb #274565b0
-def _to_jsonable(value):
-    """Convert arrays to lists, and nan and inf, which JSON does not have, to None.
-
-    Numbers keep eight significant digits.
-    """
-    if isinstance(value, dict):
-        return {str(k): _to_jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to_jsonable(v) for v in value]
-    if hasattr(value, "tolist"):
-        return _to_jsonable(value.tolist())  # arrays, tensors and their scalars
-    if isinstance(value, float):
-        return float(f"{value:.8g}") if math.isfinite(value) else None
-    return value
-
-
 _SAVE_STYLE = {  # whatever a matplotlibrc says
     "savefig.bbox": None,
     "savefig.facecolor": "auto",
@@ -207,7 +190,7 @@ def save_figure(fig, out_dir, name, numbers) -> Path:
     with plt.rc_context(_SAVE_STYLE):
         # without the tag that changes with matplotlib's version
         fig.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
-    write_json(path.with_suffix(".json"), _to_jsonable(numbers))
+    write_json(path.with_suffix(".json"), to_jsonable(numbers, digits=8))
     with atomic_path(path) as tmp_path:
         tmp_path.write_bytes(pack_png(png.getvalue()))
     plt.close(fig)

@@ -50,6 +50,20 @@ def test_frames_become_latents_of_the_weights_type_on_their_device():
     assert model.to("meta").encode(frames).device.type == "meta"
 
 
+def test_weights_come_back_as_they_were_kept(tmp_path):
+    torch.manual_seed(0)
+    model = PixelModel(preset("tiny", **SMALL)).eval()
+    torch.nn.init.normal_(model.predictor.out.weight, std=0.05)
+    model.save_pretrained(tmp_path)
+    again = PixelModel.from_pretrained(tmp_path)
+    z = model.encode(torch.randint(0, 256, (1, 3, 48, 80), dtype=torch.uint8))
+    actions = torch.randn(1, 26, 28)
+    with torch.no_grad():
+        future = model.imagine(z, actions)
+        assert (future - z[:, None]).abs().max() > 0.01
+        assert torch.equal(again.imagine(z, actions), future)
+
+
 def test_a_step_learns_from_as_many_ticks_as_the_schedule_says(store, monkeypatch):
     seen = note_rollouts(monkeypatch, PixelModel)
     train(store, steps=6, evaluate_every=6, rollout_steps=2, rollout_steps_late=5)

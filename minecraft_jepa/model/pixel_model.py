@@ -16,10 +16,11 @@ from .decoders import given_latents
 from .encoder import Encoder
 from .patches import PatchProjection, join_patches, patchify, unpatchify
 from .predictor import Predictor
+from .pretrained import PretrainedModel
 from .world_model import ImaginationMixin
 
 # %% ../../nbs/model/17_pixel_model.ipynb #01af1379
-class PixelModel(ImaginationMixin, nn.Module):
+class PixelModel(ImaginationMixin, PretrainedModel):
     """Encoder, conditioner and predictor of a `WorldModel`, trained to predict pixels.
 
     Patches that are drawn reach into their neighbours as the decoders' do (`dit.overlap`).
@@ -27,6 +28,8 @@ class PixelModel(ImaginationMixin, nn.Module):
     Args:
         config: a `Config`; the losses of its `jepa` section are not used, only the rollouts.
     """
+
+    file = "pixel_model.safetensors"
 
     def __init__(self, config):
         super().__init__()

@@ -339,6 +339,9 @@ def test_a_figure_is_shown_once_where_it_is_made(tmp_path, monkeypatch):
     path = style.save_figure(fig, tmp_path, "a", {})
     assert [image.data for image in shown] == [path.read_bytes()]
     assert fig.number not in plt.get_fignums()
+    fig, _ = plt.subplots()
+    style.save_figure(fig, tmp_path, "b", {}, show=False)  # its panels were shown before
+    assert len(shown) == 1 and (tmp_path / "b.png").is_file()
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: None)  # a script
     fig, _ = plt.subplots()
     style.save_figure(fig, tmp_path, "a", {})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GREY', 'plot_latent_errors', 'plot_intervals', 'plot_paired_ratios', 'plot_action_sensitivity', 'plot_psnr',
-           'evaluate_figure', 'futures_figure']
+           'evaluate_figure', 'futures_figure', 'seeds_figure']
 
 # %% ../../nbs/viz/05_evaluation_plots.ipynb #f2721500
 import matplotlib.pyplot as plt
@@ -195,3 +195,40 @@ def futures_figure(given, futures, ticks):
         ax.set_title(title)
     fig.suptitle(f"One frame, and what {ticks} ticks of one action lead to")
     return fig
+
+# %% ../../nbs/viz/05_evaluation_plots.ipynb #70d4c33b
+def seeds_figure(runs, shipped):
+    """Draw each quantity of trainings that differ by their random seed, and of the shipped weights.
+
+    Args:
+        runs: {seed: {quantity: {"value", "interval"}}}, as `key_quantities` gives them.
+        shipped: the same of the shipped weights; None leaves them out.
+    """
+    columns = {f"seed {seed}": quantities for seed, quantities in runs.items()}
+    if shipped:
+        columns["shipped"] = shipped
+    quantities = next(iter(columns.values()))
+    fig, axes = plt.subplots(2, 4, figsize=(14, 6.4), layout="constrained")
+    for ax, quantity in zip(axes.flat, quantities):
+        for x, (name, found) in enumerate(columns.items()):
+            row, color = found[quantity], GREY if name == "shipped" else COLORS["model"]
+            if row["value"] is None:
+                continue
+            ax.plot(x, row["value"], "o", color=color)
+            if row["interval"]:
+                ax.plot([x, x], row["interval"], color=color, linewidth=2, alpha=0.5)
+        ax.set_xlim(-0.5, len(columns) - 0.5)
+        ax.set_xticks(range(len(columns)), columns, fontsize=9)
+        values = [found[quantity]["value"] for found in runs.values()]
+        ax.set_title(f"{quantity}\n{_describe_spread(values)}", fontsize=10)
+    fig.suptitle("One recipe, several random seeds (bars: 95 % interval over worlds)")
+    return fig
+
+
+def _describe_spread(values):
+    """Mean and standard deviation over the seeds, as text."""
+    if None in values:
+        return "not measured"
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    return f"seeds: {np.mean(values):.2f}, standard deviation {np.std(values, ddof=1):.3f}"

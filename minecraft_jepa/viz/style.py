@@ -172,7 +172,7 @@ _SAVE_STYLE = {  # whatever a matplotlibrc says
 }
 
 
-def save_figure(fig, out_dir, name, numbers) -> Path:
+def save_figure(fig, out_dir, name, numbers, show=True) -> Path:
     """Save a figure and its numbers, show it in a notebook, and close it.
 
     Args:
@@ -180,6 +180,7 @@ def save_figure(fig, out_dir, name, numbers) -> Path:
         out_dir: folder, made if missing.
         name: the files are NAME.png and NAME.json.
         numbers: what the figure shows: dicts, lists, arrays and numbers.
+        show: False where a notebook has shown the panels before.
 
     Returns:
         Path of the PNG.
@@ -194,7 +195,8 @@ def save_figure(fig, out_dir, name, numbers) -> Path:
     with atomic_path(path) as tmp_path:
         tmp_path.write_bytes(pack_png(png.getvalue()))
     plt.close(fig)
-    _show_png(path.read_bytes())
+    if show:
+        _show_png(path.read_bytes())
     return path
 
 # %% ../../nbs/viz/01_style.ipynb #13c67c7a

@@ -55,6 +55,7 @@ from minecraft_jepa.evaluation.windows import (
     excluded_recordings,
     recordings_with_window,
     usable_recordings,
+    window_starts,
 )
 from minecraft_jepa.model.collapse import collapse_alarm, collapse_metrics
 from minecraft_jepa.model.inverse_dynamics import row_correlation
@@ -314,6 +315,37 @@ def test_the_blind_find_nothing(store):
     scores = retrieval(Blind(store), store, store.names, [1, 4], windows_per_recording=6)
     assert (scores["top1"]["model"] == 0).all()
     assert np.allclose(scores["mrr"]["model"], 1 / 256)
+
+
+class Clock(Deaf):
+    """The latent is the number of the frame; it expects one of long after, or before."""
+
+    jump = 1000
+
+    def target(self, frames):
+        return frames[:, :1, :1, 0].float()
+
+    def imagine(self, z, actions):
+        return super().imagine(z + self.jump, actions)
+
+
+@pytest.mark.parametrize("near", [16, 5])
+def test_near_frames_end_so_many_ticks_from_the_true_one(near):
+    store = Panoramas(ticks=100)
+    model = Clock(store)
+    for clip in store.clips.values():
+        clip.frames = clip.frames.copy()
+        clip.frames[:] = np.arange(100, dtype=np.uint8)[:, None, None, None]
+    scores = retrieval(model, store, store.names, [1, 4], 200, candidates=16, near=near)
+    starts = window_starts(store, "a_0", 25, 4, 200)
+    assert len(starts) > 20 and starts[-1] > 90  # to the end of the recording
+    for i, h in enumerate((1, 4)):
+        ends = [min(near, 99 - t - h) for t in starts]
+        assert np.allclose(scores["mean_tick_error"]["model"][:, i], np.mean(ends))
+        assert np.allclose(scores["mean_tick_error"]["copy_last"][:, i], h)
+    model.jump = -1000
+    scores = retrieval(model, store, store.names, [1, 4], 200, candidates=16, near=near)
+    assert np.allclose(scores["mean_tick_error"]["model"], near)
 
 
 def test_chance_is_one_in_all_candidates():

@@ -539,19 +539,28 @@ def test_long_rollouts_follow_actions_that_were_recorded(store):
             self.heard.append(actions[:, -1])
             return z
 
+        def encode(self, frames):
+            self.given = frames.numpy()
+            return super().encode(frames)
+
     model, ticks = Listens(store), 30
     model.heard = []
     measured = rollout_drift(model, store, store.names, ticks, 10, windows_per_recording=3)
     assert (measured["recordings"], measured["repeated"]) == (len(store.names), False)
     heard = torch.stack(model.heard, 1).numpy()  # (b, ticks, 28)
-    assert len(heard) == 3 * len(store.names)
     recorded = [store[name].actions for name in store.names]
-    stretches = {a[t : t + ticks].tobytes() for a in recorded for t in range(len(a) - ticks + 1)}
-    assert all(actions.tobytes() in stretches for actions in heard)
+    starts = [(n, t) for n in store.names for t in window_starts(store, n, 25, ticks, 3)]
+    assert np.array_equal(heard, [store[n].actions[t : t + ticks] for n, t in starts])
+    assert np.array_equal(model.given, [store[n].frames[t] for n, t in starts])
     longest = max(map(len, recorded))
     model.heard = []
     measured = rollout_drift(model, store, store.names, longest, 1000, windows_per_recording=1)
-    assert measured["repeated"] and len(model.heard) == longest
+    assert measured["repeated"]
+    heard = torch.stack(model.heard, 1).numpy()  # (recordings, longest, 28)
+    for name, actions, of_recording in zip(store.names, heard, recorded, strict=True):
+        (t,) = window_starts(store, name, 25, 1, 1)
+        window = of_recording[t - 24 :]  # from the first tick of the history to the end, and again
+        assert np.array_equal(actions, np.resize(window, (24 + longest, 28))[24:])
 
 
 # Pixels

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minecraft_jepa.data.splits import load_split
-from minecraft_jepa.evaluation.report import check_criteria
+from minecraft_jepa.evaluation.report import check_criteria, key_quantities
 from minecraft_jepa.evaluation.tables import STUDY_NUMBERS
 
 ROOT = Path(__file__).parent.parent
@@ -284,6 +284,25 @@ def test_plans_in_the_readme_are_those_of_the_run():
         assert f"[{low:.1f}, {high:.1f}]" in paragraph
     for key in ("yaw_correlation", "pitch_correlation"):
         assert round(rows["planner"][key], 2) in shown
+
+
+def test_what_is_said_of_the_random_seeds():
+    found = numbers("seeds")
+    values = {
+        quantity: [f"{found['runs'][seed][quantity]['value']:.2f}" for seed in ("0", "1", "2")]
+        for quantity in found["shipped"]
+    }
+    error = values["error over best baseline, 8 ticks"]
+    retrieval = values["retrieval, 4 ticks"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "{}, {} and {} of the error of the best baseline at 0.4 s".format(*error) in readme
+    assert "retrieval {}, {} and {}: less apart".format(*retrieval) in readme
+    notebook = (ROOT / "nbs/study/13_seeds.ipynb").read_text()
+    assert "where the three have {}, {} and {}".format(*error) in notebook
+    report = key_quantities(numbers("evaluate"))
+    assert (
+        found["shipped"] == report and found["weights"] == numbers("evaluate")["weights_identity"]
+    )
 
 
 def test_what_is_said_of_the_pixel_model():

@@ -256,6 +256,7 @@ def test_executed_notebooks_show_their_pictures_and_no_path_bar_or_warning(clone
         # of those that take hours, the ones without the game
         ROOT / "nbs/study/8_ablations.ipynb",
         ROOT / "nbs/study/12_pixel_model.ipynb",
+        ROOT / "nbs/study/13_seeds.ipynb",
         *study_notebooks(ROOT / "nbs/bench"),
     ],
     ids=lambda p: p.stem,

@@ -208,7 +208,7 @@ def seeds_figure(runs, shipped):
     if shipped:
         columns["shipped"] = shipped
     quantities = next(iter(columns.values()))
-    fig, axes = plt.subplots(2, 4, figsize=(14, 6.4), layout="constrained")
+    fig, axes = plt.subplots(2, 4, figsize=(12, 5.2), layout="constrained")
     for ax, quantity in zip(axes.flat, quantities):
         for x, (name, found) in enumerate(columns.items()):
             row, color = found[quantity], GREY if name == "shipped" else COLORS["model"]
@@ -218,9 +218,9 @@ def seeds_figure(runs, shipped):
             if row["interval"]:
                 ax.plot([x, x], row["interval"], color=color, linewidth=2, alpha=0.5)
         ax.set_xlim(-0.5, len(columns) - 0.5)
-        ax.set_xticks(range(len(columns)), columns, fontsize=9)
+        ax.set_xticks(range(len(columns)), columns, fontsize=8)
         values = [found[quantity]["value"] for found in runs.values()]
-        ax.set_title(f"{quantity}\n{_describe_spread(values)}", fontsize=10)
+        ax.set_title(f"{quantity}\n{_describe_spread(values)}", fontsize=8)
     fig.suptitle("One recipe, several random seeds (bars: 95 % interval over worlds)")
     return fig
 

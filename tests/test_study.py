@@ -263,7 +263,8 @@ def test_executed_notebooks_show_their_pictures_and_no_path_bar_or_warning(clone
 )
 def test_notebook_runs_and_leaves_its_numbers(notebook, sample, tmp_path):
     run_notebook(notebook, tmp_path / notebook.name, values(sample, tmp_path / "out"))
-    check_numbers({p for p in (tmp_path / "out").rglob("*") if p.is_file()})
+    made = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    check_numbers({p for p in made if p.parent.name != "weights"})  # where training keeps a picture
 
 
 @pytest.mark.parametrize("name", ["1_data", "9_claims"])

@@ -142,14 +142,13 @@ def key_quantities(report):
         {quantity: {"value", "interval"}}, the 95 % interval over worlds; None where the report has
         no value.
     """
-    top1 = "top1", "top1_without_given_frame"
-    retrieved = [report["retrieval"][measure]["4"]["model"] for measure in top1]
+    found = report["retrieval"]
     rows = {
         "error over best baseline, 8 ticks": report["relative_to_best_baseline"].get("8", {}),
         "error over copying, 8 ticks": report["relative_to_copy"]["8"]["model"],
         "action sensitivity, 8 ticks": report["action_sensitivity_ratio"]["8"],
-        "retrieval, 4 ticks": retrieved[0],
-        "retrieval without given frame, 4 ticks": retrieved[1],
+        "retrieval, 4 ticks": found["top1"]["4"]["model"],
+        "retrieval without given frame, 4 ticks": found["top1_without_given_frame"]["4"]["model"],
         "PSNR in dB, 8 ticks": report["psnr"]["8"]["head"],
     }
     for name, label in (("R2 of pitch", "pitch"), ("R2 of turn", "yaw_change")):

@@ -143,7 +143,14 @@ def find_missing_game() -> str | None:
 
 # %% ../nbs/80_study.ipynb #2a20a185
 # run by a command of their own
-LONG_NOTEBOOKS = ("8_ablations", "10_agent", "11_appearance", "12_pixel_model", "13_seeds")
+LONG_NOTEBOOKS = (
+    "8_ablations",
+    "10_agent",
+    "11_appearance",
+    "12_pixel_model",
+    "13_seeds",
+    "14_variants",
+)
 
 
 def study_notebooks(folder) -> list[Path]:

@@ -257,6 +257,7 @@ def test_executed_notebooks_show_their_pictures_and_no_path_bar_or_warning(clone
         ROOT / "nbs/study/8_ablations.ipynb",
         ROOT / "nbs/study/12_pixel_model.ipynb",
         ROOT / "nbs/study/13_seeds.ipynb",
+        ROOT / "nbs/study/14_variants.ipynb",
         *study_notebooks(ROOT / "nbs/bench"),
     ],
     ids=lambda p: p.stem,

@@ -195,7 +195,11 @@ def test_study_notebook_takes_the_agreed_parameters(path):
     ] + cells(path)[1:]
     assert cells(path)[0] == parameters, "parameters come first"
     names = [n.targets[0].id for n in ast.parse(source(parameters)).body]
-    parts = {"8_ablations": ["factors"], "10_agent": ["worlds", "tasks", "methods"]}
+    parts = {
+        "8_ablations": ["factors"],
+        "10_agent": ["worlds", "tasks", "methods"],
+        "14_variants": ["factors", "looks_dir"],
+    }
     assert names == [
         "preset_name",
         "data_dir",

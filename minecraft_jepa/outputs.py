@@ -51,8 +51,10 @@ def keep_output(output, max_bytes=MAX_PICTURE_BYTES):
     if "image/gif" in data:
         picture = shrink_picture(middle_frame("".join(data["image/gif"])), max_bytes)
         return _display({"image/png": picture, "text/plain": ["<a frame of a film>"]})
-    kept = {kind: data[kind] for kind in ("text/html", "text/plain") if kind in data}
-    return _display(kept) if kept else None
+    for kind in ("text/html", "text/plain"):  # a table is kept once
+        if kind in data:
+            return _display({kind: data[kind]})
+    return None
 
 
 def _display(data):

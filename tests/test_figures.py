@@ -286,6 +286,40 @@ def test_plans_in_the_readme_are_those_of_the_run():
         assert round(rows["planner"][key], 2) in shown
 
 
+def test_what_is_said_of_the_ideas_without_a_setting():
+    found = numbers("variants")
+    error, first, shifted = "error / copying, 4 ticks", "error / copying, 1 tick", "/ shifted copy"
+
+    def mean(factor, variant, quantity):
+        row = found["table"][factor][variant]
+        (values,) = [row[name] for name in row if name.startswith(quantity)]
+        return f"{sum(values) / len(values):.3f}"
+
+    colours, straight = ("augmentation", "colours"), ("straightening", "0.1")
+    own = "straightening", "0"
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    words = [
+        f"nowhere worse: {mean(*colours, error)} for {mean(*own, error)}",
+        f"{mean(*colours, shifted)} for {mean(*own, shifted)} of the error of a shifted copy",
+        f"relative to copying ({mean(*straight, error)} with the weight 0.1)",
+        f"for one tick ({mean('frames given', '2', first)} for {mean(*own, first)})",
+    ]
+    assert [part for part in words if part not in readme] == []
+
+    verdicts = {
+        (factor, variant): {name: row["verdict"] for name, row in rows.items()}
+        for factor, variants in found["comparisons"].items()
+        for variant, rows in variants.items()
+    }
+    assert verdicts[colours][error] == verdicts[colours]["/ shifted copy, 8 ticks"] == "better"
+    never_worse = {v for v, row in verdicts.items() if "worse" not in row.values()}
+    clearly_better = {v for v, row in verdicts.items() if row[error] == "better"}
+    assert clearly_better & never_worse == {colours}
+    assert verdicts[straight]["/ shifted copy, 8 ticks"] == "worse"
+    assert verdicts["action-free", "first half"][error] == "worse"
+    assert verdicts["augmentation", "crop"]["/ shifted copy, 8 ticks"] == "worse"
+
+
 def test_what_is_said_of_the_random_seeds():
     found = numbers("seeds")
     values = {

@@ -413,6 +413,6 @@ def test_a_new_network_of_the_world_model_is_trained():
     """Networks were listed by hand, so the weights of a new one never moved."""
     model = WorldModel(preset("tiny", **SMALL))
     model.new = torch.nn.Linear(2, 2)
-    scales = world_model_training._lr_scales(model, 0.5)
+    scales = world_model_training.lr_scales(model, 0.5)
     assert scales[model.encoder] == 0.5 and scales[model.new] == 1.0
     assert model.target_encoder not in scales

@@ -181,7 +181,7 @@ class Dit(Section):
     # pixels by which a decoded patch reaches into its neighbours, in both decoders
     overlap: int = _within(0, 0, 512)
 
-
+# %% ../nbs/02_config_sections.ipynb #2909aea7
 @dataclass(frozen=True)
 class Train(Section):
     """Both trainings: the world model, then the decoders on its frozen latents."""
@@ -197,6 +197,9 @@ class Train(Section):
     # encoder frozen and the longest rollouts: the prediction improves, latents stay (LOG.md)
     frozen_steps: int = _within(0, 0, 10**8 - 1)
     frozen_lr: float = _within(5e-4, **_RATE)  # peak learning rate of the second stage
+    # strength of random brightness, contrast and hue of the world model's windows; 0: none, 1: as
+    # in 14_variants
+    color_jitter: float = _within(0.0, **_FRACTION)
     warmup_fraction: float = _within(0.05, **_FRACTION)  # fraction of the steps
     weight_decay: float = _within(0.05, 0, 100)  # of matrices only
     # largest norm of the gradient

@@ -416,3 +416,23 @@ def test_a_new_network_of_the_world_model_is_trained():
     scales = world_model_training.lr_scales(model, 0.5)
     assert scales[model.encoder] == 0.5 and scales[model.new] == 1.0
     assert model.target_encoder not in scales
+
+
+def test_color_jitter_changes_frames_alone_and_gives_the_same_batch_to_any_number_of_processes(
+    store,
+):
+    def first_two(rank, num_processes, step=0, **changes):
+        config = preset("tiny", **SMALL | changes)
+        options = config, store, TRAIN, 3, step, rank, num_processes
+        return list(itertools.islice(world_model_training.training_batches(*options), 2))
+
+    plain, whole = first_two(0, 1), first_two(0, 1, color_jitter=1.0)
+    halves = [first_two(rank, 2, color_jitter=1.0) for rank in range(2)]
+    for step, (frames, actions) in enumerate(whole):
+        assert torch.equal(actions, plain[step][1])
+        change = (frames.float() - plain[step][0].float()).abs().mean((1, 2, 3, 4))
+        assert (change > 1).all()
+        for both, part in zip((frames, actions), zip(*(half[step] for half in halves))):
+            assert torch.equal(torch.cat(part), both)
+    # a run that resumes sees what it would have seen
+    assert torch.equal(first_two(0, 1, step=1, color_jitter=1.0)[0][0], whole[1][0])

@@ -13,11 +13,8 @@ from pathlib import Path
 
 from accelerate.state import PartialState
 
-from minecraft_jepa.data.loader import (
-    NUM_VALIDATION_WINDOWS,
-    fixed_windows,
-    window_batches,
-)
+from ..data.color_jitter import jitter_batches
+from ..data.loader import NUM_VALIDATION_WINDOWS, fixed_windows, window_batches
 from ..model.collapse import ANTI_COLLAPSE, collapse_alarm
 from ..model.ema import ema_momentum
 from ..model.world_model import WorldModel, encoder_gradients
@@ -207,7 +204,8 @@ def training_batches(config, data, names, seed, step, rank, num_processes):
     process = step, rank, num_processes
     # Only the pitch loss reads the extra frame, and only the encoder learns from it.
     extra_frame = 0 if train.freezes_encoder else jepa.extra_frame_offset
-    return window_batches(data, names, *window, train.batch_size, seed, *process, extra_frame)
+    batches = window_batches(data, names, *window, train.batch_size, seed, *process, extra_frame)
+    return jitter_batches(batches, train.color_jitter, seed, *process)
 
 
 def set_rollout_length(model, position, steps):

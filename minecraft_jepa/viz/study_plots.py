@@ -160,7 +160,7 @@ def ablations_figure(table, comparisons, better):
     """
     own = next(iter(next(iter(table.values())).values()))
     rows = [(factor, variant) for factor, found in comparisons.items() for variant in found]
-    height = 1.8 + 0.36 * len(rows)
+    height = 2 + 0.36 * len(rows)
     fig, axes = plt.subplots(
         1, len(better), figsize=(14, height), sharey=True, layout="constrained", squeeze=False
     )
@@ -171,14 +171,14 @@ def ablations_figure(table, comparisons, better):
         ax.axvline(0, color="#222222", linewidth=1)
         mean = np.mean([value for value in own[quantity] if value is not None] or [np.nan])
         ax.set_title(f"{quantity}\npreset: {mean:.3f}", fontsize=10)
-        ax.set_xlabel(f"difference; {'less' if sign < 0 else 'more'} is better")
+        ax.set_xlabel(f"difference\n({'less' if sign < 0 else 'more'} is better)")
         ax.locator_params(axis="x", nbins=5)
     axes[0, 0].set_yticks(range(len(rows)), [": ".join(row) for row in rows])
     axes[0, 0].invert_yaxis()
     first = next(iter(better))
     verdicts = [comparisons[factor][variant][first]["verdict"] for factor, variant in rows]
     fig.suptitle(
-        f"{first}: of {len(rows)} changes {verdicts.count('better')} are better than the preset, "
+        f"{first}: {len(rows)} changes of the preset, {verdicts.count('better')} better, "
         f"{verdicts.count('worse')} worse, {verdicts.count('collapsed')} collapsed "
         f"(small dots: {len(own[first])} seeds, bar: 95 % interval of the difference)"
     )

@@ -2,7 +2,7 @@
 # make play       a page in the browser: walk through what the model imagines
 # make study      the whole study: environment, training, evaluation, figures
 # make bench      the benchmarks, side by side on this machine; their figures too
-# make ablations  one thing changed at a time, three seeds each: five hours on two cores
+# make ablations  one thing changed at a time, three seeds each: six hours on two cores
 # make agent      the agent's tasks in the game, resumed where they stopped: hours of real time
 # make test       every check: modules in step with notebooks, notebooks, tests
 # make soak       the tests again, with the full counts of what repeats: kills, mutations, game steps

@@ -188,6 +188,10 @@ def test_what_the_ablations_notebook_says_was_found():
     assert f"{clear} of {len(verdicts)} comparisons are clear" in paragraph
     shown = re.findall(r"\d\.\d{3}", paragraph)
     numbers_of = [mean(f, v, error) for f, row in found["table"].items() for v in row]
+    (at_equal_time,) = found["equal_time"]["table"].values()
+    numbers_of += [sum(row[error]) / len(row[error]) for row in at_equal_time.values()]
+    (verdicts_at_equal_time,) = found["equal_time"]["comparisons"]["equal time"].values()
+    assert verdicts_at_equal_time[error]["verdict"] == "worse"  # as the paragraph says
     numbers_of += [
         abs(end)
         for v in found["comparisons"].values()

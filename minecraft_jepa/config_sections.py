@@ -197,8 +197,8 @@ class Train(Section):
     # encoder frozen and the longest rollouts: the prediction improves, latents stay (LOG.md)
     frozen_steps: int = _within(0, 0, 10**8 - 1)
     frozen_lr: float = _within(5e-4, **_RATE)  # peak learning rate of the second stage
-    # strength of random brightness, contrast and hue, for each window of the world model anew; 1:
-    # up to 40 %, 30 % and 30 degrees, as in 14_variants; 0: none
+    # strength of random brightness, contrast and hue, for each window of both stages and of a pixel
+    # model anew, not of the decoders; 1: up to 40 %, 30 % and 30 degrees (14_variants); 0: none
     color_jitter: float = _within(0.0, **_FRACTION)
     warmup_fraction: float = _within(0.05, **_FRACTION)  # fraction of the steps
     weight_decay: float = _within(0.05, 0, 100)  # of matrices only

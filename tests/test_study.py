@@ -268,6 +268,28 @@ def test_notebook_runs_and_leaves_its_numbers(notebook, sample, tmp_path):
     check_numbers({p for p in made if p.parent.name != "weights"})  # where training keeps a picture
 
 
+@pytest.mark.parametrize(
+    ("name", "factors", "row"),
+    [
+        ("8_ablations", "pixels", "108 x 192"),
+        ("14_variants", "frames given, augmentation", "crop"),
+        ("14_variants", "recordings", "half of each"),
+    ],
+    ids=["equal time", "batches", "recordings"],
+)
+def test_factors_that_a_trial_leaves_out_run_when_they_are_chosen(
+    name, factors, row, sample, tmp_path
+):
+    parameters = values(sample, tmp_path / "out") | {"factors": factors}
+    run_notebook(ROOT / f"nbs/study/{name}.ipynb", tmp_path / "copy.ipynb", parameters)
+    (path,) = (tmp_path / "out").glob("*.json")
+    made = json.loads(path.read_text())
+    assert row in made["table"][factors.split(", ")[-1]]
+    if name == "8_ablations":
+        (longer, large) = made["equal_time"]["table"]["equal time"]
+        assert (longer, large) == ("72 x 132, 5 steps", row)
+
+
 @pytest.mark.parametrize("name", ["1_data", "9_claims"])
 def test_every_cell_can_be_run_twice(name, sample, tmp_path):
     (tmp_path / "out").mkdir()

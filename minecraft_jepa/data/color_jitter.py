@@ -36,8 +36,8 @@ def _draw_changes(count, strength, rng):
 def jitter_colors(frames, strength, rng, rank=0, num_processes=1):
     """Change brightness, contrast and hue of each window.
 
-    As torchvision's `ColorJitter` with brightness 0.4, contrast 0.3 and hue 1/12, at strength 1.
-    The contrast is about the mean of the window.
+    At strength 1 the ranges are those of torchvision's `ColorJitter` with brightness 0.4, contrast
+    0.3 and hue 1/12. Here the hue is turned in YIQ, and the contrast is about the window's mean.
 
     Args:
         frames: (B, K, 3, H, W) uint8.
@@ -82,6 +82,7 @@ def jitter_batches(batches, strength, seed, step, rank=0, num_processes=1):
     """
     for number, (frames, actions) in enumerate(batches, step):
         if strength:
+            # every 64th step this is the stream by which the loader draws its windows
             rng = np.random.default_rng([seed, number])
             frames = jitter_colors(frames, strength, rng, rank, num_processes)
         yield frames, actions

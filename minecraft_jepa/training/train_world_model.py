@@ -187,6 +187,8 @@ class _WorldModelTraining:
 def training_batches(config, data, names, seed, step, rank, num_processes):
     """Read endless batches of training windows, the same for every model of a config.
 
+    With `train.color_jitter` their colours are changed.
+
     Args:
         config: a `Config`.
         data: a `ClipStore`, or the URL of shards.

@@ -153,7 +153,7 @@ def ablations_figure(table, comparisons, better):
 
     Args:
         table: {factor: {variant: {quantity: values by seed}}}, None where there is no value; the
-            first variant of each factor is the preset.
+            first variant of each factor is the preset, and the titles name that of the first.
         comparisons: {factor: {variant: {quantity: "difference" to the preset, its "interval" and
             the "verdict"}}}.
         better: {quantity: -1 where less is better, 1 where more is}.
@@ -166,8 +166,9 @@ def ablations_figure(table, comparisons, better):
     )
     for ax, (quantity, sign) in zip(axes[0], better.items()):
         for y, (factor, variant) in enumerate(rows):
-            values = table[factor][variant][quantity]
-            _plot_variant(ax, y, values, own[quantity], comparisons[factor][variant][quantity])
+            values, own_of_row = table[factor][variant], next(iter(table[factor].values()))
+            found = comparisons[factor][variant][quantity]
+            _plot_variant(ax, y, values[quantity], own_of_row[quantity], found)
         ax.axvline(0, color="#222222", linewidth=1)
         mean = np.mean([value for value in own[quantity] if value is not None] or [np.nan])
         ax.set_title(f"{quantity}\npreset: {mean:.3f}", fontsize=10)

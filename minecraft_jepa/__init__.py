@@ -15,7 +15,7 @@ _EXPORTS = {
     "LuantiEnv": "game.env",
     "RegressionHead": "model.decoders",
     "WorldModel": "model.world_model",
-    "compare_reports": "evaluation.report",
+    "compare_reports": "evaluation.report_comparison",
     "load_config": "config",
     "load_report": "evaluation.report",
     "load_split": "data.splits",

@@ -42,10 +42,10 @@ from minecraft_jepa.evaluation.probes import linear_probe, probe_by_world
 from minecraft_jepa.evaluation.report import (
     SCHEMA,
     check_criteria,
-    compare_reports,
     compare_with_shipped,
     load_report,
 )
+from minecraft_jepa.evaluation.report_comparison import compare_reports
 from minecraft_jepa.evaluation.retrieval import rank_of_target, retrieval
 from minecraft_jepa.evaluation.ridge import fit_ridge, fit_ridges
 from minecraft_jepa.evaluation.rollouts import action_sensitivity, future_leakage
@@ -661,16 +661,55 @@ def test_bars_are_met_or_not():
     ]
 
 
-def test_compare_says_which_is_better_and_draws_it():
-    compared = compare_reports(a_report(), a_report(error=0.7, other=1.2))
-    assert compared["error over copying, 4 ticks"] == (0.8, 0.7, True)
-    assert compared["shuffled over true future actions, 8 ticks"] == (1.4, 1.2, False)
+def a_paired_report(error=0.8, other=1.4, recordings=("a", "b", "c", "d")):
+    """Each recording's own numbers differ more than the reports do."""
+    scale = dict(zip(recordings, (1.0, 3.0, 0.2, 0.7)))
+    ticks = ("1", "4", "8")
+    by_method = {"copy_last": 1.0, "model": error, "shuffled_future": error * other}
+    report = a_report(error, other, recordings=recordings)
+    worlds = {name: 1 - error * s / 10 for name, s in scale.items()}
+    return report | {
+        "horizons": {h: {} for h in ticks},
+        "windows_per_recording": 24,
+        "seed": 0,
+        "relative_to_best_baseline": {h: {"baseline": "copy_last", "ratio": error} for h in ticks},
+        "by_recording": {
+            method: {name: [value * s + 0.01 * s**2] * len(ticks) for name, s in scale.items()}
+            for method, value in by_method.items()
+        },
+        "probes_by_world": {"pitch": {"worlds": worlds}, "yaw_change": {"worlds": worlds}},
+    }
+
+
+def test_two_reports_are_compared_by_pairs_and_drawn():
+    first, second = a_paired_report(), a_paired_report(error=0.7, other=1.2)
+    compared = compare_reports(first, second)
+    error = compared["error over copying, 4 ticks"]
+    assert (error["first"], error["second"], error["verdict"]) == (0.8, 0.7, "better")
+    assert 0.87 < error["interval"][0] < error["ratio"] < error["interval"][1] < 0.89
+    followed = compared["shuffled over true future actions, 8 ticks"]
+    assert (followed["first"], followed["second"], followed["verdict"]) == (1.4, 1.2, "worse")
+    assert compared["R2 of pitch"]["ratio"] == pytest.approx(7 / 8)
+    assert compared["top-1 retrieval, 4 ticks"]["verdict"] == "not paired"
     fig, axes = plot_comparison(compared, ("old", "new"))
     labels = [label.get_text() for ax in axes for label in ax.get_yticklabels()]
     assert len(labels) == len(compared)
     plt.close(fig)
-    with pytest.raises(ValueError, match="different recordings"):
-        compare_reports(a_report(), a_report(recordings=("a", "c")))
+
+
+def test_a_difference_in_one_recording_of_four_is_not_clear():
+    second = a_paired_report()
+    second["by_recording"]["model"]["b"] = [0.5 * e for e in second["by_recording"]["model"]["b"]]
+    row = compare_reports(a_paired_report(), second)["error over copying, 8 ticks"]
+    assert row["ratio"] == pytest.approx(0.5**0.25)
+    assert row["verdict"] == "no clear difference"
+
+
+def test_reports_on_other_recordings_or_windows_are_not_compared():
+    with pytest.raises(ValueError, match=r"different recordings.*same data_dir"):
+        compare_reports(a_paired_report(), a_paired_report(recordings=("a", "b", "c", "e")))
+    with pytest.raises(ValueError, match=r"different windows_per_recording.*24 and 8.*steps"):
+        compare_reports(a_paired_report(), a_paired_report() | {"windows_per_recording": 8})
 
 
 def test_a_report_of_another_version_is_refused(tmp_path):

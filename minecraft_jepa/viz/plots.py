@@ -216,13 +216,16 @@ def _by_kind(quantities):
     return kinds
 
 
+_VERDICT_COLORS = {"better": "#0173b2", "worse": "#d55e00"}  # grey: any other
+
+
 @with_style
 def plot_comparison(compared, names=("first", "second")):
     """Draw a dot for each run, with a panel for each kind of quantity.
 
     Args:
-        compared: {quantity: (first, second, whether the second is better)}, of
-            `evaluation.report.compare_reports`.
+        compared: {quantity: {"first", "second", "verdict"}}, of
+            `evaluation.report_comparison.compare_reports`.
         names: names of the two runs.
 
     Returns:
@@ -240,8 +243,8 @@ def plot_comparison(compared, names=("first", "second")):
     size = 3.8 * len(kinds), 0.8 + 0.32 * max(map(len, kinds.values()))
     fig, axes = plt.subplots(1, len(kinds), figsize=size, squeeze=False, layout="constrained")
     for ax, (kind, quantities) in zip(axes[0], kinds.items()):
-        first, second, is_better = zip(*(compared[quantity] for quantity in quantities))
-        colour = [COLORS["model" if better else "linear"] for better in is_better]
+        first, second = ([compared[q][run] for q in quantities] for run in ("first", "second"))
+        colour = [_VERDICT_COLORS.get(compared[q]["verdict"], "#949494") for q in quantities]
         rows = range(len(quantities))
         for y in rows:
             ax.plot([first[y], second[y]], [y, y], color=colour[y], linewidth=2, zorder=1)

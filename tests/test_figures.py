@@ -142,7 +142,7 @@ def test_headline_of_the_readme_is_that_of_the_shipped_weights():
         f"| {best['ratio']:.2f} [{low:.2f}, {high:.2f}] |",
         with_interval(report["action_sensitivity_ratio"]["8"]),
         with_interval(report["retrieval"]["top1"]["4"]["model"]),
-        f"the history too, {report['retrieval']['top1']['4']['shuffled_actions']['mean']:.2f};",
+        f"past and future, {report['retrieval']['top1']['4']['shuffled_actions']['mean']:.2f};",
         f"| {'; '.join(probed)} | random weights {'; '.join(untrained)}; pixels",
         f"(R2 {probes['model']['speed']:.2f})",
         f"much weaker model: {of_study['error relative to the best baseline at 8 ticks']:.2f}",

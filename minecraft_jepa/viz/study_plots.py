@@ -12,7 +12,7 @@ import textwrap
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .plots import plot_curves
+from .plots import COMPARISON_COLORS, plot_curves
 from .style import COLORS
 
 # %% ../../nbs/viz/07_study_plots.ipynb #0a5095f9
@@ -186,7 +186,7 @@ def ablations_figure(table, comparisons, better):
     return fig
 
 # %% ../../nbs/viz/07_study_plots.ipynb #7a61a228
-_VERDICT_MARKERS = {"better": ("^", COLORS["model"]), "worse": ("v", COLORS["dit"])}
+_VERDICT_MARKERS = {"better": "^", "worse": "v"}
 
 
 def _plot_variant(ax, y, values, own, found):
@@ -195,7 +195,8 @@ def _plot_variant(ax, y, values, own, found):
         label = {"transform": ax.get_yaxis_transform(), "ha": "center", "va": "center"}
         ax.text(0.5, y, found["verdict"], **label)
         return
-    marker, color = _VERDICT_MARKERS.get(found["verdict"], ("o", GREY))
+    marker = _VERDICT_MARKERS.get(found["verdict"], "o")
+    color = COMPARISON_COLORS.get(found["verdict"], GREY)
     ax.plot(found["interval"], [y, y], color=color, linewidth=2, alpha=0.6)
     ax.plot(found["difference"], y, marker, color=color, markersize=8)
     dots = [a - b for a, b in zip(values, own) if None not in (a, b)]

@@ -29,6 +29,7 @@ from training_runs import (
 
 from minecraft_jepa.config import preset
 from minecraft_jepa.data import loader
+from minecraft_jepa.data.splits import read_training, seen_recordings
 from minecraft_jepa.training import learner, time_budget
 from minecraft_jepa.training import train_decoders as decoder_training
 from minecraft_jepa.training import train_world_model as world_model_training
@@ -103,8 +104,14 @@ def test_killed_between_the_last_step_and_the_final_files_no_step_is_done_again(
         with pytest.raises(KeyboardInterrupt):
             train_decoders(model, store, TRAIN, steps=5, folder=tmp_path)
     interrupt(monkeypatch, learner, "optimizer_step")  # no step is taken any more
+    earlier = {"train": ["other"], "validation": [], "steps": 2, "seconds": {"world_model": 1.0}}
+    (tmp_path / "training.json").write_text(json.dumps(earlier | {"decoder_steps": 0}))
     _, _, history = train_decoders(model, store, TRAIN, steps=5, folder=tmp_path)
     assert len(history) == 5
+    training = read_training(tmp_path)
+    assert seen_recordings(training) == ["other", *TRAIN]
+    assert training["decoder_steps"] == 5
+    assert training["seconds"].keys() == {"world_model", "decoders"}
     assert set(weights(tmp_path)) == {"dit.safetensors", "head.safetensors"}
     assert not list(tmp_path.glob("*_checkpoints"))
 

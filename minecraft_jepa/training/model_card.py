@@ -68,13 +68,17 @@ def _describe_training(summary, config):
     if start:
         count = f"{start['steps']} steps on {len(start['train'])} recordings"
         started = [f"- started from a run of {count}: {_first_names(start['train'])}"]
-    decoders = "decoders as they were"
+    decoders, learned = "decoders as they were", []
     if summary["decoder_steps"]:
         decoders = f"decoders {summary['decoder_steps']} steps of {train['decoder_batch_size']}, "
         decoders += f"{minutes['decoders']:.0f} minutes"
+    if summary.get("decoder_train"):
+        names = summary["decoder_train"]
+        learned = [f"- decoders trained on {len(names)} recordings: {_first_names(names)}"]
     return [
         *started,
         f"- trained on {len(train_names)} recordings: {_first_names(train_names)}",
+        *learned,
         "- chosen by the mean error at 1 to 8 ticks relative to copying the last latent, on "
         f"{len(validation_names)} recordings: {_first_names(validation_names)}",
         f"- {summary['steps']} steps of {train['batch_size']} windows, "

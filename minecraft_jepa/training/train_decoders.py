@@ -6,10 +6,14 @@
 __all__ = ['DecoderPair', 'train_decoders', 'train_decoders_and_keep_checkpoint']
 
 # %% ../../nbs/training/13_train_decoders.ipynb #048f0af7
+from pathlib import Path
+
 import torch
+from accelerate.state import PartialState
 from torch import nn
 
 from ..data.loader import fixed_windows, window_batches
+from ..data.splits import read_training
 from ..model.decoders import DiT, RegressionHead
 from ..model.ema import ema_update, frozen_copy
 from minecraft_jepa.training.distributed import (
@@ -22,7 +26,7 @@ from .run_identity import hash_weights, make_run_identity
 from .run_lock import exclusive_run
 from .time_budget import check_minutes
 from .trainer import fit, forget_checkpoints
-from ..utils import seed_everything, whole_number
+from ..utils import seed_everything, whole_number, write_json
 
 # %% ../../nbs/training/13_train_decoders.ipynb #11ee5c37
 class DecoderPair(nn.Module):
@@ -106,7 +110,8 @@ def train_decoders(
         steps: length of the run; None: `config.train.decoder_steps`.
         seed: a whole number; decides every random number.
         device: 'cpu' or 'cuda'.
-        folder: for weights, log and checkpoints; None: nothing is written.
+        folder: for weights, log and checkpoints; its `training.json`, where there is one, is told
+            the steps and the recordings. None: nothing is written.
         max_minutes: time limit, interruptions included; the schedule is made to fit into it.
 
     Returns:
@@ -120,8 +125,19 @@ def train_decoders(
     results = train_decoders_and_keep_checkpoint(
         model, data, train_names, steps, seed, device, folder, max_minutes
     )
+    if folder and (Path(folder) / "training.json").is_file():
+        _tell_training(folder, train_names, results[2])
     forget_checkpoints(folder, "decoders")
     return results
+
+
+def _tell_training(folder, names, history):
+    """Write into `training.json` how the decoders were trained, and on which recordings."""
+    summary = read_training(folder)
+    seconds = {**summary["seconds"], "decoders": sum(row["seconds"] for row in history)}
+    summary |= {"decoder_steps": history[-1]["step"], "seconds": seconds, "decoder_train": names}
+    if PartialState().is_main_process:
+        write_json(Path(folder) / "training.json", summary)
 
 # %% ../../nbs/training/13_train_decoders.ipynb #866f0c3b
 def train_decoders_and_keep_checkpoint(model, data, names, steps, seed, device, folder, minutes):

@@ -150,6 +150,7 @@ LONG_NOTEBOOKS = (
     "12_pixel_model",
     "13_seeds",
     "14_variants",
+    "15_decoders",
 )
 
 

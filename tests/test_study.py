@@ -258,6 +258,7 @@ def test_executed_notebooks_show_their_pictures_and_no_path_bar_or_warning(clone
         ROOT / "nbs/study/12_pixel_model.ipynb",
         ROOT / "nbs/study/13_seeds.ipynb",
         ROOT / "nbs/study/14_variants.ipynb",
+        ROOT / "nbs/study/15_decoders.ipynb",
         *study_notebooks(ROOT / "nbs/bench"),
     ],
     ids=lambda p: p.stem,

@@ -230,9 +230,21 @@ class DiT(PretrainedModel):
         s = torch.sigmoid(logit)  # (b,)
         noise, s_patch = torch.randn_like(clean), s[:, None, None]  # (b, n, p), (b, 1, 1)
         prediction = self.denoise(s_patch * clean + (1 - s_patch) * noise, s, z)
-        # the difference of the velocities is that of the frames over 1 - s
-        error = (prediction.float() - clean) / (1 - s_patch).clamp_min(settings.min_one_minus_t)
+        error = (prediction.float() - clean) / self.error_scale(s_patch)
         return (error**2).mean()
+
+    def error_scale(self, s):
+        """What the error of a predicted frame is divided by in the loss.
+
+        The difference of the velocities is that of the frames over 1 - s.
+
+        Args:
+            s: diffusion times.
+
+        Returns:
+            The divisors, in the shape of s.
+        """
+        return (1 - s).clamp_min(self.config.dit.min_one_minus_t)
 
     @torch.no_grad()
     def decode(self, z, steps=None, seed=0, guidance=None):

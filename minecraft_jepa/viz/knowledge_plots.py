@@ -10,8 +10,8 @@ __all__ = ['plot_retrieval', 'plot_probes', 'plot_decoded_keys', 'plot_imagined_
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .evaluation_plots import GREY, plot_intervals
-from .style import COLORS, TICKS_PER_SECOND
+from .evaluation_plots import plot_intervals
+from .style import COLORS, GREY, TICKS_PER_SECOND
 
 # %% ../../nbs/viz/09_knowledge_plots.ipynb #0446c7e7
 def plot_retrieval(ax, top1, ticks, candidates=256):

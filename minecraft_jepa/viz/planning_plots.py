@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'COST_LABELS', 'planning_figure']
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .study_plots import GREY
+from .style import GREY
 
 # %% ../../nbs/viz/08_planning_plots.ipynb #4c6204bc
 METHODS = {  # label and colour
@@ -22,7 +22,7 @@ METHODS = {  # label and colour
     "swm_cem": ("CEM of stable-worldmodel", "#ca9161"),
     "other_actions": ("actions of another clip", "#ece133"),
     "random": ("random", "#fbafe4"),
-    "no_op": ("no-op", "#949494"),
+    "no_op": ("no-op", GREY),
 }
 
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from minecraft_jepa.viz.style import (
     COLORS,
     DPI,
+    GREY,
     MARKERS,
     TICKS_PER_SECOND,
     TRUE_LATENT_SUFFIX,
@@ -245,7 +246,7 @@ def plot_comparison(compared, names=("first", "second")):
     fig, axes = plt.subplots(1, len(kinds), figsize=size, squeeze=False, layout="constrained")
     for ax, (kind, quantities) in zip(axes[0], kinds.items()):
         first, second = ([compared[q][run] for q in quantities] for run in ("first", "second"))
-        colour = [COMPARISON_COLORS.get(compared[q]["verdict"], "#949494") for q in quantities]
+        colour = [COMPARISON_COLORS.get(compared[q]["verdict"], GREY) for q in quantities]
         rows = range(len(quantities))
         for y in rows:
             ax.plot([first[y], second[y]], [y, y], color=colour[y], linewidth=2, zorder=1)

@@ -169,6 +169,9 @@ class Dit(Section):
     bottleneck_dim: int = _within(64, 1, _SIZE)  # patch -> bottleneck -> width, JiT sec. 4.3
     time_logit_mean: float = _within(-0.8, -100, 100)  # mean of the logit-normal times
     time_logit_std: float = _within(0.8, 0, 100)  # their standard deviation
+    # what the training measures. velocity: its error, JiT sec. 3; frame: the error of the clean
+    # frame, weighted by 0.1 where all is noise up to 1 where none is, Dreamer 4 (15_decoders)
+    loss: str = _one_of("velocity", "frame")
     # lower bound of 1-t in the velocity loss
     min_one_minus_t: float = _within(0.05, above=0, most=1)
     latent_noise_std: float = _within(0.3, **_WEIGHT)  # std of the noise on latents, RAE sec. 4.3

@@ -212,7 +212,7 @@ class DiT(PretrainedModel):
         return self.out(modulate(self.norm(x), *self.modulation(condition)))  # (b, n, p)
 
     def forward(self, z, frames):
-        """Training loss, a scalar: the mean squared error of the velocity. JiT, sec. 3.
+        """Training loss, a scalar: the mean squared error, over `error_scale`. JiT, sec. 3.
 
         Args:
             z: latents (b, n, d).
@@ -234,9 +234,10 @@ class DiT(PretrainedModel):
         return (error**2).mean()
 
     def error_scale(self, s):
-        """What the error of a predicted frame is divided by in the loss.
+        """What the error of a predicted frame is divided by in the loss, as `dit.loss` says.
 
-        The difference of the velocities is that of the frames over 1 - s.
+        The difference of the velocities is that of the frames over 1 - s. The weight of the frame's
+        own error is the ramp of Dreamer 4, arXiv 2509.24527, 0.1 + 0.9 s.
 
         Args:
             s: diffusion times.
@@ -244,6 +245,8 @@ class DiT(PretrainedModel):
         Returns:
             The divisors, in the shape of s.
         """
+        if self.config.dit.loss == "frame":
+            return (0.1 + 0.9 * s).rsqrt()
         return (1 - s).clamp_min(self.config.dit.min_one_minus_t)
 
     @torch.no_grad()

@@ -169,8 +169,8 @@ class Dit(Section):
     bottleneck_dim: int = _within(64, 1, _SIZE)  # patch -> bottleneck -> width, JiT sec. 4.3
     time_logit_mean: float = _within(-0.8, -100, 100)  # mean of the logit-normal times
     time_logit_std: float = _within(0.8, 0, 100)  # their standard deviation
-    # what the training measures. velocity: its error, JiT sec. 3; frame: the error of the clean
-    # frame, weighted by 0.1 where all is noise up to 1 where none is, Dreamer 4 (15_decoders)
+    # what the training minimizes. velocity: the error of the velocity, JiT sec. 3; frame: that of
+    # the clean frame, weighted by 0.1 where all is noise, by 1 where none is (15_decoders)
     loss: str = _one_of("velocity", "frame")
     # lower bound of 1-t in the velocity loss
     min_one_minus_t: float = _within(0.05, above=0, most=1)

@@ -269,20 +269,24 @@ def _is_split(splits):
 
 # %% ../../nbs/data/07_splits.ipynb #5b1d6e0a
 def write_split(folder, validation, test=()) -> dict[str, list[str]]:
-    """Write split.json, which keeps recordings out of the training.
+    """Write split.json from the recordings to hold out.
 
     Args:
         folder: of recordings.
-        validation: names of recordings, or of sessions or worlds, of which all recordings count.
+        validation: list of names of recordings, or of sessions or worlds, of which all recordings
+            count.
         test: the same. What is in neither is for training.
 
     Returns:
         {'train', 'validation', 'test': names}.
 
     Raises:
-        RecordingError: a name is not in the folder, or a session is in two splits.
+        RecordingError: a name is not in the folder, a session is in two splits, nothing is left for
+            training or validation, or the folder has a split.json that says otherwise.
     """
     path = Path(folder) / "split.json"
+    if isinstance(validation, str) or isinstance(test, str):
+        raise RecordingError(f"{folder}: give the recordings to hold out as lists of names")
     names = [file.stem for file in find_recordings(folder)]
     held_out = {"validation": set(validation), "test": set(test)}
     unknown = set.union(*held_out.values()) - {*names, *map(session_of, names)}
@@ -294,6 +298,11 @@ def write_split(folder, validation, test=()) -> dict[str, list[str]]:
         for split in [s for s, chosen in held_out.items() if own & chosen] or ["train"]:
             splits[split].append(name)
     _refuse_leaks(path, splits, "session")
+    for split in ("train", "validation"):
+        if not splits[split]:
+            raise RecordingError(f"{folder}: no recording is left for {split}; hold out others")
+    if path.is_file() and read_json(path, "mend or delete it") != splits:
+        raise RecordingError(f"{path}: says otherwise; delete it to hold out others")
     write_json(path, splits)
     return splits
 
@@ -322,10 +331,10 @@ def seen_recordings(training, splits=("train", "validation", "decoder_train")) -
     Args:
         training: of `read_training`.
         splits: which count: 'train' and 'validation' of the run, 'decoder_train' of decoders that
-            were trained on other recordings afterwards.
+            were trained anew afterwards.
 
     Returns:
-        Names of recordings.
+        Names of recordings; one may be there several times.
     """
     earlier = seen_recordings(training["start"], splits) if training.get("start") else []
     lists = {"decoder_train": []} | training

@@ -165,8 +165,8 @@ def describe_relation(data_dir, weights):
     training = read_training(weights)
     present = {session_of(path.stem) for path in find_recordings(data_dir)}
     trained_on, chosen_on = (
-        {session_of(name) for name in seen_recordings(training, (side,))}
-        for side in ("train", "validation")
+        {session_of(name) for name in seen_recordings(training, splits)}
+        for splits in (("train", "decoder_train"), ("validation",))
     )
     if present & (trained_on | chosen_on):
         return (

@@ -212,7 +212,7 @@ class DiT(PretrainedModel):
         return self.out(modulate(self.norm(x), *self.modulation(condition)))  # (b, n, p)
 
     def forward(self, z, frames):
-        """Training loss, a scalar: the mean squared error, over `error_scale`. JiT, sec. 3.
+        """Training loss, a scalar: the mean square of the error over `error_scale`.
 
         Args:
             z: latents (b, n, d).
@@ -234,10 +234,11 @@ class DiT(PretrainedModel):
         return (error**2).mean()
 
     def error_scale(self, s):
-        """What the error of a predicted frame is divided by in the loss, as `dit.loss` says.
+        """What the error of a predicted frame is divided by, before its square is the loss.
 
-        The difference of the velocities is that of the frames over 1 - s. The weight of the frame's
-        own error is the ramp of Dreamer 4, arXiv 2509.24527, 0.1 + 0.9 s.
+        `dit.loss` velocity: 1 - s, at least `dit.min_one_minus_t`, which makes it the error of the
+        velocity (JiT, sec. 3). frame: one over the square root of 0.1 + 0.9 s, the ramp by which
+        Dreamer 4 weighs the square error of the frame (arXiv 2509.24527).
 
         Args:
             s: diffusion times.

@@ -122,20 +122,26 @@ def train_decoders(
         FloatingPointError: numbers are not finite.
         InUseError: another run is using the folder.
     """
+    names = [str(name) for name in train_names]
+    is_told = folder and (Path(folder) / "training.json").is_file()
+    summary = read_training(folder) if is_told else {}
+    if is_told:  # before the weights are written: a name too many does no harm
+        seen = dict.fromkeys([*summary.get("decoder_train", []), *names])
+        _write_training(folder, summary | {"decoder_train": list(seen)})
     results = train_decoders_and_keep_checkpoint(
-        model, data, train_names, steps, seed, device, folder, max_minutes
+        model, data, names, steps, seed, device, folder, max_minutes
     )
-    if folder and (Path(folder) / "training.json").is_file():
-        _tell_training(folder, train_names, results[2])
+    if is_told:
+        rows = results[2]
+        seconds = summary.get("seconds", {}) | {"decoders": sum(row["seconds"] for row in rows)}
+        told = {"decoder_steps": rows[-1]["step"], "seconds": seconds, "decoder_train": names}
+        _write_training(folder, summary | told)
     forget_checkpoints(folder, "decoders")
     return results
 
 
-def _tell_training(folder, names, history):
-    """Write into `training.json` how the decoders were trained, and on which recordings."""
-    summary = read_training(folder)
-    seconds = {**summary["seconds"], "decoders": sum(row["seconds"] for row in history)}
-    summary |= {"decoder_steps": history[-1]["step"], "seconds": seconds, "decoder_train": names}
+def _write_training(folder, summary):
+    """Write `training.json`, on one process."""
     if PartialState().is_main_process:
         write_json(Path(folder) / "training.json", summary)
 

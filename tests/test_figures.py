@@ -298,6 +298,36 @@ def test_plans_in_the_readme_are_those_of_the_run():
         assert round(rows["planner"][key], 2) in shown
 
 
+def test_what_is_said_of_sharper_pictures():
+    found = numbers("decoders")
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    true, tick, sharp = "true latents, dB", "8 ticks, dB", "8 ticks, sharpness"
+
+    def mean(factor, variant, quantity):
+        values = found["table"][factor][variant][quantity]
+        return sum(values) / len(values)
+
+    own, frame = ("loss", "velocity"), ("loss", "frame")
+    imagined = "latents", "half imagined"
+    words = [
+        f"true latents with {mean(*frame, true):.1f} dB for {mean(*own, true):.1f} and imagined",
+        f"no worse ({mean(*frame, tick):.2f} for {mean(*own, tick):.2f})",
+        f"({mean(*imagined, sharp):.2f} of the real steps between pixels, for "
+        f"{mean(*own, sharp):.2f}), but {mean(*own, tick) - mean(*imagined, tick):.1f} dB worse",
+    ]
+    assert [part for part in words if part not in readme] == []
+
+    verdicts = {
+        (factor, variant): {name: row["verdict"] for name, row in rows.items()}
+        for factor, variants in found["comparisons"].items()
+        for variant, rows in variants.items()
+    }
+    assert verdicts[frame][true] == "better" and "worse" not in verdicts[frame].values()
+    assert verdicts[imagined][sharp] == "better"
+    assert verdicts[imagined][true] == verdicts[imagined][tick] == "worse"
+    assert "better" not in (verdicts["given frame", "seen"][name] for name in (true, tick))
+
+
 def test_what_is_said_of_the_ideas_without_a_setting():
     found = numbers("variants")
     error, first, shifted = "error / copying, 4 ticks", "error / copying, 1 tick", "/ shifted copy"

@@ -298,6 +298,15 @@ def test_plans_in_the_readme_are_those_of_the_run():
         assert round(rows["planner"][key], 2) in shown
 
 
+def verdicts_of(found):
+    """Verdicts of a study of variants, {(factor, variant): {quantity: verdict}}."""
+    return {
+        (factor, variant): {name: row["verdict"] for name, row in rows.items()}
+        for factor, variants in found["comparisons"].items()
+        for variant, rows in variants.items()
+    }
+
+
 def test_what_is_said_of_sharper_pictures():
     found = numbers("decoders")
     readme = " ".join((ROOT / "README.md").read_text().split())
@@ -312,16 +321,12 @@ def test_what_is_said_of_sharper_pictures():
     words = [
         f"true latents with {mean(*frame, true):.1f} dB for {mean(*own, true):.1f} and imagined",
         f"no worse ({mean(*frame, tick):.2f} for {mean(*own, tick):.2f})",
-        f"({mean(*imagined, sharp):.2f} of the real steps between pixels, for "
+        f"({mean(*imagined, sharp):.2f} of the real mean square step between pixels, for "
         f"{mean(*own, sharp):.2f}), but {mean(*own, tick) - mean(*imagined, tick):.1f} dB worse",
     ]
     assert [part for part in words if part not in readme] == []
 
-    verdicts = {
-        (factor, variant): {name: row["verdict"] for name, row in rows.items()}
-        for factor, variants in found["comparisons"].items()
-        for variant, rows in variants.items()
-    }
+    verdicts = verdicts_of(found)
     assert verdicts[frame][true] == "better" and "worse" not in verdicts[frame].values()
     assert verdicts[imagined][sharp] == "better"
     assert verdicts[imagined][true] == verdicts[imagined][tick] == "worse"
@@ -348,11 +353,7 @@ def test_what_is_said_of_the_ideas_without_a_setting():
     ]
     assert [part for part in words if part not in readme] == []
 
-    verdicts = {
-        (factor, variant): {name: row["verdict"] for name, row in rows.items()}
-        for factor, variants in found["comparisons"].items()
-        for variant, rows in variants.items()
-    }
+    verdicts = verdicts_of(found)
     assert verdicts[colours][error] == verdicts[colours]["/ shifted copy, 8 ticks"] == "better"
     never_worse = {v for v, row in verdicts.items() if "worse" not in row.values()}
     clearly_better = {v for v, row in verdicts.items() if row[error] == "better"}

@@ -144,27 +144,29 @@ def quantity_of(run, quantity):
     return run["rank"]
 
 # %% ../../nbs/evaluation/20_ablations.ipynb #63a7a686
-def compare_variants(table) -> dict:
+def compare_variants(table, better=BETTER) -> dict:
     """Compare every variant with the preset.
 
     Args:
         table: {factor: {variant: {quantity: values by seed}}}; the first variant is the preset.
+        better: {quantity to compare: -1 where less is better, 1 where more is}.
 
     Returns:
-        {factor: {variant: {quantity of `BETTER`: as of `compare_seeds`}}}, without the preset. The
+        {factor: {variant: {quantity of `better`: as of `compare_seeds`}}}, without the preset. The
         verdict on a variant whose seeds all collapsed is "collapsed".
     """
     comparisons = {}
     for factor, variants in table.items():
         (_, own), *others = variants.items()
-        comparisons[factor] = {name: _compare(own, row) for name, row in others}
+        comparisons[factor] = {name: _compare(own, row, better) for name, row in others}
     return comparisons
 
 
-def _compare(own, row):
+def _compare(own, row, better):
     """{quantity: comparison} of a variant's values by seed with the preset's."""
-    found = {q: compare_seeds(own[q], row[q], sign) for q, sign in BETTER.items()}
-    if row["effective rank"].count(None) == len(row["effective rank"]):
+    found = {q: compare_seeds(own[q], row[q], sign) for q, sign in better.items()}
+    ranks = row.get("effective rank")
+    if ranks and ranks.count(None) == len(ranks):
         found = {q: comparison | {"verdict": "collapsed"} for q, comparison in found.items()}
     return found
 

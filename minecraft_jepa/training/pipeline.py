@@ -31,7 +31,10 @@ from .run_identity import result_settings
 from .run_lock import exclusive_run
 from .time_budget import check_minutes
 from .tracking import read_rows
-from .train_decoders import train_decoders_and_keep_checkpoint
+from minecraft_jepa.training.train_decoders import (
+    train_decoders_and_keep_checkpoint,
+    write_training,
+)
 from .train_world_model import done_file, train_world_model
 from .trainer import forget_checkpoints
 from ..utils import whole_number, write_json
@@ -204,8 +207,7 @@ def _train_both(config, data, split, out, seed, device, minutes, start, ignore_c
     }
     if start and (Path(start) / "training.json").is_file():
         summary["start"] = read_training(start)
-    if PartialState().is_main_process:
-        write_json(out / "training.json", summary)
+    write_training(out, summary)
     forget_checkpoints(out, "decoders")
     return summary
 

@@ -52,6 +52,11 @@ class Config:
         """The tree as JSON text, which `load_config` reads back."""
         return json.dumps({"format": _FORMAT, **asdict(self)}, indent=1)
 
+    def settings(self):
+        """All settings of all sections, {'section.setting': value}."""
+        sections = {f.name: asdict(getattr(self, f.name)) for f in fields(self) if f.name != "name"}
+        return {f"{s}.{name}": v for s, values in sections.items() for name, v in values.items()}
+
     def architecture(self):
         """Settings that shape a tensor or the input, and must agree before weights fit.
 
@@ -59,11 +64,12 @@ class Config:
             {'section.setting': value}.
         """
         shape = {}
-        for section in ("frame", "encoder", "conditioner", "predictor", "dit"):
-            for name, value in asdict(getattr(self, section)).items():
-                is_shape = name in _DECODER_SHAPE if section == "dit" else name != "dropout"
-                if is_shape:
-                    shape[f"{section}.{name}"] = value
+        for path, value in self.settings().items():
+            section, name = path.split(".")
+            if section in ("frame", "encoder", "conditioner", "predictor") and name != "dropout":
+                shape[path] = value
+            if section == "dit" and name in _DECODER_SHAPE:
+                shape[path] = value
         return shape
 
 # %% ../nbs/03_config.ipynb #01d2b78b

@@ -1,7 +1,9 @@
 """Checkpoints are whole, finite and of their own run; a folder belongs to one run at a time."""
 
 import importlib
+import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +28,7 @@ from minecraft_jepa.training.checkpoints import find_checkpoint, save_checkpoint
 from minecraft_jepa.training.learner import Learner
 from minecraft_jepa.training.train_world_model import train_world_model
 from minecraft_jepa.training.trainer import CollapseError
+from minecraft_jepa.utils import write_json
 
 
 def collapse(store, folder, **changes):
@@ -51,6 +54,19 @@ def test_accumulate_is_part_of_what_a_run_is(store, tmp_path, monkeypatch):
     train_until(store, tmp_path, 5, monkeypatch, **changes)
     with pytest.raises(ValueError, match=r"train.gradient_accumulation_steps was 1, is 2"):
         train_small(store, tmp_path, gradient_accumulation_steps=2, **changes)
+
+
+def test_a_setting_that_the_run_did_not_know_yet_is_compared_with_its_default(store, tmp_path):
+    config = collapse(store, tmp_path, evaluate_every=4, save_every=4)
+    for path in tmp_path.glob("**/step_*/about.json"):
+        metadata = json.loads(path.read_text())
+        del metadata["run"]["train.color_jitter"]
+        write_json(path, metadata)
+    other = replace(config, train=replace(config.train, color_jitter=0.4))
+    with pytest.raises(ValueError, match=r"another run .train.color_jitter was 0.0, is 0.4."):
+        train_world_model(other, store, TRAIN, HELD_OUT, folder=tmp_path)
+    with pytest.raises(CollapseError):  # goes on
+        train_world_model(config, store, TRAIN, HELD_OUT, folder=tmp_path)
 
 
 def test_other_recordings_under_the_same_names_are_another_run(store, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..config import Config
 from ..utils import write_json
 
 # %% ../../nbs/training/05_checkpoints.ipynb #676fc124
@@ -170,15 +171,17 @@ def _read_metadata(path):
         return None
     return metadata | {"path": path}
 
-
+# %% ../../nbs/training/05_checkpoints.ipynb #5d1f7e02
 def describe_differences(previous, current, max_listed=6) -> str:
     """List the settings that differ between two runs, as text; '' for none.
 
     Args:
-        previous: {name: value} of the earlier run. What it did not write is not compared.
+        previous: {name: value} of the earlier run. A setting that it did not write, as the
+            package had none, had its default; nothing else that is missing is compared.
         current: {name: value} of the later one.
         max_listed: of more, only their number is told.
     """
+    previous = Config().settings() | previous
     differences = [
         f"{key} was {previous[key]!r}, is {value!r}"
         for key, value in current.items()

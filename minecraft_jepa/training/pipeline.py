@@ -131,7 +131,9 @@ def _is_same_start(out, earlier, start):
 
 def _check_same_run(out, previous, settings):
     """ValueError where the folder holds a run with other settings."""
-    earlier = dict(previous["settings"]) if previous else {}
+    if not previous:
+        return
+    earlier = dict(previous["settings"])
     if _is_same_start(out, earlier.get("start"), settings["start"]):
         earlier["start"] = settings["start"]
     differences = describe_differences(earlier, settings)

@@ -32,11 +32,7 @@ _NO_EFFECT_ON_RESULT = {
 
 def result_settings(config) -> dict:
     """List all settings that change the result of a training, {'section.name': value}."""
-    settings = {}
-    for section, values in json.loads(config.to_json()).items():
-        if isinstance(values, dict):
-            settings |= {f"{section}.{name}": value for name, value in values.items()}
-    return {name: v for name, v in settings.items() if name not in _NO_EFFECT_ON_RESULT}
+    return {k: v for k, v in config.settings().items() if k not in _NO_EFFECT_ON_RESULT}
 
 
 def _short_hash(value):

@@ -346,8 +346,8 @@ def test_what_is_said_of_the_ideas_without_a_setting():
     own = "straightening", "0"
     readme = " ".join((ROOT / "README.md").read_text().split())
     words = [
-        f"nowhere clearly worse: {mean(*colours, error)} for {mean(*own, error)}",
-        f"{mean(*colours, shifted)} for {mean(*own, shifted)} of the error of a shifted copy",
+        f"error over copying at 4 ticks {mean(*colours, error)} for {mean(*own, error)}",
+        f"over a shifted copy at 8 ticks {mean(*colours, shifted)} for {mean(*own, shifted)}",
         f"after one tick ({mean(*straight, first)} for {mean(*own, first)} with the weight 0.1)",
         f"for one tick ({mean('frames given', '2', first)} for {mean(*own, first)})",
     ]
@@ -432,7 +432,7 @@ def test_what_is_said_of_the_pixel_model():
         f"SSIM | {ssim['pixel_model']:.3f} | {ssim['world_model']:.3f} |",
         "[{:.3f}, {:.3f}]".format(*ends["SSIM"]),
         f"the shipped one | {seen['pixel_model']:.2f} | {seen['world_model']:.2f} |",
-        "[{:.2f}, {:.2f}] | a shifted copy {:.2f} |".format(
+        "[{:.3f}, {:.3f}] | a shifted copy {:.2f}, on more windows |".format(
             *ends["error over copying (third encoder)"], shifted
         ),
         f"given frame | {retrieval['pixel_model']:.2f} | {retrieval['world_model']:.2f} |",

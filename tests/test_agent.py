@@ -403,6 +403,15 @@ def test_films_are_drawn(tmp_path):
     assert len({p.tobytes() for p in pictures}) > 3
 
 
+def test_killed_between_film_and_result_the_episode_is_played_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(ResultFile, "add", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, starts=range(1))
+    assert len([*tmp_path.glob("films/*.npz")]) == 1
+    assert len(run(tmp_path, starts=range(1))) == 4
+
+
 def test_film_of_an_episode_that_ends_at_its_first_look_is_one_picture(tmp_path):
     stops = {"oracle": lambda goal: SimpleNamespace(act=lambda *told: hold_keys(0))}
     run(tmp_path, starts=range(1), policies=stops)

@@ -491,7 +491,7 @@ def test_actions_are_read_back_from_who_follows_them(store):
 
 
 def test_f1_and_degrees_of_a_known_answer():
-    actions = torch.zeros(4, 2, 28)
+    actions = torch.as_tensor(NOOP).repeat(4, 2, 1)
     actions[:2, :, 0] = 1  # w in the first two
     actions[:, 0, CAMERA.start] = 3
     actions[:, 1, CAMERA.start] = 1  # 4 degrees in all, at every pair

@@ -299,6 +299,17 @@ def test_without_a_split_planning_learns_from_none_that_it_is_judged_on(tmp_path
     assert three == {"train": [first, third], "validation": [second]}
 
 
+def test_what_planning_has_learned_from_stays_on_its_side_when_recordings_are_added(tmp_path):
+    names = [f"world-{seed}_0000" for seed in range(901, 907)]
+    told = {"train": names[:2], "validation": names[3:4]}
+    training = {"train": [], "validation": [], "planning": told}
+    (tmp_path / "training.json").write_text(json.dumps(training))
+    assert training_sides(tmp_path, tmp_path, SimpleNamespace(names=names)) == told
+    elsewhere = SimpleNamespace(names=names[4:])  # what it learned from is not here
+    with pytest.raises(ValueError, match="no such folder"):  # so it asks the folder
+        training_sides(tmp_path, tmp_path / "empty", elsewhere)
+
+
 def test_a_missing_prior_says_how_to_make_it(tmp_path):
     with pytest.raises(ValueError, match="7_planning"):
         ActionPrior.load(tmp_path / "action_prior.json")

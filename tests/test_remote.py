@@ -457,6 +457,14 @@ def test_card_shows_no_evaluation_of_other_weights(tmp_path, capsys):
     assert "0.125" not in (folder / "README.md").read_text()
 
 
+def test_card_draws_a_log_whose_last_line_was_cut_off(tmp_path):
+    folder = write_run(tmp_path / "weights", "mine")
+    with (folder / "world_model.jsonl").open("a") as log:
+        log.write('{"step": 5, "lo')
+    write_model_card(folder)
+    assert (folder / "curves.png").is_file()
+
+
 def test_card_says_how_many_recordings_it_does_not_list(tmp_path):
     names = [f"r{i:02d}" for i in range(30)]
     folder = write_run(tmp_path / "weights", "mine", with_log=False, train=names)

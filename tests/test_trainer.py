@@ -30,9 +30,10 @@ from training_runs import (
 from minecraft_jepa.config import preset
 from minecraft_jepa.data import loader
 from minecraft_jepa.data.splits import read_training, seen_recordings
-from minecraft_jepa.training import learner, time_budget
+from minecraft_jepa.training import learner, run_lock, time_budget
 from minecraft_jepa.training import train_decoders as decoder_training
 from minecraft_jepa.training import train_world_model as world_model_training
+from minecraft_jepa.training.run_lock import InUseError
 from minecraft_jepa.training.train_decoders import train_decoders
 
 
@@ -114,6 +115,37 @@ def test_killed_between_the_last_step_and_the_final_files_no_step_is_done_again(
     assert training["seconds"].keys() == {"world_model", "decoders"}
     assert set(weights(tmp_path)) == {"dit.safetensors", "head.safetensors"}
     assert not list(tmp_path.glob("*_checkpoints"))
+
+
+def test_decoders_that_cannot_be_trained_change_no_training_json(store, tmp_path):
+    model, _ = train_small(store, steps=2, evaluate_every=2)
+    told = json.dumps({"train": ["other"], "validation": [], "steps": 2, "seconds": {}})
+    (tmp_path / "training.json").write_text(told)
+    for names, options, message in (
+        (TRAIN, {"steps": 0}, "steps"),
+        (TRAIN, {"device": "tpu"}, "tpu"),
+        ([*TRAIN, "typo"], {}, "no recording typo in the store"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_decoders(model, store, names, folder=tmp_path, **options)
+    lock = run_lock.FolderLock(tmp_path)
+    with pytest.raises(InUseError):
+        train_decoders(model, store, TRAIN, steps=1, folder=tmp_path)
+    lock.release()
+    assert (tmp_path / "training.json").read_text() == told
+
+
+def test_world_model_whose_decoders_were_killed_is_not_trained_again(store, tmp_path, monkeypatch):
+    model, history = train_small(store, tmp_path, steps=2, evaluate_every=2)
+    with monkeypatch.context() as m:
+        interrupt(m, learner, "optimizer_step")  # no step is taken any more
+        again, rows = train_small(store, tmp_path, steps=2, evaluate_every=2)
+    assert [row["step"] for row in rows] == [row["step"] for row in history]
+    assert_same_weights({"world_model": model.state_dict()}, {"world_model": again.state_dict()})
+    (tmp_path / "training.json").write_text("{}")  # its decoders are trained too
+    interrupt(monkeypatch, learner, "optimizer_step")
+    with pytest.raises(KeyboardInterrupt):
+        train_small(store, tmp_path, steps=2, evaluate_every=2)
 
 
 def test_batch_that_cannot_be_cut_is_refused():

@@ -236,11 +236,11 @@ class ClosedLoop:
         """One episode; it counts unless another process has run it meanwhile."""
         episode = Episode(self.env, goal, self.frame)
         result = episode.run(policy, method)
-        if not file.add(result):
-            return
-        if method in self.filmed:
+        # The film first: an episode whose result is written is not played again.
+        if method in self.filmed and not file.has(goal, method):
             save_film(episode.film, goal, self.folder / "films" / f"{goal.name}-{method}.npz")
-        tell(_describe(result))
+        if file.add(result):
+            tell(_describe(result))
 
     def _close(self):
         """End the game."""

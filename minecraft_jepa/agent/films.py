@@ -6,6 +6,9 @@
 __all__ = ['load_film', 'draw_film', 'stack_films']
 
 # %% ../../nbs/agent/08_films.ipynb #64239e3e
+import zlib
+from zipfile import BadZipFile
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -28,7 +31,7 @@ def load_film(path) -> dict:
     try:
         with np.load(path) as file:
             return {name: file[name] for name in ("reality", "imagined", "goal", "actions")}
-    except (OSError, ValueError, KeyError, EOFError) as e:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as e:
         raise ValueError(f"{path} can't be read ({e}): run the episode again") from None
 
 # %% ../../nbs/agent/08_films.ipynb #e69bae53

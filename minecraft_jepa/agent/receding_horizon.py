@@ -9,7 +9,7 @@ __all__ = ['mean_square', 'RecedingHorizon']
 import numpy as np
 import torch
 
-from .tasks import hold_keys
+from .tasks import allow_action, hold_keys
 from ..data.actions import CAMERA
 
 # %% ../../nbs/agent/06_receding_horizon.ipynb #ce3dbfee
@@ -84,7 +84,7 @@ class RecedingHorizon:
             return None
         if self.head is not None:
             self.imagined = self.head.decode(plan.latents).cpu().numpy()  # (H, 3, h, w)
-        return plan.actions
+        return np.stack([allow_action(action) for action in plan.actions])  # as the game does them
 
     def episode_steps(self):
         """All steps of an episode: a generator of actions; after each the agent looks."""

@@ -97,18 +97,20 @@ def _fill_held_out(split_of, unassigned, group_sizes, num_recordings):
 def _fill_empty(split_of, unassigned, group_sizes, by):
     """Give each empty split the smallest group of the split with the most groups.
 
-    This happens with few or large groups. Groups that were assigned before stay.
+    This happens with few or large groups. Groups that were assigned before stay, and no split gives
+    away its last one.
     """
     order = {group: i for i, group in enumerate(unassigned)}
     for split in SPLITS:
         num_groups = Counter(split_of.values())
         if num_groups[split]:
             continue
-        donor = max(SPLITS, key=lambda s: num_groups[s])
-        movable = [g for g in unassigned if split_of[g] == donor]
+        movable = [g for g in unassigned if num_groups[split_of[g]] > 1]
         if not movable:
             raise RecordingError(f"no {by} is left for {split}; add recordings")
-        smallest = min(movable, key=lambda g: (group_sizes[g], order[g]))
+        donor = max((split_of[g] for g in movable), key=lambda s: (num_groups[s], -SPLITS.index(s)))
+        given = [g for g in movable if split_of[g] == donor]
+        smallest = min(given, key=lambda g: (group_sizes[g], order[g]))
         split_of[smallest] = split
 
 # %% ../../nbs/data/07_splits.ipynb #8e44b1d6
@@ -301,7 +303,8 @@ def write_split(folder, validation, test=()) -> dict[str, list[str]]:
     for split in ("train", "validation"):
         if not splits[split]:
             raise RecordingError(f"{folder}: no recording is left for {split}; hold out others")
-    if path.is_file() and read_json(path, "mend or delete it") != splits:
+    told = read_json(path, "mend or delete it", is_object=True) if path.is_file() else splits
+    if any(sorted(told.get(split, [])) != sorted(splits[split]) for split in SPLITS):
         raise RecordingError(f"{path}: says otherwise; delete it to hold out others")
     write_json(path, splits)
     return splits

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.actions import ACTION_NAMES, CAMERA
+from .baselines import camera_turn
 from .pair_features import flow_field
 from .ridge import r2
 from .windows import evaluation_windows
@@ -35,9 +36,9 @@ def action_targets(actions):
 
     Returns:
         Keys held for at least half of the ticks, (b, 9), and the turn of the camera in all,
-        degrees (b, 2).
+        degrees (b, 2), without ticks with an open screen.
     """
-    return (actions[..., DECODED_KEYS].mean(1) >= 0.5).float(), actions[..., CAMERA].sum(1)
+    return (actions[..., DECODED_KEYS].mean(1) >= 0.5).float(), camera_turn(actions)
 
 # %% ../../nbs/evaluation/13_action_decoding.ipynb #3fbc163b
 class ActionDecoder(nn.Module):
@@ -92,12 +93,16 @@ def f1_threshold(logits, held) -> float:
     Returns:
         The threshold; 0 where the key was never held.
     """
+    if not held.any():
+        return 0.0
     order = logits.argsort(descending=True)
     true_positives = held[order].cumsum(0)
     num_predicted = torch.arange(1, len(held) + 1, device=held.device)
     f1 = 2 * true_positives / (num_predicted + held.sum().clamp_min(1))
     best = int(f1.argmax())
-    return float(logits[order[best : best + 2]].mean()) if held.any() else 0.0
+    if best == len(held) - 1:  # all are predicted as held
+        return float(logits.min()) - 1
+    return float(logits[order[best : best + 2]].mean())
 
 # %% ../../nbs/evaluation/13_action_decoding.ipynb #66d012b3
 @torch.no_grad()
@@ -151,7 +156,7 @@ def tune_thresholds(reader, encode, store, names, random, pairs=1000):
     chunks = zip(z.split(64), z_later.split(64))
     logits = torch.cat([reader(*chunk)[0] for chunk in chunks])  # (b, 9)
     thresholds = [f1_threshold(*columns) for columns in zip(logits.T, keys.T)]
-    reader.threshold = torch.tensor(thresholds, device=z.device)
+    reader.threshold = reader.threshold + torch.tensor(thresholds, device=z.device)
     return reader
 
 # %% ../../nbs/evaluation/13_action_decoding.ipynb #2bcadcbb

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from ..data.actions import CAMERA, CURSOR
+from ..data.actions import CAMERA
 from .windows import evaluation_windows, recordings_with_window
+from ..model.inverse_dynamics import camera_moves
 
 # %% ../../nbs/evaluation/05_baselines.ipynb #634baf8a
 def camera_turn(actions):
@@ -34,8 +35,7 @@ def camera_turn(actions):
     Returns:
         Degrees to the right and down, (b, 2).
     """
-    is_playing = (actions[..., CURSOR] == 0.5).all(-1, keepdim=True)  # (b, ticks, 1)
-    return (actions[..., CAMERA] * is_playing).sum(1)  # (b, 2)
+    return (actions[..., CAMERA] * camera_moves(actions)[..., None]).sum(1)  # (b, 2)
 
 
 def shift_tokens(z, mean, grid, turn, view, edge="mean"):

@@ -13,8 +13,8 @@ from scipy import stats
 
 from ..data.actions import NOOP
 from minecraft_jepa.evaluation.windows import (
-    evaluation_actions,
     evaluation_windows,
+    other_actions,
     recordings_with_window,
 )
 
@@ -100,10 +100,7 @@ def horizon_errors(model, store, names, horizons, windows_per_recording=64, batc
     latent_sum, square_sum, num_windows = 0, 0, 0
     for i, name in enumerate(names):
         frames, actions = evaluation_windows(store, name, *window)
-        # Half the list on: another world where a world has several recordings.
-        other = names[(i + len(names) // 2) % len(names)]
-        shuffled = evaluation_actions(store, other, *window)
-        shuffled = shuffled[torch.arange(len(actions)) % len(shuffled)]
+        shuffled = other_actions(store, names, i, *window, len(actions))
         chunks = []
         for chunk in zip(frames.split(batch), actions.split(batch), shuffled.split(batch)):
             target, predictions = predict_futures(model, *chunk, horizons)

@@ -12,28 +12,28 @@ from .paired_comparison import paired_comparison, verdict_of_interval
 from .probes import CATEGORICAL_LABELS
 
 # %% ../../nbs/evaluation/22_report_comparison.ipynb #22c00005
-def _errors(report, method, ticks):
-    """Errors of a method at a horizon, (recordings,); NaN where a recording is too short."""
-    column = list(report["horizons"]).index(ticks)
-    by_recording = report["by_recording"][method]
-    return np.array([by_recording[name][column] for name in report["recordings"]], float)
+def _ratios(report, method, other, ticks):
+    """{recording: error of a method over that of another}; NaN where it is too short."""
+    column, errors = list(report["horizons"]).index(ticks), report["by_recording"]
+    pairs = {n: [errors[m][n][column] for m in (method, other)] for n in report["recordings"]}
+    return {name: np.divide(*np.array(pair, float)) for name, pair in pairs.items()}
 
 
 def _paired_quantities(report):
-    """{quantity: (its mean, values to pair, 1 where more of them is better and -1 where less)}."""
+    """{quantity: (its mean, values by name, 1 where more of them is better and -1 where less)}."""
     quantities = {}
     for h, row in report["relative_to_best_baseline"].items():
-        ratios = _errors(report, "model", h) / _errors(report, row["baseline"], h)
+        ratios = _ratios(report, "model", row["baseline"], h)
         quantities[f"error over best baseline, {h} ticks"] = row["ratio"], ratios, -1
     for h, row in report["relative_to_copy"].items():
-        ratios = _errors(report, "model", h) / _errors(report, "copy_last", h)
+        ratios = _ratios(report, "model", "copy_last", h)
         quantities[f"error over copying, {h} ticks"] = row["model"]["mean"], ratios, -1
     for h, row in report["action_sensitivity_ratio"].items():
-        ratios = _errors(report, "shuffled_future", h) / _errors(report, "model", h)
+        ratios = _ratios(report, "shuffled_future", "model", h)
         quantities[f"shuffled over true future actions, {h} ticks"] = row["mean"], ratios, 1
     for label, row in report["probes_by_world"].items():
         if label not in CATEGORICAL_LABELS:
-            unexplained = 1 - np.array(list(row["worlds"].values()), float)
+            unexplained = {n: np.nan if r2 is None else 1 - r2 for n, r2 in row["worlds"].items()}
             quantities[f"R2 of {label}"] = report["probes"]["model"][label], unexplained, -1
     return quantities
 
@@ -43,10 +43,12 @@ def _paired_row(first, second):
     mean, values, sign = first
     other_mean, other_values, _ = second
     row = {"first": mean, "second": other_mean, "ratio": None, "interval": None}
-    num_pairs = int((~np.isnan(values) & ~np.isnan(other_values)).sum())
+    pairs = [[other_values[n], values[n]] for n in values if n in other_values]
+    pairs = np.array(pairs, float).reshape(-1, 2)
+    num_pairs = int((~np.isnan(pairs)).all(-1).sum())
     if num_pairs < 2:
         return row | {"pairs": num_pairs, "verdict": "too few recordings to say"}
-    found = paired_comparison(other_values, values)
+    found = paired_comparison(*pairs.T)
     verdict = verdict_of_interval(np.log(found["interval"]), sign)
     paired = {"ratio": found["ratio"], "interval": found["interval"]}
     return row | paired | {"pairs": num_pairs, "verdict": verdict}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .baselines import camera_turn, shifted_copy
-from .windows import evaluation_windows, window_starts
+from .windows import evaluation_windows, other_actions, window_starts
 
 # %% ../../nbs/evaluation/08_retrieval.ipynb #88e42952
 def rank_of_target(guess, candidates, true):
@@ -125,19 +125,18 @@ def retrieval(
         )
     random, history = np.random.default_rng(seed), model.config.conditioner.history_ticks
     horizon, shape = max(horizons), (len(names), len(horizons))
+    window = history, horizon, windows_per_recording
     methods = ("model", "copy_last", "shuffled_actions", *["shifted_copy"] * (fit is not None))
     scores = {measure: {m: np.zeros(shape) for m in methods} for measure in RETRIEVAL}
     for r, name in enumerate(names):
         pool = _Candidates(model, store, name, names, candidates)
-        frames, actions = evaluation_windows(store, name, history, horizon, windows_per_recording)
-        baseline = names[(r + len(names) // 2) % len(names)]
-        other = evaluation_windows(store, baseline, history, horizon, windows_per_recording)[1]
-        other = other[torch.arange(len(actions)) % len(other)]
-        starts = window_starts(store, name, history, horizon, windows_per_recording)
+        frames, actions = evaluation_windows(store, name, *window)
+        shuffled = other_actions(store, names, r, *window, len(actions))
+        starts = window_starts(store, name, *window)
         z = model.encode(frames[:, 1].to(pool.device))
         predictions = {
             "model": model.imagine(z, actions.to(pool.device)),
-            "shuffled_actions": model.imagine(z, other.to(pool.device)),
+            "shuffled_actions": model.imagine(z, shuffled.to(pool.device)),
             "copy_last": z[:, None].expand(-1, horizon, -1, -1),
         }
         if fit is not None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['window_starts', 'recordings_with_window', 'excluded_recordings', 'usable_recordings', 'evaluation_windows',
-           'evaluation_actions', 'loss_windows']
+           'evaluation_actions', 'other_actions', 'loss_windows']
 
 # %% ../../nbs/evaluation/01_windows.ipynb #86ac97fa
 import numpy as np
@@ -148,6 +148,28 @@ def evaluation_actions(store, name, ticks, horizon, windows_per_recording):
     starts = window_starts(store, name, ticks, horizon, windows_per_recording)
     actions = store[name].actions
     return torch.from_numpy(np.stack([actions[t - ticks + 1 : t + horizon] for t in starts]))
+
+
+def other_actions(store, names, i, ticks, horizon, windows_per_recording, count):
+    """Read actions of another recording, to be tried in the windows of one.
+
+    It is the one half the list on: another world where a world has several recordings.
+
+    Args:
+        store: ClipStore.
+        names: recordings, at least two.
+        i: place of the one in `names`.
+        ticks: length of the action history.
+        horizon: ticks imagined.
+        windows_per_recording: as for `evaluation_actions`.
+        count: how many are needed, B; the first come again where the other recording has fewer.
+
+    Returns:
+        Actions t-ticks+1 .. t+horizon-1 of the other, (B, ticks-1+horizon, 28).
+    """
+    other = names[(i + len(names) // 2) % len(names)]
+    actions = evaluation_actions(store, other, ticks, horizon, windows_per_recording)
+    return actions[torch.arange(count) % len(actions)]
 
 # %% ../../nbs/evaluation/01_windows.ipynb #a35e4a06
 def loss_windows(store, names, config, recordings=16, count=4):

@@ -23,16 +23,17 @@ from minecraft_jepa.planning.temporal_distance import (
     imagine_pairs,
     train_temporal_distance,
 )
-from ..utils import whole_number
+from ..utils import whole_number, write_json
 
 # %% ../../nbs/planning/13_networks.ipynb #063a78a2
 def training_sides(weights, data_dir, store) -> dict[str, list[str]]:
     """List the recordings to learn from and those to stop by.
 
     Args:
-        weights: folder of a world model; its training.json names its recordings.
+        weights: folder of a world model; its training.json names its recordings, and those that
+            its planning networks learned from, which come first where they are in the store.
         data_dir: folder of recordings; its split.json or manifest.json, where there is one, comes
-            first, then what the weights have seen. Where those can't be dealt out to both sides, a
+            next, then what the weights have seen. Where those can't be dealt out to both sides, a
             third each of the others is taken, by world or session.
         store: ClipStore of them.
 
@@ -44,6 +45,9 @@ def training_sides(weights, data_dir, store) -> dict[str, list[str]]:
         ValueError: fewer than two recordings that the weights have seen, and fewer than three
             others.
     """
+    sides = _learned_from(weights, store)
+    if all(sides.values()):
+        return sides
     if has_split_file(data_dir):
         split = load_split(data_dir)
         return {side: split[side] for side in ("train", "validation")}
@@ -66,6 +70,14 @@ def training_sides(weights, data_dir, store) -> dict[str, list[str]]:
         )
     return dict(zip(sides, thirds))
 
+
+def _learned_from(weights, store):
+    """What the planning networks beside weights learned from and were stopped by, of a store."""
+    is_told = (Path(weights) / "training.json").is_file()
+    told = read_training(weights).get("planning", {}) if is_told else {}
+    sides = ("train", "validation")
+    return {side: [n for n in told.get(side, []) if n in store.names] for side in sides}
+
 # %% ../../nbs/planning/13_networks.ipynb #c3bf931d
 def train_planning_networks(
     weights,
@@ -78,7 +90,8 @@ def train_planning_networks(
 ) -> dict[str, list]:
     """Write the three files that planning needs into the folder of the weights.
 
-    The prior is fitted where it is missing. The two networks are trained where one of them is.
+    The prior is fitted where it is missing. The two networks are trained where one of them is; then
+    training.json, where there is one, is told of what they learned from, as `planning`.
 
     Args:
         weights: folder of a world model.
@@ -117,6 +130,9 @@ def train_planning_networks(
     distance, curves["temporal_distance"] = train_temporal_distance(
         *settings, imagined, max(2 * steps // 3, 1), seed, inverse.network
     )
+    if (weights / "training.json").is_file():
+        learned_from = {"train": names, "validation": sides["validation"]}
+        write_json(weights / "training.json", read_training(weights) | {"planning": learned_from})
     for network in (inverse, distance):
         network.save_pretrained(weights, torch.float16)
     return curves

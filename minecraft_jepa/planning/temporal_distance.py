@@ -52,18 +52,6 @@ class TemporalDistance(PretrainedModel):
         """
         return self.network(latents[:, -1], goal)[1]
 
-    def remaining_motion(self, latents, goal):
-        """Predict the motion that remains.
-
-        Args:
-            latents: (b, H, N, D).
-            goal: (1, N, D).
-
-        Returns:
-            (b, 4): degrees right, degrees down, ticks forward, ticks sideways.
-        """
-        return self.network(latents[:, -1], goal)[0] * latents.new_tensor(MOTION_UNITS)
-
 
 class RemainingMotionCost:
     """Size of the motion that is left from the last imagined latent to the goal: a cost.

@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from ..data.splits import read_training
+from .tracking import read_rows
 from ..utils import atomic_path
 from ..viz.plots import plot_curves
 from ..viz.style import pack_png, set_style
@@ -148,7 +149,7 @@ def _draw_curves(folder):
     path = folder / "world_model.jsonl"
     if not path.is_file():
         return False
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_rows(path)
     evaluated = [row for row in rows if "model" in row]
     set_style()
     fig, axes = plt.subplots(1, 3, figsize=(14, 3.6), layout="constrained")

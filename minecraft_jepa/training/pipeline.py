@@ -23,19 +23,17 @@ from ..data.loader import read_shards_metadata
 from ..data.recording_files import session_of
 from ..data.splits import load_split, read_training, seen_recordings
 from ..model.decoders import DiT, RegressionHead
-from ..model.world_model import WorldModel
 from .checkpoints import describe_differences
 from .distributed import make_accelerator, save_on_main_process
 from .learner import check_batch_size
-from .run_identity import result_settings
+from .run_identity import done_file, result_settings
 from .run_lock import exclusive_run
 from .time_budget import check_minutes
-from .tracking import read_rows
 from minecraft_jepa.training.train_decoders import (
     train_decoders_and_keep_checkpoint,
     write_training,
 )
-from .train_world_model import done_file, train_world_model
+from .train_world_model import train_world_model
 from .trainer import forget_checkpoints
 from ..utils import whole_number, write_json
 
@@ -181,8 +179,10 @@ def _train_in_two_stages(config, data, out, seed, device, minutes, start, ignore
 def _train_both(config, data, split, out, seed, device, minutes, start, ignore_collapse):
     """World model, then decoders; writes `training.json` and returns what it holds."""
     model_minutes = minutes and _WORLD_MODEL_SHARE * minutes
-    model, rows = _load_or_train_world_model(
-        config, data, split, seed, device, out, model_minutes, start, ignore_collapse
+    recordings = split["train"], split["validation"]
+    options = {"seed": seed, "device": device, "folder": out, "max_minutes": model_minutes}
+    model, rows = train_world_model(
+        config, data, *recordings, **options, init_from=start, ignore_collapse=ignore_collapse
     )
     forget_checkpoints(out, "world_model")  # of a run that was killed before it did
     gc.collect()  # the trained modules are in cycles, and would stay on the GPU
@@ -223,21 +223,6 @@ def _copy_decoders(config, start, out):
         decoder.config = config
         save_on_main_process(decoder, out)
     return True
-
-# %% ../../nbs/training/14_pipeline.ipynb #f81dca8f
-def _load_or_train_world_model(
-    config, data, split, seed, device, out, minutes, start, ignore_collapse
-):
-    """The finished world model of a run whose decoders were killed, or else a new one."""
-    if done_file(out).is_file():
-        rows = read_rows(out / "world_model.jsonl")
-        rows = rows or [{"step": config.train.steps, "seconds": 0.0}]
-        return WorldModel.from_pretrained(out, config), rows
-    recordings = split["train"], split["validation"]
-    options = {"seed": seed, "device": device, "folder": out, "max_minutes": minutes}
-    return train_world_model(
-        config, data, *recordings, **options, init_from=start, ignore_collapse=ignore_collapse
-    )
 
 # %% ../../nbs/training/14_pipeline.ipynb #680ae1e5
 def _read_run(out):

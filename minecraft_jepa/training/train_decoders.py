@@ -12,7 +12,7 @@ import torch
 from accelerate.state import PartialState
 from torch import nn
 
-from ..data.loader import fixed_windows, window_batches
+from ..data.loader import fixed_windows, is_shards_url, window_batches
 from ..data.splits import read_training
 from ..model.decoders import DiT, RegressionHead
 from ..model.ema import ema_update, frozen_copy, warmup_momentum
@@ -121,23 +121,27 @@ def train_decoders(
     Raises:
         FloatingPointError: numbers are not finite.
         InUseError: another run is using the folder.
+        ValueError: settings or recordings that can't be trained on.
     """
     names = [str(name) for name in train_names]
-    is_told = folder and (Path(folder) / "training.json").is_file()
-    summary = read_training(folder) if is_told else {}
-    if is_told:  # before the weights are written: a name too many does no harm
-        seen = dict.fromkeys([*summary.get("decoder_train", []), *names])
-        write_training(folder, summary | {"decoder_train": list(seen)})
-    results = train_decoders_and_keep_checkpoint(
-        model, data, names, steps, seed, device, folder, max_minutes
-    )
-    if is_told:
-        rows = results[2]
-        seconds = summary.get("seconds", {}) | {"decoders": sum(row["seconds"] for row in rows)}
-        told = {"decoder_steps": rows[-1]["step"], "seconds": seconds, "decoder_train": names}
-        write_training(folder, summary | told)
-    forget_checkpoints(folder, "decoders")
+    with exclusive_run(folder, make_accelerator(device)):
+        results = train_decoders_and_keep_checkpoint(
+            model, data, names, steps, seed, device, folder, max_minutes, is_told=True
+        )
+        summary = _read_own_training(folder)
+        if summary:
+            rows = results[2]
+            seconds = summary.get("seconds", {}) | {"decoders": sum(row["seconds"] for row in rows)}
+            told = {"decoder_steps": rows[-1]["step"], "seconds": seconds, "decoder_train": names}
+            write_training(folder, summary | told)
+        forget_checkpoints(folder, "decoders")
     return results
+
+
+def _read_own_training(folder):
+    """What `training.json` of a folder holds; {} without a folder or the file."""
+    is_there = folder and (Path(folder) / "training.json").is_file()
+    return read_training(folder) if is_there else {}
 
 
 def write_training(folder, summary):
@@ -151,8 +155,14 @@ def write_training(folder, summary):
         write_json(Path(folder) / "training.json", summary)
 
 # %% ../../nbs/training/13_train_decoders.ipynb #866f0c3b
-def train_decoders_and_keep_checkpoint(model, data, names, steps, seed, device, folder, minutes):
-    """Train both decoders as `train_decoders` does; the last checkpoint stays."""
+def train_decoders_and_keep_checkpoint(
+    model, data, names, steps, seed, device, folder, minutes, is_told=False
+):
+    """Train both decoders as `train_decoders` does; the last checkpoint stays.
+
+    With `is_told`, `training.json` names the recordings from the start on.
+    """
+    _check_names(data, names)
     config, train = model.config, model.config.train
     steps = train.decoder_steps if steps is None else whole_number(steps, "steps", 1, 10**8 - 1)
     seed, minutes = whole_number(seed, "seed", 0), check_minutes(minutes)
@@ -177,7 +187,18 @@ def train_decoders_and_keep_checkpoint(model, data, names, steps, seed, device, 
         evaluate=training.evaluate,
     )
     with exclusive_run(folder, accelerator):
+        summary = _read_own_training(folder) if is_told else {}
+        if summary:  # before weights are written: a name too many does no harm
+            seen = dict.fromkeys([*summary.get("decoder_train", []), *names])
+            write_training(folder, summary | {"decoder_train": list(seen)})
         decoders, history = fit(task, train, seed, device, folder, minutes)
         for network in (decoders.dit_ema, decoders.head):
             save_on_main_process(network, folder)
     return decoders.dit_ema.eval(), decoders.head.eval(), history
+
+
+def _check_names(data, names):
+    """Refuse recordings that a store does not have."""
+    unknown = set(names) - set(names if is_shards_url(data) else data.names)
+    if unknown:
+        raise ValueError(f"no recording {min(unknown)} in the store; it has {len(data.names)}")

@@ -868,7 +868,31 @@ def test_the_trust_meter_may_arrive_at_any_time(assets, tmp_path, looks):
     del session.assets.bank
     session.assets.__class__ = Arriving
     header, _ = unpack_frame(session._frame())
-    assert (header["drift"] is None) == (header["drift_p_value"] is None)
+    assert (header["drift"] is None) == (header["detail"] is None)
+
+
+def test_commands_that_come_while_it_works_wait_for_the_next_frame(assets, tmp_path):
+    session = begun(assets, tmp_path)
+    step = session.do_step
+
+    def step_and_ask_again(message):
+        session.receive('{"type": "step"}')  # as a key that is held
+        return step(message)
+
+    session.do_step = step_and_ask_again
+    session.receive('{"type": "step"}')
+    headers = [unpack_frame(session.work()[-1])[0] for _ in range(3)]
+    assert [header["tick"] for header in headers] == [1, 2, 3]
+
+
+def test_drift_is_measured_without_the_recording_that_the_dream_began_in(assets, tmp_path):
+    session = begun(assets, tmp_path)
+    drifts = []
+    for name in sorted({*assets.bank._groups}):
+        session.receive(json.dumps({"type": "start", "name": str(name), "tick": 0}))
+        drifts.append(unpack_frame(session.work()[-1])[0]["drift"])
+    # the bank holds each first frame itself
+    assert min(drifts) > 0.1 * float(assets.bank.real_drift.median())
 
 
 def test_commands_in_a_flood_are_refused(assets, tmp_path):
@@ -997,6 +1021,26 @@ def test_after_reality_the_dream_goes_on_alone(assets, tmp_path, game):
     assert did(session, "look")[0]["type"] == "refused"
     did(session, "reality")
     assert len(game) == 2 and game[1].open
+    session.close()
+
+
+def test_what_was_shown_and_measured_before_a_look_is_past(assets, tmp_path, game):
+    session = begun(assets, tmp_path)
+    did(session, "reality")
+    did(session, "play")
+    assert played(session, FORWARD, 5)[-1]["errors"][0] > 0
+    assert did(session, "sharpen")[-1]["sharp"]
+    looked = did(session, "look")[-1]
+    assert looked["errors"] == [0, 0] and looked["since_look"] == 0 and not looked["sharp"]
+    for _ in range(2):  # the dream steps from what the game shows now
+        stepped = did(session, "step")[-1]
+        assert stepped["since_look"] == 1 and stepped["errors"][0] > 0
+    why = "the dream begins from the game"
+    assert why in did(session, "start", **assets.starts[0])[0]["why"]
+    picture = io.BytesIO()
+    Image.fromarray(game[0].recording[0]).save(picture, "PNG")
+    session.receive(picture.getvalue())
+    assert why in session.work()[0]["why"]
     session.close()
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,6 +204,44 @@ def test_two_tabs_have_two_dreams(visit, server):
     assert len(server[1].sessions) == 1, "a closed tab frees its dream"
     other.page.keyboard.press("Enter")
     other.until_tick(5)
+
+
+def test_both_mouse_buttons_act_at_once_and_each_is_let_go(visit, server):
+    seen, (session,) = visit(), server[1].sessions.values()
+    page = seen.page
+
+    def until_held(attack, use):
+        for _ in range(100):
+            if [bool(session.controls.held[i]) for i in (25, 26)] == [attack, use]:
+                return
+            page.wait_for_timeout(50)
+        raise AssertionError(f"held: {session.controls.held[25:27]}, not {attack}, {use}")
+
+    page.locator(".stage.dream").click()  # this one only begins
+    page.wait_for_function("() => document.pointerLockElement")
+    seen.until_tick(2)
+    until_held(False, False)
+    page.mouse.down(button="left")
+    until_held(True, False)
+    page.mouse.down(button="right")
+    until_held(True, True)
+    page.mouse.up(button="left")
+    until_held(False, True)
+    page.mouse.up(button="right")
+    until_held(False, False)
+
+
+def test_a_key_that_is_held_steps_no_faster_than_the_dream(visit, assets, monkeypatch):
+    seen = visit()
+    step = assets.model.step
+    monkeypatch.setattr(assets.model, "step", lambda *inputs: (time.sleep(0.2), step(*inputs))[1])
+    for _ in range(60):
+        seen.page.keyboard.down("n")  # again and again without `up`: repeats
+        seen.page.wait_for_timeout(10)
+    seen.page.keyboard.up("n")
+    seen.page.wait_for_timeout(600)
+    assert 1 <= seen.tick() <= 10
+    assert not seen.page.locator(".notes .bad").count()
 
 
 def test_recordings_that_were_seen_in_training_are_marked(visit):

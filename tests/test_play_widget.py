@@ -83,6 +83,16 @@ def test_opened_again_it_begins_again_and_closed_it_ends(widget):
     assert made._session.closed
 
 
+def test_a_view_that_is_removed_leaves_the_dream_of_another(widget):
+    made, _ = widget
+    for view in ("one", "two"):
+        made._take(made, {"type": "open", "view": view}, [])
+    made._take(made, {"type": "close", "view": "one"}, [])
+    assert not made._session.closed
+    made._take(made, {"type": "close", "view": "two"}, [])
+    assert made._session.closed
+
+
 def test_the_module_holds_the_page_and_nothing_of_the_server():
     text = play_widget.PlayWidget._esm
     text = text if isinstance(text, str) else str(text)

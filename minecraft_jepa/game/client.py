@@ -128,7 +128,8 @@ class _GameProcess:
         for raw in stream:
             line = raw.decode("utf-8", "replace").rstrip()
             with self.news:
-                self._read_line(line)
+                with contextlib.suppress(ValueError, IndexError):  # a line that was cut off
+                    self._read_line(line)
                 self.news.notify_all()
         with self.news:
             self.latest = -1
@@ -167,8 +168,9 @@ class _GameProcess:
 
     def wait(self, number, patience=5):
         """Wait for a frame; gives its state, or the newest if that frame is long past."""
-        self.until(lambda: self.latest >= number, patience, f"frame {number} was not drawn")
-        return self.states.get(number) or self.states[self.latest]
+        with self.news:  # or it dies between the wait and the look
+            self.until(lambda: self.latest >= number, patience, f"frame {number} was not drawn")
+            return self.states.get(number) or self.states[self.latest]
 
     def end(self):
         """End all processes and delete the folder."""

@@ -58,6 +58,7 @@ class LatentBank:
         self._flat = latents.flatten(1)  # (m, N D)
         self._squares = self._flat.square().sum(1)  # (m,)
         codes = torch.tensor([sorted(set(groups)).index(g) for g in groups])
+        self._groups = np.array(groups)
         between = self.distances(latents)  # (m, m)
         between[codes[:, None] == codes] = torch.inf
         self.real_drift = between.amin(1).sort().values  # (m,) drift of real frames
@@ -70,9 +71,20 @@ class LatentBank:
         squares = z.square().sum(1, keepdim=True) - 2 * z @ self._flat.T + self._squares
         return squares.clamp_min(0) / (self.variance * z.shape[1])
 
-    def drift(self, z) -> torch.Tensor:
-        """Distance of latents (b, N, D) to the nearest of the bank, over its variance: (b,)."""
-        return self.distances(z).amin(1)
+    def drift(self, z, without=None) -> torch.Tensor:
+        """Distance of latents to the nearest of the bank, over its variance.
+
+        Args:
+            z: latents (b, N, D).
+            without: recording whose frames do not count, as those of a real frame's own recording
+                do not in `real_drift`; None: all count.
+
+        Returns:
+            (b,).
+        """
+        distances = self.distances(z)
+        distances[:, torch.from_numpy(self._groups == without)] = torch.inf
+        return distances.amin(1)
 
     def detail(self, z) -> torch.Tensor:
         """Distance of latents (b, N, D) from the mean real one, over the variance: (b,).
@@ -80,10 +92,6 @@ class LatentBank:
         1 is the mean over real frames. What is less has lost what tells frames apart.
         """
         return (z - self._mean).square().mean((1, 2)) / self.variance
-
-    def drift_p_value(self, drift) -> float:
-        """Empirical p-value of a drift: share of real frames whose drift is at least as large."""
-        return float((self.real_drift >= float(drift)).double().mean())
 
 # %% ../../nbs/play/01_latent_bank.ipynb #16216b99
 @dataclass(frozen=True)

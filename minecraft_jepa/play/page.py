@@ -29,7 +29,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from .access import HEADERS, LOOPBACK, TOKEN, check_request, page_headers
 from .assets import PlayAssets
-from .messages import MAX_MESSAGE_BYTES, PAGE, Refused
+from .messages import MAX_MESSAGE_BYTES, PAGE, QueueFull, Refused
 from .session import Session
 
 # %% ../../nbs/play/12_page.ipynb #745db974
@@ -108,7 +108,7 @@ async def take_messages(server, socket, session, news):
         try:
             session.receive(message.data)
         except Refused as e:
-            refusals += 1
+            refusals += not isinstance(e, QueueFull)
             await server.send(socket, [{"type": "refused", "why": str(e)}])
         if refusals > MAX_REFUSALS:
             await socket.close(code=WSCloseCode.POLICY_VIOLATION, message=b"too many refusals")

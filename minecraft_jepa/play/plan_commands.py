@@ -112,8 +112,7 @@ class PlanCommands(SessionMessages):
         planner = self.assets.planner()
         self.pause()
         if self.reality:
-            self.reality.step(NOOP)
-            self.reality.observe(self.dream)
+            self.look_again()
         self.background_job = lambda: self._search(planner, max(message["ticks"], 1))
         return [{"type": "busy", "what": "searching for a plan"}]
 

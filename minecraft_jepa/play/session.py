@@ -25,7 +25,12 @@ from ..viz.style import TICKS_PER_SECOND
 class _Commands(PlanCommands):
     """What each message does. A method returns messages to send."""
 
+    def _refuse_beside_game(self):
+        if self.reality:
+            raise Refused("the dream begins from the game; leave it first")
+
     def do_start(self, message):
+        self._refuse_beside_game()
         self.start(message["name"], message.get("tick") or 0)
         return [self.note(f"given: frame {message.get('tick') or 0} of {message['name']}")]
 
@@ -35,6 +40,7 @@ class _Commands(PlanCommands):
         return self.do_start({"name": message["name"], "tick": tick})
 
     def do_picture(self, message):
+        self._refuse_beside_game()
         frame, note = read_image(message["picture"], self.assets.model.config.frame)
         self.begin(frame, None)
         return [self.note(f"given: a picture{', ' * bool(note)}{note}")]
@@ -43,16 +49,14 @@ class _Commands(PlanCommands):
         self.pause()
         self.drop_plan()
         if self.reality:
-            self.reality.step(NOOP)
-            self.reality.observe(self.dream, begin=True)
+            self.look_again(begin=True)
         else:
             self.dream.reset(*self.start_inputs)
         return []
 
     def do_play(self, message):
         if self.reality and not self.playing:  # the game went on meanwhile
-            self.reality.step(NOOP)
-            self.reality.observe(self.dream)
+            self.look_again()
         self.playing, self.diffusion_frame, self.next_tick_time = True, None, time.monotonic()
         self.tick_times.clear()
         return []
@@ -63,6 +67,8 @@ class _Commands(PlanCommands):
 
     def do_step(self, message):
         self.pause(keep_keys=True)
+        if self.reality:  # the game went on meanwhile
+            self.look_again()
         self.tick()
         if self.reality:
             self.reality.step(NOOP)
@@ -142,7 +148,7 @@ class _GameCommands(_SavingCommands):
             return []
         self.start_inputs = self.start_recording = None
         self.drop_plan()
-        reality.observe(self.dream, begin=True)
+        self.see_game(begin=True)
         return [self.note("the dream was given what the game shows; both obey the same keys")]
 
     def _end_game(self, reality):
@@ -154,9 +160,10 @@ class _GameCommands(_SavingCommands):
     def do_look(self, message):
         if not self.reality:
             raise Refused("there is no reality to look at; start the game first")
-        if not self.playing:
-            self.reality.step(NOOP)
-        self.reality.observe(self.dream)
+        if self.playing:
+            self.see_game()
+        else:
+            self.look_again()
         return []
 
     def do_leave(self, message):
@@ -232,7 +239,9 @@ class Session(_Clock):
 
     def _work(self):
         out = [self._bank_message()] if self._bank_is_ready() else []
-        while self.commands and not self.background_job and not self.closed:
+        for _ in range(len(self.commands)):  # those that come meanwhile wait for the next frame
+            if self.background_job or self.closed:
+                break
             message = self.commands.popleft()
             try:
                 out += getattr(self, f"do_{message['type']}")(message)

@@ -53,10 +53,11 @@ export default {
       page.receive(b.buffer.slice(b.byteOffset, end));
     };
     model.on("msg:custom", receive);
-    model.send({type: "open"});
+    const view = String(Math.random());  // another cell may show the same widget
+    model.send({type: "open", view});
     return () => {
       model.off("msg:custom", receive);
-      model.send({type: "close"});
+      model.send({type: "close", view});
       page.end();
     };
   },
@@ -85,7 +86,8 @@ class PlayWidget(anywidget.AnyWidget):
 
     def __init__(self, assets, out_dir="_runs/play"):
         super().__init__()
-        self._assets, self._out_dir, self._session = assets, out_dir, None
+        self._assets, self._out_dir = assets, out_dir
+        self._session = self._view = None
         self._news = threading.Event()
         self.on_msg(self._take)
 
@@ -94,11 +96,13 @@ class PlayWidget(anywidget.AnyWidget):
         kind = content.get("type") if isinstance(content, dict) else None
         if kind == "open":
             self.close_session()
+            self._view = content.get("view")
             self._session = Session(self._assets, self._out_dir)
             self.send(self._session.hello())
             threading.Thread(target=self._run, args=[self._session], daemon=True).start()
         elif kind == "close":
-            self.close_session()
+            if content.get("view") == self._view:  # the view that was opened last has gone
+                self.close_session()
         elif self._session:
             try:
                 is_picture = kind == "picture" and buffers

@@ -202,13 +202,12 @@ def _is_expected(error):
     return ours or memory or isinstance(error, (*plain, subprocess.CalledProcessError))
 
 
-def _describe_error(error):
+def _describe_error(error, command):
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return (
-            f"out of memory ({text[:120]}): take --train.activation-checkpointing, "
-            "or a smaller --train.batch-size"
-        )
+        text = f"out of memory ({text[:120]})"
+        if command == "train":
+            text += ": take --train.activation-checkpointing, or a smaller --train.batch-size"
     return text
 
 
@@ -251,4 +250,4 @@ def main(
     except Exception as e:
         if not _is_expected(e):
             raise
-        return _complain(program, _describe_error(e), 1)
+        return _complain(program, _describe_error(e, name), 1)

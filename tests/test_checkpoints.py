@@ -69,6 +69,12 @@ def test_a_setting_that_the_run_did_not_know_yet_is_compared_with_its_default(st
         train_world_model(config, store, TRAIN, HELD_OUT, folder=tmp_path)
 
 
+def test_nothing_is_made_up_of_a_run_that_told_no_settings():
+    settings = preset("small").settings()
+    assert checkpoints.describe_differences({}, settings) == ""
+    assert checkpoints.describe_differences({"seed": 1}, settings | {"seed": 1}) == ""
+
+
 def test_other_recordings_under_the_same_names_are_another_run(store, tmp_path, monkeypatch):
     changes = {"steps": 6, "save_every": 2, "evaluate_every": 6}
     train_until(store, tmp_path, 5, monkeypatch, **changes)

@@ -252,6 +252,9 @@ def test_a_full_memory_is_told_with_a_remedy(capsys, monkeypatch):
 
     monkeypatch.setattr(TrainCommand, "run", grow)
     refused(capsys, FEW, "out of memory.*--train.activation-checkpointing", 1)
+    monkeypatch.setattr(DemoCommand, "run", grow)
+    told = refused(capsys, ["demo"], "out of memory", 1)
+    assert "--train" not in told
 
 
 def test_a_reader_that_leaves_early_is_no_fault():

@@ -28,7 +28,7 @@ from soak import repeats
 
 from minecraft_jepa.cli import main
 from minecraft_jepa.config import preset
-from minecraft_jepa.data import clip_reader, clip_store, store_build
+from minecraft_jepa.data import clip_reader, clip_store, clips, store_build
 from minecraft_jepa.data.checks import check_folder
 from minecraft_jepa.data.clip_store import ClipStore, default_store_dir
 from minecraft_jepa.data.clips import CLIP_FORMAT, StaleStoreError
@@ -302,9 +302,12 @@ def test_store_that_does_not_fit_on_the_disk_is_refused_before_it_is_decoded(
     assert len(build(source, tmp_path / "store", workers=1).names) == 2
 
 
-def test_touched_source_is_the_same(folder, tmp_path):
+def test_touched_source_is_the_same(folder, tmp_path, monkeypatch):
     build(folder, tmp_path / "store")
     os.utime(folder / f"{SHORT}.mp4", (1, 1))
+    assert ClipStore.open(tmp_path / "store", FRAME, folder).names == [SHORT]
+    assert not clips.is_stale(tmp_path / "store" / SHORT, folder / f"{SHORT}.mp4")
+    monkeypatch.setattr(clips, "_sha256", lambda path: 1 / 0)  # nothing is hashed again
     assert ClipStore.open(tmp_path / "store", FRAME, folder).names == [SHORT]
 
 

@@ -1,5 +1,6 @@
 "Recordings: which are read, which are refused and with what message, and how they are split."
 
+import errno
 import json
 import math
 import re
@@ -582,6 +583,48 @@ def test_last_frame_needs_no_line(tmp_path, lines, spare):
     if spare:
         assert np.array_equal(recording.actions[-1], NOOP) and recording.teleported[-1]
         assert recording.state["yaw"][-1] == recording.state["yaw"][-2]
+
+
+def test_a_line_of_zeros_keeps_its_place(tmp_path):
+    path = pairs.make_pair(tmp_path, "toy", FRAMES).with_suffix(".jsonl")
+    lines = path.read_bytes().split(b"\n")
+    lines[7] = bytes(len(lines[7]))  # as a crash leaves a block that was not written
+    path.write_bytes(b"\n".join(lines) + bytes(99))  # what pads the end is no line
+    recording = open_recording(path)
+    assert [*recording.faults] == [7] and recording.spare_frames == 0
+    assert pairs.ticks_of(recording.actions[8:]) == [*range(8, FRAMES)]
+    assert recording.teleported[7]
+
+
+def test_a_line_that_may_be_missing_is_told(tmp_path):
+    path = pairs.make_pair(tmp_path, "toy", FRAMES).with_suffix(".jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:7] + lines[8:]))
+    assert any("by two after line 7: if a line is missing" in text for text in remarks(path))
+    path.write_text("".join(lines[:-1]))
+    assert not any("missing" in text for text in remarks(path))
+
+
+def test_a_file_that_cannot_be_read_is_told_and_the_others_are_used(tmp_path, monkeypatch):
+    for name in ("r0", "r1"):
+        pairs.make_pair(tmp_path, name, FRAMES)
+    read_bytes = Path.read_bytes
+
+    def refuse_one(path):
+        if path.name == "r0.jsonl":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse_one)
+    refused_one, used = check_folder(tmp_path, progress=False, workers=1)
+    assert used["used"] and not refused_one["used"]
+    assert "r0.jsonl: can't be read (Permission denied)" in refused_one["why"]
+
+
+def test_a_long_name_of_separators_and_words_is_read_at_once():
+    name = "a" + "---cut" * 33 + "x"
+    assert session_of(name) == name
+    assert session_of("world-7_clip - 3 (1).002 part-") == session_of("world-7")
 
 
 def test_check_folder_uses_what_has_one_line_fewer(tmp_path):

@@ -39,7 +39,7 @@ def check_recording(path, decode=False) -> dict:
         and `gaps`, `gui` (fraction of ticks with a screen open), whether it was `decoded`.
     """
     row = {
-        "name": Path(path).stem,
+        "name": re.sub(r"\.(mp4|jsonl)$", "", Path(path).name),
         "used": True,
         "why": "",
         "remarks": [],
@@ -95,6 +95,17 @@ def _remarks(recording):
     lines = recording.lines[: len(recording) - recording.spare_frames]
     return remarks + _clock_remarks(recording, lines) + _recorder_remarks(recording, lines)
 
+# %% ../../nbs/data/06_checks.ipynb #06c1ec55
+def _lost_line_remarks(recording, steps):
+    """A line that may be missing where the tick jumps by two, as the last frame has none."""
+    jumps = np.flatnonzero(steps == 2 * np.nanmedian(steps))
+    if not len(jumps):
+        return []
+    return [
+        f"tick jumps by two after line {recording.numbers[jumps[0]]}: if a line is missing there, "
+        "the later ones are taken for the frame before their own; download it again"
+    ]
+
 
 def _clock_remarks(recording, lines):
     """Clocks that go back, and fields that are missing."""
@@ -105,7 +116,10 @@ def _clock_remarks(recording, lines):
         if values is None:
             missing += ["tick"] * (clock == "tick")
             continue
-        goes_back = clock_steps(values) < 0
+        steps = clock_steps(values)
+        if clock == "tick" and recording.spare_frames:
+            remarks += _lost_line_remarks(recording, steps)
+        goes_back = steps < 0
         if goes_back.any():
             number = recording.numbers[int(np.argmax(goes_back))]
             remarks.append(f"{clock} goes back after line {number}; no window crosses it")

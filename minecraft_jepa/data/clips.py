@@ -13,7 +13,7 @@ import os
 import shlex
 import shutil
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -227,4 +227,10 @@ def is_stale(clip, path) -> bool:
     is_emptied = any(file.stat().st_size == 0 for file in clip.glob("*.npy"))  # by a power cut
     if metadata.get("format") != CLIP_FORMAT or is_emptied:
         return True
-    return _hashes(source_fingerprint(path, metadata["source"])) != _hashes(metadata["source"])
+    source = source_fingerprint(path, metadata["source"])
+    if _hashes(source) != _hashes(metadata["source"]):
+        return True
+    if source != metadata["source"]:  # copied or touched: the next look need not hash it again
+        with suppress(OSError):
+            write_json(clip / "clip.json", metadata | {"source": source})
+    return False

@@ -9,6 +9,7 @@ __all__ = ['download_recordings']
 import re
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from .http_response import Interrupted, describe_error, read_content_range
 from .ledger import Ledger, summarize_ledger
 from .manifest import read_manifest
 from .transfer import STALL_SECONDS, download_file, find_parts
+from ..utils import whole_number
 
 # %% ../../nbs/data/14_download.ipynb #a6f8ff68
 def _pair_files(name):
@@ -149,7 +151,8 @@ def download_recordings(
         DownloadError: the manifest, an address or the disk does not allow it, or another download
             works in the folder.
     """
-    folder = Path(folder)
+    folder, workers = Path(folder), whole_number(workers, "workers", 1)
+    tries = whole_number(tries, "tries", 1)
     urls = {name: row["url"] for name, row in read_manifest(folder)["recordings"].items()}
     for name, url in urls.items():
         fault = find_address_fault(url)
@@ -165,9 +168,9 @@ def download_recordings(
     with (
         lock_downloads(folder),
         open_client(**options) as client,
+        closing(Ledger(folder)) as ledger,
         ThreadPoolExecutor(workers) as pool,
     ):
-        ledger = Ledger(folder)
         pending, unlogged = _pending_files(folder, urls, ledger, again)
         stop = threading.Event()
         job = _Job(client, folder, ledger, pending, {}, tries, pause, stop)

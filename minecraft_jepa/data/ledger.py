@@ -59,6 +59,10 @@ class Ledger:
             self.file.write(json.dumps(row).encode() + b"\n")
             self.file.flush()
 
+    def close(self):
+        """Close the file; `rows` stay."""
+        self.file.close()
+
 # %% ../../nbs/data/13_ledger.ipynb #642824ec
 def list_failures(folder, rows):
     """List failures, [(status, reason, files)], the most frequent first.

@@ -45,6 +45,14 @@ _decode_json = json.JSONDecoder(strict=False).decode
 _PADDING = " \t\r\n\0\ufeff"
 
 
+def _read_text(path):
+    """Text of a file."""
+    try:
+        return decode_text(path.read_bytes(), "replace")
+    except OSError as e:  # no permission, a disk that fails
+        raise RecordingError(f"{path}: can't be read ({e.strerror}); {RECORDING_REMEDY}") from None
+
+
 def read_lines(path, num_frames):
     """Read the first lines of a jsonl.
 
@@ -53,15 +61,23 @@ def read_lines(path, num_frames):
         num_frames: lines to read at most.
 
     Returns:
-        [(number in the file, dict)], and how many lines follow.
+        [(number in the file, dict, or None for a line of zeros between others)], and how many
+        lines follow.
 
     Raises:
         RecordingError: a line is not JSON. A broken last line that is not needed is left out.
     """
     # not splitlines: it also splits at U+2028, which JSON allows in a string
-    raw_lines = decode_text(path.read_bytes(), "replace").split("\n")
-    stripped = enumerate((line.strip(_PADDING) for line in raw_lines), 1)
-    rows = [(number, text) for number, text in stripped if text]
+    raw_lines = _read_text(path).split("\n")
+    stripped = [line.strip(_PADDING) for line in raw_lines]
+    full = [number for number, text in enumerate(stripped, 1) if text]
+    first, last = (full[0], full[-1]) if full else (1, 0)
+    numbered = enumerate(zip(raw_lines, stripped), 1)
+    rows = [  # one of zeros between others is a line that was lost, and keeps its place
+        (number, text)
+        for number, (raw, text) in numbered
+        if text or ("\0" in raw and first < number < last)
+    ]
     if not rows:
         raise RecordingError(f"{path}, line 1: not JSON (the file is empty); {RECORDING_REMEDY}")
     last_number = rows[-1][0]
@@ -69,7 +85,7 @@ def read_lines(path, num_frames):
     decoded = []
     for number, text in rows[:num_frames]:
         try:
-            decoded.append((number, _decode_json(text)))
+            decoded.append((number, _decode_json(text) if text else None))
         except (ValueError, RecursionError) as e:
             is_last_of_enough = number == last_number and len(decoded) >= num_frames - 1 > 0
             if is_last_of_enough:

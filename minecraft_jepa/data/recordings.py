@@ -73,18 +73,16 @@ class Recording:
         frame_seconds: time between two frames by the video's timestamps; nan where unknown.
     """
 
-    def __init__(self, path, lines, actions=None, spare_frames=0, numbers=None):
+    def __init__(self, path, lines, spare_frames=0, numbers=None):
         """Describe a recording.
 
         Args:
             path: of the mp4.
             lines: what the lines hold, in order.
-            actions: (len(lines), 28); None: those of the lines.
             spare_frames: frames after the last line's, 0 or 1.
             numbers: of the lines in their file; None: 1, 2 ...
         """
-        line_actions, self.faults = read_actions(lines)
-        actions = line_actions if actions is None else actions
+        actions, self.faults = read_actions(lines)
         lines = [line if isinstance(line, dict) else {} for line in lines]
         self.path, self.name, self.group = path, path.stem, session_of(path.stem)
         self.numbers = list(numbers or range(1, len(lines) + 1))

@@ -43,6 +43,9 @@ from ..utils import write_json
 def _build_lock(store_dir):
     """Wait for other builds into a folder, and remove what a killed one left."""
     store_dir.mkdir(parents=True, exist_ok=True)
+    with lock_folder(store_dir) as is_free:
+        if is_free is False:
+            print(f"{store_dir}: another build works here; waiting for it", flush=True)
     with lock_folder(store_dir, wait=True) as is_locked:
         if is_locked:
             _remove_unfinished(store_dir)

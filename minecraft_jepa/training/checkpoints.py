@@ -181,7 +181,8 @@ def describe_differences(previous, current, max_listed=6) -> str:
         current: {name: value} of the later one.
         max_listed: of more, only their number is told.
     """
-    previous = Config().settings() | previous
+    if any("." in name for name in previous):  # settings, and not a few facts alone
+        previous = Config().settings() | previous
     differences = [
         f"{key} was {previous[key]!r}, is {value!r}"
         for key, value in current.items()

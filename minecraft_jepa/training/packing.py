@@ -129,7 +129,9 @@ def pack(folder, out, limit=60 * MIB, wheel=None) -> list[Path]:
 
 
 def _download_av(folder, python_version):
-    """Download PyAV's wheel for a Python version; returns the wheels in the folder."""
+    """Download PyAV's wheel for a Python version; returns it. Those of other versions go."""
+    for old in folder.glob("*.whl"):
+        old.unlink()
     command = [sys.executable, "-m", "pip", "download", "av>=17", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", "--python-version", python_version, "--dest", str(folder)]
     subprocess.run(command, check=True)

@@ -914,11 +914,12 @@ class FakeGame:
     def __init__(self, **options):
         self.options, self.t, self.acted, self.open = options, 0, [], True
         self.fails = self.ended = False
+        self.ticks = self.late = 0  # late: further ticks that pass in each step
         self.recording = list(open_recording(ROOT / "data" / NAMES[3]).frames(144, 256))[:120]
         FakeGame.made.append(self)
 
     def reset(self, *, seed=None, options=None):
-        return self.recording[0], {}
+        return self.recording[0], {"tick": 0}
 
     def step(self, action):
         if self.ended:
@@ -934,7 +935,8 @@ class FakeGame:
                 True,
                 {"failure": "the game has died; its log:"},
             )
-        return self.recording[self.t], 0.0, False, False, {}
+        self.ticks += 1 + self.late
+        return self.recording[self.t], 0.0, False, False, {"tick": self.ticks}
 
     def close(self):
         self.open = False
@@ -1021,6 +1023,18 @@ def test_after_reality_the_dream_goes_on_alone(assets, tmp_path, game):
     assert did(session, "look")[0]["type"] == "refused"
     did(session, "reality")
     assert len(game) == 2 and game[1].open
+    session.close()
+
+
+def test_ticks_that_the_game_ran_alone_are_told_until_the_next_look(assets, tmp_path, game):
+    session = begun(assets, tmp_path)
+    did(session, "reality")
+    did(session, "play")
+    assert played(session, FORWARD, 3)[-1]["missed"] == 0
+    game[0].late = 2  # the machine is busy
+    assert played(session, FORWARD, 3)[-1]["missed"] == 6
+    game[0].late = 0
+    assert did(session, "look")[-1]["missed"] == 0
     session.close()
 
 

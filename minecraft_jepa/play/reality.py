@@ -51,6 +51,7 @@ class Reality:
             self.env.close()
             raise
         self.latent, self.looked, self.looked_at = None, None, 0
+        self.missed = 0  # ticks since the last look that the game ran and nobody asked for
         self.pool = ThreadPoolExecutor(1)
 
     def step(self, action):
@@ -60,9 +61,12 @@ class Reality:
         """
         if self.failure:
             return
+        before = self.info.get("tick")
         self.picture, _, _, failed, self.info = self.env.step(action)
         if failed:
             self.failure = self.info["failure"]
+        elif before is not None:
+            self.missed += self.info["tick"] - before - 1
 
     @torch.inference_mode()
     def see(self) -> np.ndarray:
@@ -75,7 +79,7 @@ class Reality:
         """Let the dream see the game: it begins, or goes on, from here."""
         frame = self.see()
         dream.reset(frame) if begin else dream.observe(frame)
-        self.looked, self.looked_at = self.latent, dream.tick
+        self.looked, self.looked_at, self.missed = self.latent, dream.tick, 0
 
     def errors(self, dream) -> list[float] | None:
         """Error of the dream and of keeping the last look; None before the bank is there."""

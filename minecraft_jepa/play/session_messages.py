@@ -177,6 +177,7 @@ class SessionMessages(_HelloMessages):
             "correction": getattr(dream.correction, "name", None),
             "errors": self.errors if reality else None,
             "since_look": dream.tick - reality.looked_at if reality else None,
+            "missed": reality.missed if reality else 0,
             "full": dream.trajectory.is_full,
             "planned": len(self.plan),
             "action": self.action.tolist(),

@@ -10,6 +10,7 @@ __all__ = ['Start', 'list_test_worlds', 'list_fresh_worlds', 'check_worlds_unsee
 import json
 import math
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -103,16 +104,19 @@ def list_fresh_worlds(split, seeds) -> list[tuple[int, str]]:
 
 
 def check_worlds_unseen(worlds, weights):
-    """Check that weights, and what they were started from, learned nothing in these worlds.
+    """Check that weights, and the planning networks beside them, learned nothing in these worlds.
 
     Args:
         worlds: (random seed, biome) of each.
         weights: folder that the training wrote, with training.json.
 
     Raises:
-        ValueError: they were trained or chosen on a recording of one; names it.
+        ValueError: they, or what they were started from, were trained or chosen on a recording of
+            one; names it.
     """
-    seen = {session_of(name) for name in seen_recordings(read_training(weights))}
+    training = read_training(weights)
+    names = [*seen_recordings(training), *chain(*training.get("planning", {}).values())]
+    seen = {session_of(name) for name in names}
     for seed, _ in worlds:
         if f"world-{seed}" in seen:
             raise ValueError(

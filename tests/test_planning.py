@@ -305,6 +305,9 @@ def test_what_planning_has_learned_from_stays_on_its_side_when_recordings_are_ad
     training = {"train": [], "validation": [], "planning": told}
     (tmp_path / "training.json").write_text(json.dumps(training))
     assert training_sides(tmp_path, tmp_path, SimpleNamespace(names=names)) == told
+    later = [*names, "world-901_0500", "world-909_0000"]  # one more of a world that it learned in
+    sides = training_sides(tmp_path, tmp_path, SimpleNamespace(names=later))
+    assert sides == {"train": [*names[:2], "world-901_0500"], "validation": names[3:4]}
     elsewhere = SimpleNamespace(names=names[4:])  # what it learned from is not here
     with pytest.raises(ValueError, match="no such folder"):  # so it asks the folder
         training_sides(tmp_path, tmp_path / "empty", elsewhere)

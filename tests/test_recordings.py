@@ -596,6 +596,16 @@ def test_a_line_of_zeros_keeps_its_place(tmp_path):
     assert recording.teleported[7]
 
 
+@pytest.mark.parametrize("num_lines", [FRAMES, FRAMES - 1])
+def test_zeros_that_pad_between_lines_move_no_action(tmp_path, num_lines):
+    path = pairs.make_pair(tmp_path, "toy", FRAMES, num_lines).with_suffix(".jsonl")
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([*lines[:7], bytes(99), *lines[7:]]))  # two parts, one padded
+    recording = open_recording(path)
+    assert not recording.faults and recording.spare_frames == FRAMES - num_lines
+    assert pairs.ticks_of(recording.actions[:num_lines]) == [*range(num_lines)]
+
+
 def test_a_line_that_may_be_missing_is_told(tmp_path):
     path = pairs.make_pair(tmp_path, "toy", FRAMES).with_suffix(".jsonl")
     lines = path.read_text().splitlines(keepends=True)
@@ -622,8 +632,8 @@ def test_a_file_that_cannot_be_read_is_told_and_the_others_are_used(tmp_path, mo
 
 
 def test_a_long_name_of_separators_and_words_is_read_at_once():
-    name = "a" + "---cut" * 33 + "x"
-    assert session_of(name) == name
+    for name in ("a" + "---cut" * 33 + "x", "a" + "-cut.123" * 24 + "x"):
+        assert session_of(name) == name
     assert session_of("world-7_clip - 3 (1).002 part-") == session_of("world-7")
 
 

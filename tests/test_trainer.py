@@ -30,7 +30,7 @@ from training_runs import (
 from minecraft_jepa.config import preset
 from minecraft_jepa.data import loader
 from minecraft_jepa.data.splits import read_training, seen_recordings
-from minecraft_jepa.training import learner, run_lock, time_budget
+from minecraft_jepa.training import learner, run_identity, run_lock, time_budget
 from minecraft_jepa.training import train_decoders as decoder_training
 from minecraft_jepa.training import train_world_model as world_model_training
 from minecraft_jepa.training.run_lock import InUseError
@@ -142,6 +142,10 @@ def test_world_model_whose_decoders_were_killed_is_not_trained_again(store, tmp_
         again, rows = train_small(store, tmp_path, steps=2, evaluate_every=2)
     assert [row["step"] for row in rows] == [row["step"] for row in history]
     assert_same_weights({"world_model": model.state_dict()}, {"world_model": again.state_dict()})
+    done = json.loads((tmp_path / "world_model.done").read_text())
+    assert run_identity.read_trained(tmp_path, done["run"] | {"processes": 8})
+    assert not run_identity.read_trained(tmp_path, done["run"] | {"seed": 1})
+    assert run_identity.read_trained(tmp_path)
     (tmp_path / "training.json").write_text("{}")  # its decoders are trained too
     interrupt(monkeypatch, learner, "optimizer_step")
     with pytest.raises(KeyboardInterrupt):

@@ -39,7 +39,7 @@ def check_recording(path, decode=False) -> dict:
         and `gaps`, `gui` (fraction of ticks with a screen open), whether it was `decoded`.
     """
     row = {
-        "name": re.sub(r"\.(mp4|jsonl)$", "", Path(path).name),
+        "name": re.sub(r"\.(mp4|jsonl)$", "", Path(path).name, flags=re.IGNORECASE),
         "used": True,
         "why": "",
         "remarks": [],
@@ -98,8 +98,9 @@ def _remarks(recording):
 # %% ../../nbs/data/06_checks.ipynb #06c1ec55
 def _lost_line_remarks(recording, steps):
     """A line that may be missing where the tick jumps by two, as the last frame has none."""
-    jumps = np.flatnonzero(steps == 2 * np.nanmedian(steps))
-    if not len(jumps):
+    usual = np.nanmedian(steps) if np.isfinite(steps).any() else 0
+    jumps = np.flatnonzero(steps == 2 * usual)
+    if usual <= 0 or not len(jumps):
         return []
     return [
         f"tick jumps by two after line {recording.numbers[jumps[0]]}: if a line is missing there, "
@@ -198,7 +199,7 @@ def _cached_checks(folder):
     return cache_root() / "checked" / f"{cache_name(folder)}.json"
 
 # %% ../../nbs/data/06_checks.ipynb #c5cb3ea9
-CHECK_RULES = 3  # version of the rules of checking: rows of older ones no longer hold
+CHECK_RULES = 4  # version of the rules of checking: rows of older ones no longer hold
 
 
 def read_checks(folder) -> dict[str, dict]:

@@ -23,7 +23,7 @@ from .recordings import open_recording
 from ..utils import write_json
 
 # %% ../../nbs/data/15_clips.ipynb #7f03dfd7
-CLIP_FORMAT = 5  # of a clip on disk: raise it whenever the same files would give other numbers
+CLIP_FORMAT = 6  # of a clip on disk: raise it whenever the same files would give other numbers
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ _decode_json = json.JSONDecoder(strict=False).decode
 # what Windows, or a power cut, leaves at the beginning or end of a line
 _PADDING = " \t\r\n\0\ufeff"
 
-
+# %% ../../nbs/data/03_lines.ipynb #03f11e5a
 def _read_text(path):
     """Text of a file."""
     try:
@@ -61,8 +61,8 @@ def read_lines(path, num_frames):
         num_frames: lines to read at most.
 
     Returns:
-        [(number in the file, dict, or None for a line of zeros between others)], and how many
-        lines follow.
+        [(number in the file, dict, or None for a line that is lost: one of zeros between others,
+        where there is a frame for it and the tick does not go on)], and how many lines follow.
 
     Raises:
         RecordingError: a line is not JSON. A broken last line that is not needed is left out.
@@ -71,13 +71,11 @@ def read_lines(path, num_frames):
     raw_lines = _read_text(path).split("\n")
     stripped = [line.strip(_PADDING) for line in raw_lines]
     full = [number for number, text in enumerate(stripped, 1) if text]
-    first, last = (full[0], full[-1]) if full else (1, 0)
-    numbered = enumerate(zip(raw_lines, stripped), 1)
-    rows = [  # one of zeros between others is a line that was lost, and keeps its place
-        (number, text)
-        for number, (raw, text) in numbered
-        if text or ("\0" in raw and first < number < last)
-    ]
+    zeros = [n for n, raw in enumerate(raw_lines, 1) if "\0" in raw and not stripped[n - 1]]
+    lost = [n for n in zeros if full and full[0] < n < full[-1]]
+    if len(full) + len(lost) > num_frames:  # they only pad
+        lost = []
+    rows = [(number, stripped[number - 1]) for number in sorted([*full, *lost])]
     if not rows:
         raise RecordingError(f"{path}, line 1: not JSON (the file is empty); {RECORDING_REMEDY}")
     last_number = rows[-1][0]
@@ -94,7 +92,17 @@ def read_lines(path, num_frames):
             raise RecordingError(
                 f"{path}, line {number}: not JSON ({reason}); {RECORDING_REMEDY}"
             ) from None
+    decoded = [row for i, row in enumerate(decoded) if not _is_padding(decoded, i)]
     return decoded, max(len(rows) - num_frames, 0)
+
+
+def _is_padding(rows, i):
+    """Whether row i holds nothing and the tick goes on from the row before to the one after."""
+    if rows[i][1] is not None or not 0 < i < len(rows) - 1:
+        return False
+    around = [row.get("tick") if isinstance(row, dict) else None for _, row in rows[i - 1 : i + 2]]
+    ticks = around[0], around[2]
+    return all(type(tick) is int for tick in ticks) and ticks[1] - ticks[0] == 1
 
 # %% ../../nbs/data/03_lines.ipynb #03c5bf0a
 STATE_FIELDS = "yaw", "pitch", "xpos", "ypos", "zpos", "hotbar", "isGuiOpen"

@@ -30,7 +30,7 @@ class RecordingName:
 _PIECE_WORDS = "part|chunk|piece|clip|seg|segment|section|split|scene|cut|copy"
 _PIECE_PATTERN = re.compile(
     # what separates is never taken in two ways, or a long name would take for ever
-    rf"(.*?[^-_. ])(?:[-_. ]+(?:{_PIECE_WORDS})(?:[-_. ]*\d+)?|[-_. ]*\(\d+\)|\.\d{{3,}})+"
+    rf"(.*?[^-_. ])(?:[-_. ]+(?:{_PIECE_WORDS})(?:[-_. ]*+\d++)?+|[-_. ]*\(\d+\)|\.\d{{3,}})+"
     r"(?:(?<=[a-z])[-_. ]+)?",
     re.IGNORECASE | re.DOTALL,
 )

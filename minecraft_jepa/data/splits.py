@@ -303,8 +303,8 @@ def write_split(folder, validation, test=()) -> dict[str, list[str]]:
     for split in ("train", "validation"):
         if not splits[split]:
             raise RecordingError(f"{folder}: no recording is left for {split}; hold out others")
-    told = read_json(path, "mend or delete it", is_object=True) if path.is_file() else splits
-    if any(sorted(told.get(split, [])) != sorted(splits[split]) for split in SPLITS):
+    told = read_json(path, "mend or delete it") if path.is_file() else splits
+    if not _is_split(told) or any(sorted(told[s]) != sorted(splits[s]) for s in SPLITS):
         raise RecordingError(f"{path}: says otherwise; delete it to hold out others")
     write_json(path, splits)
     return splits

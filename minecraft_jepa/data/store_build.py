@@ -96,7 +96,7 @@ def read_store_settings(store_dir, folder, frame) -> dict:
 def _is_complete(store_dir, paths, frame):
     """Whether a store holds all {name: mp4} as they are.
 
-    Nothing is written then, so it may be one that can only be read.
+    It may be one that can only be read.
     """
     try:
         settings = json.loads((store_dir / "store.json").read_text())

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..data.clip_store import ClipStore
+from ..data.recording_files import session_of
 from ..data.splits import has_split_file, load_split, read_training
 from ..evaluation.unseen import deal_recordings, seen_names, unseen_recordings
 from ..model.world_model import WorldModel
@@ -72,11 +73,18 @@ def training_sides(weights, data_dir, store) -> dict[str, list[str]]:
 
 
 def _learned_from(weights, store):
-    """What the planning networks beside weights learned from and were stopped by, of a store."""
+    """What the planning networks beside weights learned from and were stopped by, of a store.
+
+    Where it has three worlds or sessions, later recordings of one are on its side.
+    """
     is_told = (Path(weights) / "training.json").is_file()
     told = read_training(weights).get("planning", {}) if is_told else {}
-    sides = ("train", "validation")
-    return {side: [n for n in told.get(side, []) if n in store.names] for side in sides}
+    group = session_of if len({session_of(name) for name in store.names}) >= 3 else str
+    sides = {}
+    for side in ("train", "validation"):
+        groups = {group(name) for name in told.get(side, [])}
+        sides[side] = [name for name in store.names if group(name) in groups]
+    return sides
 
 # %% ../../nbs/planning/13_networks.ipynb #c3bf931d
 def train_planning_networks(
@@ -131,8 +139,7 @@ def train_planning_networks(
         *settings, imagined, max(2 * steps // 3, 1), seed, inverse.network
     )
     if (weights / "training.json").is_file():
-        learned_from = {"train": names, "validation": sides["validation"]}
-        write_json(weights / "training.json", read_training(weights) | {"planning": learned_from})
+        write_json(weights / "training.json", read_training(weights) | {"planning": sides})
     for network in (inverse, distance):
         network.save_pretrained(weights, torch.float16)
     return curves

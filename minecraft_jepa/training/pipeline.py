@@ -23,10 +23,11 @@ from ..data.loader import read_shards_metadata
 from ..data.recording_files import session_of
 from ..data.splits import load_split, read_training, seen_recordings
 from ..model.decoders import DiT, RegressionHead
+from ..model.world_model import WorldModel
 from .checkpoints import describe_differences
 from .distributed import make_accelerator, save_on_main_process
 from .learner import check_batch_size
-from .run_identity import done_file, result_settings
+from .run_identity import done_file, read_trained, result_settings
 from .run_lock import exclusive_run
 from .time_budget import check_minutes
 from minecraft_jepa.training.train_decoders import (
@@ -179,11 +180,15 @@ def _train_in_two_stages(config, data, out, seed, device, minutes, start, ignore
 def _train_both(config, data, split, out, seed, device, minutes, start, ignore_collapse):
     """World model, then decoders; writes `training.json` and returns what it holds."""
     model_minutes = minutes and _WORLD_MODEL_SHARE * minutes
-    recordings = split["train"], split["validation"]
-    options = {"seed": seed, "device": device, "folder": out, "max_minutes": model_minutes}
-    model, rows = train_world_model(
-        config, data, *recordings, **options, init_from=start, ignore_collapse=ignore_collapse
-    )
+    rows = read_trained(out)  # of this run: its settings were compared
+    if rows:
+        model = WorldModel.from_pretrained(out, config)
+    else:
+        recordings = split["train"], split["validation"]
+        options = {"seed": seed, "device": device, "folder": out, "max_minutes": model_minutes}
+        model, rows = train_world_model(
+            config, data, *recordings, **options, init_from=start, ignore_collapse=ignore_collapse
+        )
     forget_checkpoints(out, "world_model")  # of a run that was killed before it did
     gc.collect()  # the trained modules are in cycles, and would stay on the GPU
     minutes_spent = rows[-1].get("elapsed", 0.0) / 60

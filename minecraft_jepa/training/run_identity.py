@@ -103,12 +103,13 @@ def forget_trained(folder):
         (Path(folder) / name).unlink(missing_ok=True)
 
 
-def read_trained(folder, run_identity) -> list[dict] | None:
+def read_trained(folder, run_identity=None) -> list[dict] | None:
     """Read the log of a world model that is trained, and whose decoders are not.
 
     Args:
         folder: of the run; None for none.
-        run_identity: of `make_run_identity`.
+        run_identity: of `make_run_identity`, with which it has to agree, but for the number of
+            processes; None: any run counts.
 
     Returns:
         Rows of the log, where it is lost a row of the last step alone; None for another run, one
@@ -118,7 +119,8 @@ def read_trained(folder, run_identity) -> list[dict] | None:
     if not is_done or (Path(folder) / "training.json").is_file():
         return None
     earlier = read_json(done_file(folder), "delete it to train anew", is_object=True)
-    if describe_differences(earlier["run"], run_identity):
+    told = {k: v for k, v in (run_identity or {}).items() if k != "processes"}
+    if describe_differences(earlier["run"], told):
         return None
     rows = read_rows(Path(folder) / "world_model.jsonl")
-    return rows or [{"step": run_identity["steps"], "seconds": 0.0}]
+    return rows or [{"step": earlier["run"]["steps"], "seconds": 0.0}]

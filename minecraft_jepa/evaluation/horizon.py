@@ -14,8 +14,8 @@ from scipy import stats
 from ..data.actions import NOOP
 from minecraft_jepa.evaluation.windows import (
     evaluation_windows,
-    other_actions,
     recordings_with_window,
+    shuffled_actions,
 )
 
 # %% ../../nbs/evaluation/04_horizon.ipynb #18bd0654
@@ -100,7 +100,7 @@ def horizon_errors(model, store, names, horizons, windows_per_recording=64, batc
     latent_sum, square_sum, num_windows = 0, 0, 0
     for i, name in enumerate(names):
         frames, actions = evaluation_windows(store, name, *window)
-        shuffled = other_actions(store, names, i, *window, len(actions))
+        shuffled = shuffled_actions(store, names, i, *window, len(actions))
         chunks = []
         for chunk in zip(frames.split(batch), actions.split(batch), shuffled.split(batch)):
             target, predictions = predict_futures(model, *chunk, horizons)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .baselines import camera_turn, shifted_copy
-from .windows import evaluation_windows, other_actions, window_starts
+from .windows import evaluation_windows, shuffled_actions, window_starts
 
 # %% ../../nbs/evaluation/08_retrieval.ipynb #88e42952
 def rank_of_target(guess, candidates, true):
@@ -131,7 +131,7 @@ def retrieval(
     for r, name in enumerate(names):
         pool = _Candidates(model, store, name, names, candidates)
         frames, actions = evaluation_windows(store, name, *window)
-        shuffled = other_actions(store, names, r, *window, len(actions))
+        shuffled = shuffled_actions(store, names, r, *window, len(actions))
         starts = window_starts(store, name, *window)
         z = model.encode(frames[:, 1].to(pool.device))
         predictions = {

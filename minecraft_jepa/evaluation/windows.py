@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['window_starts', 'recordings_with_window', 'excluded_recordings', 'usable_recordings', 'evaluation_windows',
-           'evaluation_actions', 'other_actions', 'loss_windows']
+           'evaluation_actions', 'shuffled_actions', 'loss_windows']
 
 # %% ../../nbs/evaluation/01_windows.ipynb #86ac97fa
 import numpy as np
@@ -150,7 +150,7 @@ def evaluation_actions(store, name, ticks, horizon, windows_per_recording):
     return torch.from_numpy(np.stack([actions[t - ticks + 1 : t + horizon] for t in starts]))
 
 
-def other_actions(store, names, i, ticks, horizon, windows_per_recording, count):
+def shuffled_actions(store, names, i, ticks, horizon, windows_per_recording, count):
     """Read actions of another recording, to be tried in the windows of one.
 
     It is the one half the list on: another world where a world has several recordings.

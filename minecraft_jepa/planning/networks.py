@@ -24,7 +24,8 @@ from minecraft_jepa.planning.temporal_distance import (
     imagine_pairs,
     train_temporal_distance,
 )
-from ..utils import whole_number, write_json
+from ..training.train_decoders import write_training
+from ..utils import whole_number
 
 # %% ../../nbs/planning/13_networks.ipynb #063a78a2
 def training_sides(weights, data_dir, store) -> dict[str, list[str]]:
@@ -139,7 +140,7 @@ def train_planning_networks(
         *settings, imagined, max(2 * steps // 3, 1), seed, inverse.network
     )
     if (weights / "training.json").is_file():
-        write_json(weights / "training.json", read_training(weights) | {"planning": sides})
+        write_training(weights, read_training(weights) | {"planning": sides})
     for network in (inverse, distance):
         network.save_pretrained(weights, torch.float16)
     return curves

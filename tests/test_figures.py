@@ -432,9 +432,10 @@ def test_what_is_said_of_the_pixel_model():
         f"SSIM | {ssim['pixel_model']:.3f} | {ssim['world_model']:.3f} |",
         "[{:.3f}, {:.3f}]".format(*ends["SSIM"]),
         f"(earlier weights) | {seen['pixel_model']:.2f} | {seen['world_model']:.2f} |",
-        "[{:.3f}, {:.3f}] | a shifted copy {:.2f}, seen by the shipped one, on more".format(
+        "[{:.3f}, {:.3f}] | a shifted copy {:.2f}, ".format(
             *ends["error over copying (third encoder)"], shifted
-        ),
+        )
+        + "seen by the shipped one, on more windows |",
         f"given frame | {retrieval['pixel_model']:.2f} | {retrieval['world_model']:.2f} |",
         "[{:.2f}, {:.2f}]".format(*ends["retrieval (own space)"]),
         f"own space | {sensitivity['pixel_model']:.2f} | {sensitivity['world_model']:.2f} |",

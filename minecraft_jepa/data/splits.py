@@ -86,12 +86,11 @@ def _fill_held_out(split_of, unassigned, group_sizes, num_recordings):
     for split in ("test", "validation"):
         num_assigned = sum(size for g, size in group_sizes.items() if split_of.get(g) == split)
         remaining[split] = num_recordings - num_assigned
+    remaining["train"] = float("inf")
     for group in unassigned:
         size = group_sizes[group]
-        fitting = [split for split in remaining if size <= remaining[split]]
-        split_of[group] = fitting[0] if fitting else "train"
-        if fitting:
-            remaining[fitting[0]] -= size
+        split_of[group] = split = next(s for s in remaining if size <= remaining[s])
+        remaining[split] -= size
 
 
 def _fill_empty(split_of, unassigned, group_sizes, by):
@@ -110,8 +109,7 @@ def _fill_empty(split_of, unassigned, group_sizes, by):
             raise RecordingError(f"no {by} is left for {split}; add recordings")
         donor = max((split_of[g] for g in movable), key=lambda s: (num_groups[s], -SPLITS.index(s)))
         given = [g for g in movable if split_of[g] == donor]
-        smallest = min(given, key=lambda g: (group_sizes[g], order[g]))
-        split_of[smallest] = split
+        split_of[min(given, key=lambda g: (group_sizes[g], order[g]))] = split
 
 # %% ../../nbs/data/07_splits.ipynb #8e44b1d6
 def list_clips(store_dir) -> list[str]:
@@ -310,16 +308,19 @@ def write_split(folder, validation, test=()) -> dict[str, list[str]]:
     return splits
 
 # %% ../../nbs/data/07_splits.ipynb #e90d6829
-def read_training(weights) -> dict:
+def read_training(weights, missing_ok=False) -> dict:
     """Read training.json: how weights were trained, and on which recordings.
 
     Args:
         weights: folder that the training wrote.
+        missing_ok: return {} where the file is missing.
 
     Raises:
         ValueError: the file is missing or broken; says what to do.
     """
     path = Path(weights) / "training.json"
+    if missing_ok and not path.is_file():
+        return {}
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file, so nobody knows what these weights were trained on; "

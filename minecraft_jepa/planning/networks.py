@@ -78,8 +78,7 @@ def _learned_from(weights, store):
 
     Where it has three worlds or sessions, later recordings of one are on its side.
     """
-    is_told = (Path(weights) / "training.json").is_file()
-    told = read_training(weights).get("planning", {}) if is_told else {}
+    told = read_training(weights, missing_ok=True).get("planning", {})
     group = session_of if len({session_of(name) for name in store.names}) >= 3 else str
     sides = {}
     for side in ("train", "validation"):
@@ -139,8 +138,9 @@ def train_planning_networks(
     distance, curves["temporal_distance"] = train_temporal_distance(
         *settings, imagined, max(2 * steps // 3, 1), seed, inverse.network
     )
-    if (weights / "training.json").is_file():
-        write_training(weights, read_training(weights) | {"planning": sides})
+    training = read_training(weights, missing_ok=True)
+    if training:
+        write_training(weights, training | {"planning": sides})
     for network in (inverse, distance):
         network.save_pretrained(weights, torch.float16)
     return curves

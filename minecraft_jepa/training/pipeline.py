@@ -106,9 +106,10 @@ def _run_settings(config, seed, out, start):
 
 def _tell_what_the_start_has_seen(start, validation):
     """Print a warning where the weights of the start were trained on what is validated on."""
-    if not start or not (Path(start) / "training.json").is_file():
+    training = read_training(start, missing_ok=True) if start else {}
+    if not training:
         return
-    seen = seen_recordings(read_training(start), ["train"])
+    seen = seen_recordings(training, ["train"])
     trained_on = {session_of(name) for name in seen}
     seen = [name for name in validation if session_of(name) in trained_on]
     if seen:
@@ -212,8 +213,9 @@ def _train_both(config, data, split, out, seed, device, minutes, start, ignore_c
         "train": split["train"],
         "validation": split["validation"],
     }
-    if start and (Path(start) / "training.json").is_file():
-        summary["start"] = read_training(start)
+    earlier = read_training(start, missing_ok=True) if start else {}
+    if earlier:
+        summary["start"] = earlier
     write_training(out, summary)
     forget_checkpoints(out, "decoders")
     return summary

@@ -128,7 +128,7 @@ def train_decoders(
         results = train_decoders_and_keep_checkpoint(
             model, data, names, steps, seed, device, folder, max_minutes, is_told=True
         )
-        summary = _read_own_training(folder)
+        summary = read_training(folder, missing_ok=True) if folder else {}
         if summary:
             rows = results[2]
             seconds = summary.get("seconds", {}) | {"decoders": sum(row["seconds"] for row in rows)}
@@ -136,12 +136,6 @@ def train_decoders(
             write_training(folder, summary | told)
         forget_checkpoints(folder, "decoders")
     return results
-
-
-def _read_own_training(folder):
-    """What `training.json` of a folder holds; {} without a folder or the file."""
-    is_there = folder and (Path(folder) / "training.json").is_file()
-    return read_training(folder) if is_there else {}
 
 
 def write_training(folder, summary):
@@ -187,7 +181,7 @@ def train_decoders_and_keep_checkpoint(
         evaluate=training.evaluate,
     )
     with exclusive_run(folder, accelerator):
-        summary = _read_own_training(folder) if is_told else {}
+        summary = read_training(folder, missing_ok=True) if folder and is_told else {}
         if summary:  # before weights are written: a name too many does no harm
             seen = dict.fromkeys([*summary.get("decoder_train", []), *names])
             write_training(folder, summary | {"decoder_train": list(seen)})

@@ -277,10 +277,23 @@ def test_episodes_in_the_readme_are_those_of_the_run(task):
     line = re.search(rf"^ *\| {task}[:,].*$", readme, re.MULTILINE)[0]
     low, high = rows["planner"]["interval"]
     cells = {name: f"{row['successes']} of {row['episodes']}" for name, row in rows.items()}
-    assert f"| {cells['planner']} [{low:.2f}, {high:.2f}] |" in line
-    assert f"| {cells['inverse_model']} | {cells['random']} |" in line
+    imagines_nothing = f"| {cells['trying_and_guess']} " if "trying_and_guess" in cells else "| "
+    shown = f"| {cells['planner']} [{low:.2f}, {high:.2f}] {imagines_nothing}"
+    assert f"{shown}| {cells['inverse_model']} | {cells['random']} |" in line
     if "straight" in rows:
         assert f"{rows['straight']['successes']} of the same {rows['straight']['episodes']}" in line
+
+
+@pytest.mark.parametrize("task", ["turn", "turn and walk"])
+def test_what_imagining_adds_in_the_readme_is_that_of_the_run(task):
+    row = numbers("agent")["paired"][task]["trying_and_guess"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    paragraph = re.search(r"\*Imagining nothing\*, .*? In \*walk\*", readme)[0]
+    sentence = re.search(rf"In \*{task}\* (?!and).*?(?= In \*|$)", paragraph)[0]
+    low, high = row["interval"]
+    assert all(re.search(rf"\b{count}\b", sentence) for count in row["only_one"])
+    assert f"(p {row['p_value']:.2g}; " in sentence
+    assert f"{row['difference']:.2f}, {low:.2f} to {high:.2f} over" in sentence
 
 
 def test_plans_in_the_readme_are_those_of_the_run():

@@ -239,8 +239,7 @@ def _plans_better(planning):
     if planning is None:
         return False, "no plans beside the figures: 7_planning makes them"
     rows = planning["horizons"]["8"]
-    measured = [name for name in _SIMPLE_METHODS if name in rows]
-    better = [name for name in measured if rows[name]["error_beyond_planner"][0] > 0]
+    better = [n for n in _SIMPLE_METHODS if n in rows and rows[n]["error_beyond_planner"][0] > 0]
     errors = {name: rows[name]["camera_error_degrees"] for name in ("planner", "no_op")}
     evidence = (
         f"offline, 8 ticks: {errors['planner']:.1f} degrees of camera error, doing nothing "
@@ -252,16 +251,19 @@ def _plans_better(planning):
 
 def _turns_better(agent):
     """Whether the agent reaches more goals of `turn` than random actions, and the numbers."""
-    rows = (agent or {}).get("tasks", {}).get("turn", {})
-    if not {"planner", "random"} <= set(rows):
+    tasks = (agent or {}).get("tasks", {})
+    turn = tasks.get("turn", {})
+    if not {"planner", "random"} <= set(turn):
         return False, "nothing was planned in the game with these weights: `make agent` does"
     names = {"planner": "agent", "random": "random actions", "inverse_model": "inverse model alone"}
-    counts = [
-        f"{names[name]} {rows[name]['successes']} of {rows[name]['episodes']}"
-        for name in filter(rows.get, names)
-    ]
-    evidence = f"in the game, turns reached: {', '.join(counts)}"
-    return rows["planner"]["interval"][0] > rows["random"]["interval"][1], evidence
+    names |= {"trying_and_guess": "agent that imagines nothing"}
+    reached = []
+    for task in filter(tasks.get, ("turn", "turn and walk")):
+        rows = {words: tasks[task][name] for name, words in names.items() if name in tasks[task]}
+        counts = [f"{who} {row['successes']} of {row['episodes']}" for who, row in rows.items()]
+        reached.append(f"{task}: {', '.join(counts)}")
+    evidence = f"goals reached in the game, {'; '.join(reached)}"
+    return turn["planner"]["interval"][0] > turn["random"]["interval"][1], evidence
 
 # %% ../../nbs/evaluation/18_claims.ipynb #b0447e5d
 def judge_scale(ablations):

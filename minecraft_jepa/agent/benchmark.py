@@ -23,6 +23,7 @@ from minecraft_jepa.agent.goal_pictures import (
 from .tasks import TASKS
 from ..data.actions import ACTION_DIM
 from ..evaluation.horizon import confidence_interval
+from ..evaluation.paired_comparison import sign_test
 from ..folders import lock_folder
 from ..game.luanti import LuantiError
 from ..utils import atomic_path, whole_number, write_json
@@ -101,7 +102,6 @@ def compare_methods(results, task, first, second) -> dict:
     reached = np.array([[outcome[start] for outcome in outcomes] for start in starts])  # (n, 2)
     gained = reached[:, 0].astype(int) - reached[:, 1]
     only_one = [int((gained == side).sum()) for side in (1, -1)]
-    num_unequal = sum(only_one)
     of_world = {world: [] for world, _ in starts}
     for (world, _), gain in zip(starts, gained):
         of_world[world].append(gain)
@@ -110,7 +110,7 @@ def compare_methods(results, task, first, second) -> dict:
         "starts": len(starts),
         "successes": reached.sum(0).tolist(),
         "only_one": only_one,
-        "p_value": float(stats.binomtest(only_one[0], num_unequal).pvalue) if num_unequal else 1.0,
+        "p_value": sign_test(only_one[0], sum(only_one)),
         "difference": difference["mean"],
         "interval": difference["interval"],
     }

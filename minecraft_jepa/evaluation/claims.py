@@ -239,7 +239,8 @@ def _plans_better(planning):
     if planning is None:
         return False, "no plans beside the figures: 7_planning makes them"
     rows = planning["horizons"]["8"]
-    better = [n for n in _SIMPLE_METHODS if n in rows and rows[n]["error_beyond_planner"][0] > 0]
+    measured = [name for name in _SIMPLE_METHODS if name in rows]
+    better = [name for name in measured if rows[name]["error_beyond_planner"][0] > 0]
     errors = {name: rows[name]["camera_error_degrees"] for name in ("planner", "no_op")}
     evidence = (
         f"offline, 8 ticks: {errors['planner']:.1f} degrees of camera error, doing nothing "
